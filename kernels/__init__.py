@@ -1,0 +1,1 @@
+"""Attention kernels, one operation on several backends; torch and triton only."""

@@ -1,0 +1,1 @@
+"""Flash Ladder: a GPT training recipe whose attention climbs with the GPU."""

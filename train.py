@@ -1,0 +1,16 @@
+"""Trains a GPT: `python train.py attention=flash_v2`; --help lists the choices."""
+
+from pathlib import Path
+
+from flash_ladder.config import Config, front_door
+
+
+def main(cfg: Config, run_dir: Path) -> None:
+    """Trains what the configuration asks for; results go to `run_dir`."""
+    from flash_ladder.training import train  # torch and Lightning are imported once the configuration is known to be good
+
+    train(cfg, run_dir)
+
+
+if __name__ == "__main__":
+    front_door("train", Config, main)
