@@ -1,0 +1,41 @@
+"""Which keys a query sees: one interval per row.
+
+Causality, a sliding window and packed documents are all the same idea. Query i sees the keys j with lo_i <= j <= hi_i, and every
+backend reads its mask from these two numbers, so that none can disagree with another.
+"""
+
+import torch
+from torch import Tensor
+
+
+def key_bounds(
+    seq_q: int,
+    seq_k: int,
+    *,
+    is_causal: bool,
+    window_size: int | None = None,
+    document_ids: Tensor | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """First and last key that each query sees, int64 [1, Sq] (or [B, Sq] with documents); lo > hi means none.
+
+    Positions align bottom-right: query i stands at key position i + Sk - Sq (FlashAttention 2.1 and later).
+    `document_ids` is [B, S], non-decreasing, and asks for Sq == Sk.
+    """
+    position = torch.arange(seq_q, device=device)[None] + (seq_k - seq_q)
+    lo = torch.zeros_like(position)
+    hi = position if is_causal else torch.full_like(position, seq_k - 1)
+    if window_size is not None:
+        lo = torch.maximum(lo, position - (window_size - 1))
+        hi = torch.minimum(hi, position + (window_size - 1))
+    if document_ids is not None:
+        ids = document_ids.contiguous()
+        lo = torch.maximum(lo, torch.searchsorted(ids, ids))
+        hi = torch.minimum(hi, torch.searchsorted(ids, ids, right=True) - 1)
+    return lo, torch.clamp(hi, max=seq_k - 1)
+
+
+def visible(lo: Tensor, hi: Tensor, seq_k: int) -> Tensor:
+    """The bounds as a boolean mask [1 or B, 1, Sq, Sk], True where query i sees key j."""
+    key = torch.arange(seq_k, device=lo.device)
+    return ((key >= lo[..., None]) & (key <= hi[..., None]))[:, None]

@@ -1,0 +1,126 @@
+"""Eager attention: the definition, and the reference for every other backend.
+
+softmax(Q Kᵀ · scale + mask) V with the scores stored: O(Sq·Sk) memory, four passes over it forward alone (Vaswani et al., 2017,
+section 3.2.1). Products run in the inputs' dtype, the softmax in float32 (float64 for float64 inputs): what a model file without
+a fused kernel does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.bounds import key_bounds, visible
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
+    """Eager attention takes everything."""
+    return None
+
+
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    is_causal: bool,
+    window_size: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Scores [B, Hq, Sq, Sk] in the accumulation dtype, -inf where hidden, and which rows see nothing [., 1, Sq, 1].
+
+    Rows that see nothing are left unmasked, so that no NaN arises; the caller sets what they give.
+    """
+    seq_q, seq_k = query.shape[2], key.shape[2]
+    bounds = key_bounds(seq_q, seq_k, is_causal=is_causal, window_size=window_size, document_ids=document_ids, device=query.device)
+    hidden = ~visible(*bounds, seq_k)
+    blind = hidden.all(-1, keepdim=True)
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance(seq_q, seq_k, query.device)
+    return scores.masked_fill(hidden & ~blind, -torch.inf), blind
+
+
+def distance(seq_q: int, seq_k: int, device: torch.device) -> Tensor:
+    """|i − j| with i aligned bottom-right, int64 [Sq, Sk]."""
+    position = torch.arange(seq_q, device=device) + (seq_k - seq_q)
+    return (position[:, None] - torch.arange(seq_k, device=device)).abs()
+
+
+def _repeat_heads(query: Tensor, *shared: Tensor) -> list[Tensor]:
+    """Key/value heads repeated so that each query head has its own."""
+    group = query.shape[1] // shared[0].shape[1]
+    return [x.repeat_interleave(group, 1) if group > 1 else x for x in shared]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention that torch differentiates by itself; arguments as in `kernels.attention`, whose checks have passed.
+
+    Returns the output [B, Hq, Sq, D] and, if asked for, the log-sum-exp of each row's scores [B, Hq, Sq] (natural log).
+    """
+    key, value = _repeat_heads(query, key, value)
+    scores, blind = _scores(query, key, scale, is_causal, window_size, softcap, alibi_slopes, document_ids)
+    weights = torch.softmax(scores, -1).to(value.dtype)
+    output = (weights @ value).masked_fill(blind, 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -torch.inf) if return_lse else None
+    return output, lse
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, **meaning: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, as `attend`."""
+    return attend(query, key, value, return_lse=True, **meaning)
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from the output and its log-sum-exp: the formulas that every rung's backward computes.
+
+    P = exp(S − lse), dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − delta) with delta = rowsum(dO ∘ O) − dlse, dQ = dS K, dK = dSᵀ Q
+    (Dao, 2023, section 2.3.2; the gradient of lse joins delta because ∂lse/∂S = P).
+    """
+    keys, values = _repeat_heads(query, key, value)
+    scores, blind = _scores(query, keys, scale, is_causal, window_size, softcap, alibi_slopes, document_ids)
+    p = torch.exp(scores - lse[..., None]).masked_fill(blind, 0.0)
+    dp = (grad_output @ values.transpose(-1, -2)).to(p.dtype)
+    delta = (grad_output * output).to(p.dtype).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    ds = p * (dp - delta[..., None])
+    if softcap is not None:
+        capped = _scores(query, keys, scale, False, None, softcap, None, None)[0]
+        ds = ds * (1 - (capped / softcap) ** 2)
+    ds = (ds * scale).to(query.dtype)
+    dq = ds @ keys
+    dk = ds.transpose(-1, -2) @ query
+    dv = p.to(query.dtype).transpose(-1, -2) @ grad_output
+    group = query.shape[1] // key.shape[1]
+    return dq, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2)

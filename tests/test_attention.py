@@ -1,0 +1,288 @@
+"""The operation: its meaning against a loop that anyone can check, its refusals, its choice, and its wiring into torch."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import Choice, Unsupported, attention, choose, eager
+from kernels.attention import attention_backward, attention_forward
+from tests.reference import DEVICE
+
+
+def by_hand(query, key, value, is_causal, window_size, softcap, alibi_slopes, document_ids):
+    """One query, one key, one number at a time."""
+    batch, n_head, seq_q, head_dim = query.shape
+    n_kv_head, seq_k = key.shape[1], key.shape[2]
+    output = torch.zeros_like(query)
+    lse = torch.full((batch, n_head, seq_q), -math.inf, dtype=query.dtype)
+    for b in range(batch):
+        for h in range(n_head):
+            for row in range(seq_q):
+                i = row + seq_k - seq_q
+                scores, values = [], []
+                for j in range(seq_k):
+                    if is_causal and j > i:
+                        continue
+                    if window_size is not None and abs(i - j) >= window_size:
+                        continue
+                    if document_ids is not None and document_ids[b, row] != document_ids[b, j]:
+                        continue
+                    s = query[b, h, row] @ key[b, h * n_kv_head // n_head, j] / math.sqrt(head_dim)
+                    if softcap is not None:
+                        s = softcap * torch.tanh(s / softcap)
+                    if alibi_slopes is not None:
+                        s = s - alibi_slopes[h] * abs(i - j)
+                    scores.append(s)
+                    values.append(value[b, h * n_kv_head // n_head, j])
+                if scores:
+                    lse[b, h, row] = torch.logsumexp(torch.stack(scores), 0)
+                    output[b, h, row] = torch.softmax(torch.stack(scores), 0) @ torch.stack(values)
+    return output, lse
+
+
+MEANINGS = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "window": {"window_size": 3},
+    "causal window": {"is_causal": True, "window_size": 3},
+    "softcap": {"is_causal": True, "softcap": 0.7},
+    "alibi": {"is_causal": True, "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.03])},
+    "documents": {"is_causal": True, "document_ids": torch.tensor([[0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 4, 4, 4, 9]])},
+    "full documents": {"document_ids": torch.tensor([[0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 4, 4, 4, 9]])},
+}
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(7, 7), (4, 9), (9, 4), (1, 6)])
+def test_meaning(name, seq_q, seq_k):
+    if "documents" in name and seq_q != seq_k:
+        pytest.skip("documents are for Sq == Sk")
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, s, 8, dtype=torch.float64) for h, s in ((4, seq_q), (2, seq_k), (2, seq_k)))
+    every = dict.fromkeys(("is_causal", "window_size", "softcap", "alibi_slopes", "document_ids")) | MEANINGS[name]
+    output, lse = by_hand(query, key, value, **every)
+    eager, eager_lse = attention(query, key, value, backend="eager", return_lse=True, **MEANINGS[name])
+    torch.testing.assert_close(eager, output)
+    torch.testing.assert_close(eager_lse, lse)
+    if "softcap" not in name:
+        torch.testing.assert_close(attention(query, key, value, backend="sdpa", **MEANINGS[name]), output)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_rows_that_see_nothing(backend):
+    """Sq > Sk under causality: the first rows see no key."""
+    query, key, value = (torch.randn(1, 2, s, 8, dtype=torch.float64, requires_grad=True) for s in (6, 4, 4))
+    output = attention(query, key, value, is_causal=True, backend=backend)
+    assert (output[:, :, :2] == 0).all()
+    for grad in torch.autograd.grad(output.sum(), (query, key, value)):
+        assert grad.isfinite().all()
+    assert (torch.autograd.grad(attention(query, key, value, is_causal=True, backend=backend).sum(), query)[0][:, :, :2] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_v2"])
+@pytest.mark.parametrize(("seq_q", "seq_k"), [(0, 5), (5, 0), (0, 0)])
+def test_empty(backend, seq_q, seq_k):
+    query, key, value = (torch.randn(1, 2, s, 16, device=DEVICE, requires_grad=True) for s in (seq_q, seq_k, seq_k))
+    output = attention(query, key, value, is_causal=True, backend=backend)
+    assert output.shape == query.shape and (output == 0).all()
+    for grad, x in zip(torch.autograd.grad(output.sum(), (query, key, value)), (query, key, value), strict=True):
+        assert grad.shape == x.shape and (grad == 0).all()
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_eager_backward_formulas(name):
+    """The written-out backward against torch's own differentiation, for every meaning."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, h, 7, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    output, lse = eager.attend(*inputs, scale=0.3, return_lse=True, **MEANINGS[name])
+    grads = torch.randn_like(output), torch.randn_like(lse)
+    expected = torch.autograd.grad((output, lse), inputs, grads)
+    found = eager.backward(*grads, *(x.detach() for x in (*inputs, output, lse)), scale=0.3, **MEANINGS[name])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- refusals ----
+
+
+def tensors(**change):
+    shapes = {"query": (1, 4, 8, 16), "key": (1, 2, 8, 16), "value": (1, 2, 8, 16)} | change
+    return [torch.randn(shapes[name]) for name in ("query", "key", "value")]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"query": (4, 8, 16)}, {}, "must be \\[B, H, S, D\\]"),
+        ({"value": (1, 2, 9, 16)}, {}, "same shape"),
+        ({"query": (2, 4, 8, 16)}, {}, "agree in batch"),
+        ({"query": (1, 3, 8, 16)}, {}, "3 query heads cannot share 2"),
+        ({}, {"window_size": 0}, "window_size=0"),
+        ({}, {"softcap": -1.0}, "softcap=-1.0"),
+        ({}, {"alibi_slopes": torch.ones(3)}, "alibi_slopes must be"),
+        ({}, {"document_ids": torch.zeros(1, 7, dtype=torch.int32)}, "document_ids must be"),
+        ({}, {"backend": "flash_v9"}, "'flash_v9' is not one of auto, eager, sdpa, flash_v2"),
+    ],
+)
+def test_inputs_without_a_meaning(change, options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*tensors(**change), **options)
+
+
+def test_mixed_dtypes_and_strided_last_dimension():
+    query, key, value = tensors()
+    with pytest.raises(ValueError, match="share a floating dtype"):
+        attention(query, key.double(), value)
+    with pytest.raises(ValueError, match="query's last dimension must be contiguous"):
+        attention(query.transpose(2, 3).contiguous().transpose(2, 3), key, value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": 4}, "flash_v2 does not take window_size; eager and sdpa can"),
+        ({"softcap": 1.0}, "flash_v2 does not take softcap; eager can"),
+        ({"scale": -1.0}, "a scale that is not positive; eager and sdpa can"),
+    ],
+)
+def test_refusal_names_who_can(options, message):
+    query, key, value = (x.to(DEVICE) for x in tensors())
+    with pytest.raises(Unsupported, match=message):
+        attention(query, key, value, backend="flash_v2", **options)
+
+
+def test_refusals_of_dtype_and_head_dim():
+    with pytest.raises(Unsupported, match="not float64"):
+        choose(DEVICE, torch.float64, 64, backend="flash_v2")
+    with pytest.raises(Unsupported, match="head_dim 16 to 256, not 8"):
+        choose(DEVICE, torch.float32, 8, backend="flash_v2")
+    with pytest.raises(Unsupported, match="head_dim 16 to 256, not 272"):
+        choose(DEVICE, torch.float32, 272, backend="flash_v2")
+
+
+# ---- the choice ----
+
+
+def test_choice_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert str(choose(cpu, torch.float32, 64)) == "sdpa (CPU, float32, head_dim 64)"
+    needs_lse = choose(cpu, torch.float32, 64, features=frozenset({"return_lse"}))
+    assert needs_lse.backend == "eager" and "not sdpa: F.scaled_dot_product_attention has no return_lse" in needs_lse.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype", "expected"),
+    [
+        ("Tesla T4", (7, 5), torch.float16, "sdpa"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), torch.bfloat16, "flash_v2"),
+        ("NVIDIA GeForce RTX 3090", (8, 6), torch.bfloat16, "flash_v2"),
+        ("NVIDIA L4", (8, 9), torch.bfloat16, "flash_v2"),
+        ("NVIDIA H200", (9, 0), torch.bfloat16, "flash_v2"),
+        ("NVIDIA B200", (10, 0), torch.bfloat16, "flash_v2"),
+        ("NVIDIA GeForce RTX 5090", (12, 0), torch.bfloat16, "flash_v2"),
+        ("NVIDIA H200", (9, 0), torch.float64, "sdpa"),
+        ("Tesla P100", (6, 0), torch.float16, "sdpa"),
+    ],
+)
+def test_choice_by_generation(monkeypatch, name, capability, dtype, expected):
+    class Properties:
+        major, minor = capability
+
+    Properties.name = name
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    choice = choose(torch.device("cuda"), dtype, 64)
+    assert choice.backend == expected
+    assert name in choice.reason and "head_dim 64" in choice.reason
+
+
+def test_choice_says_what_it_passed_over(monkeypatch):
+    class Properties:
+        major, minor, name = 9, 0, "NVIDIA H200"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    choice = choose(torch.device("cuda"), torch.bfloat16, 64, features=frozenset({"is_causal", "document_ids"}))
+    assert choice == Choice(
+        "sdpa", "NVIDIA H200, Hopper sm_90, bfloat16, head_dim 64; not flash_v2: flash_v2 does not take document_ids"
+    )
+
+
+# ---- wiring into torch ----
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_gradients_through_the_operator(is_causal):
+    """Finite differences in float64, through output and log-sum-exp, with eager behind the operator."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, h, s, 4, dtype=torch.float64, requires_grad=True) for h, s in ((2, 3), (1, 5), (1, 5)))
+
+    def operator(*inputs):
+        return attention_forward(*inputs, 0.5, is_causal, "eager")
+
+    assert torch.autograd.gradcheck(operator, (query, key, value))
+    assert torch.autograd.gradcheck(lambda *x: operator(*x)[0], (query, key, value))
+    assert torch.autograd.gradcheck(lambda *x: operator(*x)[1], (query, key, value))
+
+
+def test_opcheck():
+    torch.manual_seed(0)
+    query = torch.randn(1, 5, 2, 16, device=DEVICE).transpose(1, 2).requires_grad_()
+    key, value = (torch.randn(1, 1, 7, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(attention_forward, (query, key, value, 0.25, True, "flash_v2"))
+    output, lse = attention_forward(query, key, value, 0.25, True, "flash_v2")
+    saved = [x.detach() for x in (output, query, key, value, output, lse)]
+    torch.library.opcheck(attention_backward, (saved[0], torch.ones_like(lse), *saved[1:], 0.25, True, "flash_v2"))
+    torch.library.opcheck(attention_backward, (saved[0], None, *saved[1:], 0.25, True, "flash_v2"))
+
+
+def block(query, key, value, backend):
+    output, lse = attention(query * 1.5, key, value, is_causal=True, return_lse=True, backend=backend)
+    return (output * output).sum() + lse.sum()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    for seq in (33, 20):
+        inputs = [torch.randn(1, 2, seq, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+        expected = torch.autograd.grad(block(*inputs, "flash_v2"), inputs)
+        found = torch.autograd.grad(compiled(*inputs, "flash_v2"), inputs)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    inputs = [torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    expected = torch.autograd.grad(block(*inputs, "flash_v2"), inputs)
+    checkpoint(block, *inputs, "flash_v2", use_reentrant=use_reentrant).backward()
+    for x, b in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(x.grad, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_v2"])
+def test_autocast_casts_the_inputs(backend):
+    inputs = [torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        output = attention(*inputs, is_causal=True, backend=backend)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in inputs)
+
+
+def test_flop_counter_agrees_with_torch():
+    """Two products forward and five backward, as torch counts its own attention on a GPU."""
+    batch, n_head, seq, head_dim = 2, 4, 32, 16
+    inputs = [torch.randn(batch, n_head, seq, head_dim, device=DEVICE, requires_grad=True) for _ in range(3)]
+    with FlopCounterMode(display=False) as counter:
+        attention(*inputs, backend="flash_v2").sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * batch * n_head * seq * seq * head_dim
+
+
+def test_merging_the_heads_costs_no_copy():
+    query, key, value = (torch.randn(2, 9, 3, 16, device=DEVICE).transpose(1, 2) for _ in range(3))
+    output = attention(query, key, value, backend="flash_v2")
+    assert output.transpose(1, 2).reshape(2, 9, 48).data_ptr() == output.data_ptr()
