@@ -25,13 +25,13 @@ from torch import Tensor
 from kernels.generations import capability
 from kernels.jit import INTERPRET, interpreter_trouble
 from kernels.layout import heads_last
+from kernels.tile_ops import dot, key_range, load_tile, move, round_to, sees, store_tile, tile_offsets
 from kernels.tiles import Tile, tiles
 
 FEATURES = frozenset({"is_causal", "return_lse", "deterministic"})
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot takes bfloat16 for integers; the same values in float32 are right
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
@@ -53,79 +53,6 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
 
 
 # ---- the kernels ----
-#
-# Pointers to a tile are a 64-bit scalar base, moved from tile to tile, and small offsets inside a tile. `strides` are
-# (batch, head, position); the last dimension is contiguous. BLOCK_D is head_dim rounded up to a power of two: the columns beyond
-# head_dim are read as zero and never written.
-
-
-@triton.jit
-def _offsets(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, stride, WIDE: tl.constexpr):
-    rows = tl.arange(0, BLOCK)
-    if WIDE:
-        rows = rows.to(tl.int64)
-    return rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
-def _move(base, rows, stride):
-    return base + tl.cast(rows, tl.int64) * stride
-
-
-@triton.jit
-def _load(base, offsets, rows, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    # One tile; rows from n_rows on and columns from HEAD_DIM on come as zero.
-    if BLOCK_D > HEAD_DIM:
-        inside = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
-        if CHECK_ROWS:
-            inside = inside & (rows[:, None] < n_rows)
-        return tl.load(base + offsets, mask=inside, other=0.0)
-    if CHECK_ROWS:
-        return tl.load(base + offsets, mask=rows[:, None] < n_rows, other=0.0)
-    return tl.load(base + offsets)
-
-
-@triton.jit
-def _store(base, offsets, tile, rows, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    inside = (rows[:, None] < n_rows) & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-    tl.store(base + offsets, _round(tile, base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _round(x, dtype: tl.constexpr):
-    if WIDEN and dtype == tl.bfloat16:  # the interpreter cuts the low bits off; a GPU rounds to nearest even
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _key_range(first_row, seq_q, seq_k, IS_CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    # For the queries of one tile: keys before `whole` are seen by every row, keys from `end` on by none.
-    whole = seq_k
-    end = seq_k
-    if IS_CAUSAL:
-        diagonal = first_row + seq_k - seq_q
-        whole = tl.minimum(whole, tl.maximum(diagonal + 1, 0))
-        end = tl.minimum(end, tl.maximum(diagonal + BLOCK_Q, 0))
-    return whole // BLOCK_K * BLOCK_K, end
-
-
-@triton.jit
-def _see(rows, cols, seq_q, seq_k, IS_CAUSAL: tl.constexpr):
-    # Which of these queries (a column vector) see which of these keys (a row vector), or the other way round.
-    seen = cols < seq_k
-    if IS_CAUSAL:
-        seen = seen & (cols <= rows + (seq_k - seq_q))
-    return seen
 
 
 @triton.jit
@@ -136,10 +63,10 @@ def _forward_steps(
 ):  # fmt: skip
     for first in range(start, stop, BLOCK_K):
         cols = first + tl.arange(0, BLOCK_K)
-        k = _load(_move(k_base, first, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
-        s = _dot(q, tl.trans(k), None, PRECISION)
+        k = load_tile(move(k_base, first, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
+        s = dot(q, tl.trans(k), None, PRECISION)
         if MASKED:
-            s = tl.where(_see(rows[:, None], cols[None, :], seq_q, seq_k, IS_CAUSAL), s, float("-inf"))
+            s = tl.where(sees(rows[:, None], cols[None, :], seq_q, seq_k, IS_CAUSAL), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = m_new * qk_scale
         if MASKED:  # a row that has seen nothing yet: its maximum is -inf, and -inf - -inf would be NaN
@@ -148,8 +75,8 @@ def _forward_steps(
         rescale = tl.exp2(m * qk_scale - shift)
         l = l * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
-        v = _load(_move(v_base, first, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
-        acc = _dot(_round(p, v.dtype), v, acc, PRECISION)
+        v = load_tile(move(v_base, first, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
+        acc = dot(round_to(p, v.dtype), v, acc, PRECISION)
         m = m_new
     return acc, l, m
 
@@ -181,14 +108,14 @@ def _forward_kernel(
     q_base = Q + batch * stride_qb + head * stride_qh + first_row.to(tl.int64) * stride_qn
     k_base = K + batch * stride_kb + head // group * stride_kh
     v_base = V + batch * stride_vb + head // group * stride_vh
-    q = _load(q_base, _offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
-    k_offsets = _offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE)
-    v_offsets = _offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE)
+    q = load_tile(q_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
+    k_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE)
+    v_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    whole, end = _key_range(first_row, seq_q, seq_k, IS_CAUSAL, BLOCK_Q, BLOCK_K)
+    whole, end = key_range(first_row, seq_q, seq_k, IS_CAUSAL, BLOCK_Q, BLOCK_K)
     acc, l, m = _forward_steps(
         acc, l, m, q, k_base, v_base, k_offsets, v_offsets, rows, 0, whole, seq_q, seq_k, stride_kn, stride_vn, qk_scale,
         False, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
@@ -202,7 +129,7 @@ def _forward_kernel(
     o = acc / tl.where(blind, 1.0, l)[:, None]
     lse = tl.where(blind, float("-inf"), (m * qk_scale + tl.log2(l)) * LN2)
     o_base = O + batch * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_on
-    _store(o_base, _offsets(BLOCK_Q, BLOCK_D, stride_on, WIDE), o, rows, seq_q, HEAD_DIM, BLOCK_D)
+    store_tile(o_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_on, WIDE), o, rows, seq_q, HEAD_DIM, BLOCK_D)
     tl.store(LSE + (batch * n_head + head) * seq_q + rows, lse, mask=rows < seq_q)
 
 
@@ -214,15 +141,15 @@ def _dq_steps(
 ):  # fmt: skip
     for first in range(start, stop, BLOCK_K):
         cols = first + tl.arange(0, BLOCK_K)
-        k = _load(_move(k_base, first, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
-        v = _load(_move(v_base, first, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
-        s = _dot(q, tl.trans(k), None, PRECISION)
+        k = load_tile(move(k_base, first, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_tile(move(v_base, first, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
+        s = dot(q, tl.trans(k), None, PRECISION)
         p = tl.exp2(s * qk_scale - lse[:, None])
         if MASKED:
-            p = tl.where(_see(rows[:, None], cols[None, :], seq_q, seq_k, IS_CAUSAL), p, 0.0)
-        dp = _dot(do, tl.trans(v), None, PRECISION)
+            p = tl.where(sees(rows[:, None], cols[None, :], seq_q, seq_k, IS_CAUSAL), p, 0.0)
+        dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
-        dq = _dot(_round(ds, k.dtype), k, dq, PRECISION)
+        dq = dot(round_to(ds, k.dtype), k, dq, PRECISION)
     return dq
 
 
@@ -252,24 +179,24 @@ def _dq_kernel(
     o_base = O + batch * stride_ob + head * stride_oh + start * stride_on
     do_base = DO + batch * stride_dob + head * stride_doh + start * stride_don
     per_row = (batch * n_head + head) * seq_q + rows
-    do_offsets = _offsets(BLOCK_Q, BLOCK_D, stride_don, WIDE)
-    o = _load(o_base, _offsets(BLOCK_Q, BLOCK_D, stride_on, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
-    do = _load(do_base, do_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, True)
+    do_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_don, WIDE)
+    o = load_tile(o_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_on, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
+    do = load_tile(do_base, do_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if DLSE is not None:
         delta -= tl.load(DLSE + per_row, mask=rows < seq_q, other=0.0)
     tl.store(DELTA + per_row, delta, mask=rows < seq_q)
 
-    q = _load(q_base, _offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
+    q = load_tile(q_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
     do = do.to(q.dtype)
     lse = tl.load(LSE + per_row, mask=rows < seq_q, other=float("inf")) * LOG2E
     k_base = K + batch * stride_kb + head // group * stride_kh
     v_base = V + batch * stride_vb + head // group * stride_vh
-    k_offsets = _offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE)
-    v_offsets = _offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE)
+    k_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE)
+    v_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE)
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    whole, end = _key_range(first_row, seq_q, seq_k, IS_CAUSAL, BLOCK_Q, BLOCK_K)
+    whole, end = key_range(first_row, seq_q, seq_k, IS_CAUSAL, BLOCK_Q, BLOCK_K)
     dq = _dq_steps(
         dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, rows, 0, whole, seq_q, seq_k, stride_kn, stride_vn,
         scale * LOG2E, False, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
@@ -279,7 +206,7 @@ def _dq_kernel(
         scale * LOG2E, True, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
     )  # fmt: skip
     dq_base = DQ + batch * stride_dqb + head * stride_dqh + start * stride_dqn
-    _store(dq_base, _offsets(BLOCK_Q, BLOCK_D, stride_dqn, WIDE), dq * scale, rows, seq_q, HEAD_DIM, BLOCK_D)
+    store_tile(dq_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_dqn, WIDE), dq * scale, rows, seq_q, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -291,8 +218,8 @@ def _dkdv_steps(
 ):  # fmt: skip
     for first in range(start, stop, BLOCK_Q):
         rows = first + tl.arange(0, BLOCK_Q)
-        q = _load(_move(q_base, first, stride_qn), q_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, RAGGED)
-        do = _load(_move(do_base, first, stride_don), do_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, RAGGED).to(q.dtype)
+        q = load_tile(move(q_base, first, stride_qn), q_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, RAGGED)
+        do = load_tile(move(do_base, first, stride_don), do_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, RAGGED).to(q.dtype)
         if RAGGED:  # rows beyond the end: an infinite log-sum-exp makes their probabilities zero
             lse = tl.load(lse_base + rows, mask=rows < seq_q, other=float("inf")) * LOG2E
             delta = tl.load(delta_base + rows, mask=rows < seq_q, other=0.0)
@@ -300,14 +227,14 @@ def _dkdv_steps(
             lse = tl.load(lse_base + rows) * LOG2E
             delta = tl.load(delta_base + rows)
         # Transposed, keys by queries, so that p and ds enter the next products straight from registers.
-        s = _dot(k, tl.trans(q), None, PRECISION)
+        s = dot(k, tl.trans(q), None, PRECISION)
         p = tl.exp2(s * qk_scale - lse[None, :])
-        if MASKED:
-            p = tl.where(_see(rows[None, :], cols[:, None], seq_q, seq_k, IS_CAUSAL), p, 0.0)
-        dv = _dot(_round(p, do.dtype), do, dv, PRECISION)
-        dp = _dot(v, tl.trans(do), None, PRECISION)
+        if MASKED:  # keys beyond the end need no mask: their gradients are not written
+            p = tl.where(cols[:, None] <= rows[None, :] + (seq_k - seq_q), p, 0.0)
+        dv = dot(round_to(p, do.dtype), do, dv, PRECISION)
+        dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
-        dk = _dot(_round(ds, q.dtype), q, dk, PRECISION)
+        dk = dot(round_to(ds, q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
@@ -336,10 +263,10 @@ def _dkdv_kernel(
 
     k_base = K + batch * stride_kb + kv_head * stride_kh + start * stride_kn
     v_base = V + batch * stride_vb + kv_head * stride_vh + start * stride_vn
-    k = _load(k_base, _offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE), cols, seq_k, HEAD_DIM, BLOCK_D, True)
-    v = _load(v_base, _offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE), cols, seq_k, HEAD_DIM, BLOCK_D, True)
-    q_offsets = _offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE)
-    do_offsets = _offsets(BLOCK_Q, BLOCK_D, stride_don, WIDE)
+    k = load_tile(k_base, tile_offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE), cols, seq_k, HEAD_DIM, BLOCK_D, True)
+    v = load_tile(v_base, tile_offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE), cols, seq_k, HEAD_DIM, BLOCK_D, True)
+    q_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE)
+    do_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_don, WIDE)
 
     # Queries before `cut` see none of these keys, those from `whole` on see all of them.
     cut = 0
@@ -361,7 +288,7 @@ def _dkdv_kernel(
             dk, dv = _dkdv_steps(
                 dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, cut, whole, seq_q, seq_k,
                 stride_qn, stride_don, scale * LOG2E,
-                True, True, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
+                True, RAGGED, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
             )  # fmt: skip
         dk, dv = _dkdv_steps(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, whole, seq_q, seq_q, seq_k,
@@ -371,8 +298,8 @@ def _dkdv_kernel(
 
     dk_base = DK + batch * stride_dkb + kv_head * stride_dkh + start * stride_dkn
     dv_base = DV + batch * stride_dvb + kv_head * stride_dvh + start * stride_dvn
-    _store(dk_base, _offsets(BLOCK_K, BLOCK_D, stride_dkn, WIDE), dk * scale, cols, seq_k, HEAD_DIM, BLOCK_D)
-    _store(dv_base, _offsets(BLOCK_K, BLOCK_D, stride_dvn, WIDE), dv, cols, seq_k, HEAD_DIM, BLOCK_D)
+    store_tile(dk_base, tile_offsets(BLOCK_K, BLOCK_D, stride_dkn, WIDE), dk * scale, cols, seq_k, HEAD_DIM, BLOCK_D)
+    store_tile(dv_base, tile_offsets(BLOCK_K, BLOCK_D, stride_dvn, WIDE), dv, cols, seq_k, HEAD_DIM, BLOCK_D)
 
 
 # ---- the launches ----

@@ -1,4 +1,9 @@
-"""Tile sizes of the Triton kernels, by GPU and head_dim."""
+"""Tile sizes of flash_v2's kernels, by GPU and head_dim.
+
+Three families share a table: GPUs with 160 KiB of shared memory for a block and more (A100, B200), those with 99 KiB (A10, L4,
+RTX 30 to 50), and Hopper, whose wgmma wants at least 64 rows a warpgroup. Hopper's rows were timed on an H200 (docs/log.md); the
+others are held by tests to their limits: shared memory, no register spills in the inner loops.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +14,7 @@ from kernels.generations import capability
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's launch: rows of queries, rows of keys, warps, and how many tiles ahead the loads run."""
+    """One kernel's launch: rows of queries, rows of keys, warps, and how many tiles the loads run ahead."""
 
     block_q: int
     block_k: int
@@ -26,20 +31,43 @@ class Tiles:
     dkdv: Tile
 
 
-INTERPRETED = Tiles(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1))
+# The largest head_dim a row serves, and its tiles (queries, keys, warps, stages).
+HOPPER = {
+    64: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
+    128: Tiles(forward=Tile(128, 128, 8, 3), dq=Tile(128, 128, 8, 2), dkdv=Tile(32, 64, 4, 3)),
+    256: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(128, 32, 8, 1), dkdv=Tile(32, 32, 8, 1)),
+}
+LARGE = {  # 160 KiB and more
+    64: Tiles(forward=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(64, 64, 4, 3)),
+    128: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 2), dkdv=Tile(64, 64, 8, 2)),
+    256: Tiles(forward=Tile(64, 32, 4, 2), dq=Tile(64, 32, 8, 2), dkdv=Tile(32, 32, 8, 1)),
+}
+SMALL = {  # 99 KiB
+    64: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(64, 64, 4, 2), dkdv=Tile(32, 64, 4, 2)),
+    128: Tiles(forward=Tile(64, 64, 4, 2), dq=Tile(64, 64, 4, 2), dkdv=Tile(32, 64, 8, 2)),
+    256: Tiles(forward=Tile(64, 32, 8, 2), dq=Tile(32, 32, 4, 1), dkdv=Tile(32, 32, 8, 1)),
+}
+FLOAT32 = {  # three TensorFloat-32 products for one of float32
+    64: Tiles(forward=Tile(32, 32, 4, 1), dq=Tile(32, 32, 4, 1), dkdv=Tile(32, 32, 4, 1)),
+    128: Tiles(forward=Tile(32, 32, 8, 1), dq=Tile(32, 32, 8, 1), dkdv=Tile(32, 16, 4, 1)),
+    256: Tiles(forward=Tile(16, 16, 8, 1), dq=Tile(16, 16, 8, 1), dkdv=Tile(16, 16, 8, 1)),
+}
+INTERPRETED = Tiles(forward=Tile(64, 32, 4, 1), dq=Tile(64, 32, 4, 1), dkdv=Tile(32, 64, 4, 1))
 
 
 def tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
-    """The tiles for a device; `head_dim` is rounded up to the table's next entry."""
-    if device.type != "cuda":
-        return INTERPRETED
-    return tiles_for(capability(device), dtype, head_dim)
-
-
-A = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
-B = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
-C = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 8, 1))
+    """The tiles for a tensor's device, dtype and head_dim (up to 256)."""
+    return INTERPRETED if device.type == "cpu" else tiles_for(capability(device), dtype, head_dim)
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
-    return {16: A, 32: A, 64: A, 128: B, 256: C}[max(16, 1 << (head_dim - 1).bit_length())]
+    """The tiles for a compute capability of 8.0 or more."""
+    if dtype == torch.float32:
+        table = FLOAT32
+    elif capability == (9, 0):
+        table = HOPPER
+    elif capability in ((8, 0), (8, 7)) or capability[0] == 10:
+        table = LARGE
+    else:
+        table = SMALL
+    return table[min(size for size in table if size >= head_dim)]

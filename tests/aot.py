@@ -1,6 +1,6 @@
 """Compiles flash_v2's kernels for a GPU that need not be here, and reads what came out.
 
-`python -m tests.aot CAPABILITY DTYPE HEAD_DIM` prints one JSON line per kernel. Run with TRITON_INTERPRET=0: a process that
+`python -m tests.aot CAPABILITY DTYPE HEAD_DIM...` prints one JSON line per kernel and head_dim. Run with TRITON_INTERPRET=0: a process that
 interprets kernels cannot compile them.
 """
 
@@ -91,7 +91,9 @@ def loop_spills(sass: str) -> int:
 
 
 if __name__ == "__main__":
-    capability, dtype, head_dim = int(sys.argv[1]), getattr(torch, sys.argv[2]), int(sys.argv[3])
-    chosen = tiles_for(divmod(capability, 10), dtype, head_dim)
-    for name in KERNELS:
-        print(json.dumps(compile_kernel(name, capability, dtype, head_dim, getattr(chosen, name))), flush=True)
+    capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+    for head_dim in map(int, sys.argv[3:]):
+        chosen = tiles_for(divmod(capability, 10), dtype, head_dim)
+        for name in KERNELS:
+            result = compile_kernel(name, capability, dtype, head_dim, getattr(chosen, name))
+            print(json.dumps({"capability": capability, "head_dim": head_dim} | result), flush=True)

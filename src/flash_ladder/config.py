@@ -1,17 +1,15 @@
-"""What a user may choose, checked before anything heavy is imported.
+"""The front door: how train.py and every script start. Hydra composes, this file checks, and only then does `main` import torch.
 
-YAML under conf/ picks values; the dataclasses here name them, type them and refuse what cannot work, each time in one line:
-what is wrong, why, and what would work. `front_door` is how train.py and every script start: Hydra composes, this file checks,
-and only then does `main` import torch. A mistake costs a user under a second and leaves nothing behind.
+A mistake costs a user under a second and leaves nothing behind: one line that says what is wrong, why, and what would work.
+The dataclasses that a configuration is checked against are in flash_ladder.schema.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,237 +17,53 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from flash_ladder.schema import (
+    BACKENDS,
+    PRECISIONS,
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    UserError,
+    at_least,
+    nearest,
+    one_of,
+)
+
+__all__ = [
+    "BACKENDS",
+    "CONF",
+    "PRECISIONS",
+    "AttentionConfig",
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainerConfig",
+    "UserError",
+    "at_least",
+    "front_door",
+    "nearest",
+    "one_of",
+    "parse",
+]
+
 CONF = Path(__file__).resolve().parents[2] / "conf"
-
-BACKENDS = ("auto", "eager", "sdpa", "flash_v2")
-PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
-
-
-class UserError(Exception):
-    """Something the user can put right: one line that says what, why and what would work. The front door exits with 2."""
-
-
-def nearest(word: str, among: Iterable[str]) -> str:
-    """Returns "; did you mean X?", or "" when nothing in `among` is close to `word`."""
-    close = difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def one_of(key: str, value: str, choices: Iterable[str]) -> None:
-    """Raises UserError unless `value` is among `choices`."""
-    choices = list(choices)
-    if value not in choices:
-        raise UserError(f"{key}={value} is not a choice ({', '.join(choices)}){nearest(str(value), choices)}")
-
-
-def at_least(low: float, **values: float | None) -> None:
-    """Raises UserError for the first value (named group__key) that is under `low`; None passes."""
-    for name, value in values.items():
-        if value is not None and value < low:
-            raise UserError(f"{name.replace('__', '.')}={value} must be at least {low}")
-
-
-# ---- one dataclass per group of conf/ ----
-
-
-@dataclass
-class AttentionConfig:
-    """conf/attention: which kernel runs. `auto` asks kernels.generations and prints the reason."""
-
-    backend: str = "auto"
-
-    def validate(self) -> None:
-        one_of("attention.backend", self.backend, BACKENDS)
-
-
-@dataclass
-class ModelConfig:
-    """conf/model: the shape of the GPT."""
-
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = 4
-    d_model: int = 128
-    d_ff: int | None = None  # None: 4 * d_model for GELU; SwiGLU takes two thirds of it, rounded up to 64
-    norm: str = "rmsnorm"
-    norm_eps: float = 1e-5
-    position: str = "rotary"
-    rope_theta: float = 10000.0
-    max_seq_len: int = 1024  # rows of a learned position table; rotary positions have no such limit
-    mlp: str = "swiglu"
-    bias: bool = False
-    tie_embeddings: bool = True
-    vocab_size: int | None = None  # None: the tokenizer's, rounded up to 64
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_head
-
-    @property
-    def hidden_dim(self) -> int:
-        """Width of the MLP's hidden layer."""
-        if self.d_ff is not None:
-            return self.d_ff
-        return 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // 3 // 64) * 64
-
-    def validate(self) -> None:
-        at_least(1, model__n_layer=self.n_layer, model__n_head=self.n_head, model__n_kv_head=self.n_kv_head)
-        at_least(1, model__d_model=self.d_model, model__d_ff=self.d_ff, model__max_seq_len=self.max_seq_len)
-        at_least(2, model__vocab_size=self.vocab_size)
-        one_of("model.norm", self.norm, ("rmsnorm", "layernorm"))
-        one_of("model.position", self.position, ("rotary", "learned"))
-        one_of("model.mlp", self.mlp, ("swiglu", "gelu"))
-        if self.d_model % self.n_head:
-            raise UserError(
-                f"model.d_model={self.d_model} is not divisible by model.n_head={self.n_head}: every head has d_model / n_head "
-                f"dimensions; d_model={self.n_head * max(1, round(self.d_model / self.n_head))} would work"
-            )
-        if self.n_head % self.n_kv_head:
-            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise UserError(
-                f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}: each key/value head serves an "
-                f"equal group of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
-            )
-        if self.position == "rotary" and self.head_dim % 2:
-            raise UserError(f"model.position=rotary rotates pairs: head_dim = d_model / n_head = {self.head_dim} must be even")
-
-
-@dataclass
-class DataConfig:
-    """conf/data: which text, how it becomes tokens, and how many of them a step sees."""
-
-    source: str = "stdlib"  # stdlib: Python's own library; files: the user's; hub: a data set by name
-    files: Any = None  # files: a path, a glob or a list of them (txt, jsonl, parquet)
-    hub_name: str | None = None
-    hub_config: str | None = None
-    hub_split: str = "train"
-    streaming: bool = False  # hub: read as training goes instead of downloading and tokenising first
-    text_column: str = "text"  # jsonl, parquet and hub: the field that holds a document
-    tokenizer: str = "bpe"  # bpe: trained on the corpus; bytes: every byte is a token
-    vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
-    seq_len: int = 256
-    batch_size: int = 8  # sequences a device sees at once
-    val_fraction: float = 0.05  # share of the documents held out
-    document_ids: bool = False  # keep attention inside a document
-    num_proc: int = 2  # processes that tokenise
-    num_workers: int = 0  # processes that load batches, per device
-    cache_dir: str | None = None  # None: ~/.cache/flash_ladder
-
-    def paths(self) -> list[str]:
-        """`files` as a list of strings."""
-        if self.files is None:
-            return []
-        return [self.files] if isinstance(self.files, str) else [str(f) for f in self.files]
-
-    def validate(self) -> None:
-        one_of("data.source", self.source, ("stdlib", "files", "hub"))
-        one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
-        at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
-        at_least(0, data__num_workers=self.num_workers)
-        if self.files is not None and not isinstance(self.files, (str, list)):
-            raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
-        if self.source == "files" and not self.paths():
-            raise UserError("data=text needs data.files=PATH (txt, jsonl or parquet; a glob or a [list, of, paths] works too)")
-        if self.source != "files" and self.paths():
-            raise UserError(f"data.files={self.files} is for data=text; data.source={self.source} does not read it")
-        if self.source == "hub" and not self.hub_name:
-            raise UserError("data=hub needs data.hub_name=OWNER/NAME")
-        if self.streaming and self.source != "hub":
-            raise UserError("data.streaming=true is for data=hub; local files are memory-mapped already")
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
-        if self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise UserError(f"data.vocab_size={self.vocab_size}: a byte-level BPE has 256 bytes and <|endoftext|>, so at least 257")
-
-
-@dataclass
-class OptimizerConfig:
-    """conf/optimizer: AdamW, linear warm-up and cosine decay."""
-
-    lr: float = 3e-3
-    min_lr_ratio: float = 0.1  # the cosine ends at lr * min_lr_ratio
-    warmup_steps: int = 20
-    weight_decay: float = 0.1  # matrices only; norms and biases are not decayed
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
-
-    def validate(self) -> None:
-        at_least(0, optimizer__lr=self.lr, optimizer__warmup_steps=self.warmup_steps, optimizer__weight_decay=self.weight_decay)
-        at_least(0, optimizer__grad_clip=self.grad_clip)
-        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= value < 1:
-                raise UserError(f"optimizer.{name}={value} must lie in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
-
-
-@dataclass
-class TrainerConfig:
-    """conf/trainer: how long, on what, in which precision."""
-
-    max_steps: int = 400
-    accelerator: str = "auto"
-    devices: int | str = 1
-    strategy: str = "auto"
-    precision: str = "auto"
-    accumulate: int = 1  # batches per optimiser step
-    compile: bool = False
-    val_every: int = 100  # steps between validations
-    val_batches: int = 20  # batches of one validation; the last one reads as many
-    log_every: int = 10
-    activation_checkpointing: bool = False
-    deterministic: bool = False
-
-    def validate(self) -> None:
-        one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        one_of("trainer.strategy", self.strategy, ("auto", "ddp"))
-        one_of("trainer.precision", self.precision, PRECISIONS)
-        at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
-        at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every)
-        if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
-            raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
-
-
-@dataclass
-class LoggerConfig:
-    """conf/logger: wandb beside the metrics.jsonl that every run writes."""
-
-    mode: str = "offline"
-    project: str = "flash-ladder"
-    name: str | None = None
-
-    def validate(self) -> None:
-        one_of("logger.mode", self.mode, ("offline", "online", "disabled"))
-
-
-@dataclass
-class Config:
-    """conf/train.yaml: one run."""
-
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    seed: int = 1337
-    resume: str | None = None  # a run's folder: its configuration, and training goes on from its last checkpoint
-    prompt: str = "def "  # the sample that a run ends with starts so
-
-    def validate(self) -> None:
-        for group in (self.attention, self.model, self.data, self.optimizer, self.trainer, self.logger):
-            group.validate()
-        if self.model.position == "learned" and self.data.seq_len > self.model.max_seq_len:
-            raise UserError(
-                f"data.seq_len={self.data.seq_len} is longer than the learned position table, model.max_seq_len="
-                f"{self.model.max_seq_len}; raise max_seq_len or take model.position=rotary"
-            )
-
 
 # ---- from a composed DictConfig to a checked dataclass ----
 
@@ -288,25 +102,22 @@ def _unknown_key(key: str, cfg: DictConfig) -> UserError:
     return UserError(f"{key} is not a key{close}; --help lists them")
 
 
-def _check(config_name: str, overrides: list[str], schema: type, sweep: bool) -> DictConfig:
+def _check(conf: Path, config_name: str, overrides: list[str], schema: type, sweep: bool) -> DictConfig:
     """Composes what the command line asks for and checks it; returns the configuration with Hydra's own part.
 
     A sweep (`seed=1,2`) is checked at its first point here, and at every point when its turn comes.
     Raises UserError: an unknown key or group option with the nearest right one, a wrong type, an impossible combination.
     """
-    try:
-        asked = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(f"the command line cannot be read: {str(error).splitlines()[0]}") from None
+    asked = [_parse_override(argument) for argument in overrides]
     for override in asked if not sweep else ():
         if override.is_sweep_override():
             raise UserError(f"{override.input_line} names several values: add -m to run each, or write a list as [a,b]")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
         defaults = compose(config_name, return_hydra_config=True)
         for override in asked:
             key, value = override.key_or_group, override.value()
-            if (CONF / key).is_dir():
-                options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
+            if (conf / key).is_dir():
+                options = sorted(path.stem for path in (conf / key).glob("*.yaml"))
                 for option in str(value).split(",") if not override.is_sweep_override() else override.sweep_string_iterator():
                     if option != "None":
                         one_of(key, option, options)
@@ -321,6 +132,21 @@ def _check(config_name: str, overrides: list[str], schema: type, sweep: bool) ->
             raise UserError(str(error).splitlines()[0]) from None
     parse(_without_hydra(cfg), schema)
     return cfg
+
+
+def _parse_override(argument: str) -> Override:
+    """One argument of the command line as Hydra reads it; raises UserError, with what to type instead, where it cannot."""
+    key, equals, value = argument.partition("=")
+    if not equals and not argument.startswith("~"):
+        raise UserError(f"{argument} is not KEY=VALUE; --help lists the keys")
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        quoted = f"'{key}=\"{value}\"'"
+        raise UserError(f"{argument} cannot be read: such a value needs quotes that the shell leaves on, {quoted}") from None
+    if override.value() == "???":
+        raise UserError(f"{argument} says that the value is missing; give one")
+    return override
 
 
 def _has(cfg: DictConfig, key: str) -> bool:
@@ -350,24 +176,38 @@ def _resumed(overrides: list[str]) -> list[str]:
     return [*before, *overrides, f"hydra.run.dir={run}"]
 
 
-def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int | None]) -> None:
-    """Starts a command: composes conf/`config_name`.yaml with the command line, checks it, and calls `main(cfg, output_dir)`.
+def _verbatim(argument: str) -> str:
+    """Quotes the value of `prompt=...`, which is any text, for Hydra, to whom spaces, quotes, commas and ${ mean something."""
+    key, equals, text = argument.partition("=")
+    if key != "prompt" or not equals:
+        return argument
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    text = re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text)
+    return f"prompt='{text}'"
+
+
+def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int | None], conf: Path = CONF) -> None:
+    """Starts a command: composes `conf`/`config_name`.yaml with the command line, checks it, and calls `main(cfg, output_dir)`.
 
     `output_dir` is Hydra's run folder (the working folder for commands that write none). The process exits with what `main`
     returns, with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
+    sys.argv[1:] = map(_verbatim, sys.argv[1:])
     flags = [a for a in sys.argv[1:] if a.startswith("-")]
     try:
         # Hydra's own flags (--help, --cfg) need no check, nor do the processes that DDP starts from a checked one.
         if set(flags) <= {"-m", "--multirun"}:
             sys.argv[1:] = [*flags, *_resumed([a for a in sys.argv[1:] if a not in flags])]
-            cfg = _check(config_name, [a for a in sys.argv[1:] if a not in flags], schema, sweep=bool(flags))
-            _check_writable(Path(cfg.hydra.run.dir))
+            cfg = _check(conf, config_name, [a for a in sys.argv[1:] if a not in flags], schema, sweep=bool(flags))
+            if cfg.hydra.output_subdir is not None:  # the scripts have no run folder
+                _check_writable(Path(cfg.hydra.run.dir))
     except UserError as error:
         _fail(error)
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    @hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
     def run(cfg: DictConfig) -> None:
+        import kernels  # noqa: F401  (the first heavy import: without a GPU it has to come before Lightning, which loads Triton)
+
         try:
             code = main(parse(cfg, schema), Path(HydraConfig.get().runtime.output_dir))
         except UserError as error:

@@ -1,0 +1,17 @@
+"""Times the rungs beside PyTorch's own attention: `python scripts/benchmark_attention.py`; --help lists the options."""
+
+from pathlib import Path
+
+from flash_ladder.config import front_door
+from flash_ladder.schema import BenchmarkConfig
+
+
+def main(cfg: BenchmarkConfig, output_dir: Path) -> None:
+    """Prints a table; writes it as JSON where asked to."""
+    from flash_ladder.benchmark import benchmark  # torch is imported once the configuration is known to be good
+
+    benchmark(cfg)
+
+
+if __name__ == "__main__":
+    front_door("benchmark_attention", BenchmarkConfig, main, Path(__file__).with_name("conf"))

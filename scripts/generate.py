@@ -1,0 +1,38 @@
+"""Writes text with an exported model: `python scripts/generate.py model=RUN/export prompt="def "`; --help lists the options."""
+
+import sys
+from pathlib import Path
+
+from flash_ladder.config import GenerateConfig, UserError, front_door
+
+
+def main(cfg: GenerateConfig, output_dir: Path) -> None:
+    """Prints the prompt and what follows as it is written; what else there is to say goes to stderr."""
+    from flash_ladder.evaluation import pick_backend, pick_device
+    from flash_ladder.exported import load_export
+    from flash_ladder.generation import stream
+
+    try:
+        cfg.prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not text: its bytes are not UTF-8") from None
+    device = pick_device(cfg.device)
+    model, tokenizer, _ = load_export(Path(cfg.model), device=device)
+    choice = pick_backend(cfg.attention, model.cfg, device, "32")
+    model.backend = choice.backend
+    print(f"attention: {choice}", file=sys.stderr)
+    for text in stream(
+        model,
+        tokenizer,
+        cfg.prompt,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        seed=cfg.seed,
+    ):
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    front_door("generate", GenerateConfig, main, Path(__file__).with_name("conf"))

@@ -1,0 +1,143 @@
+"""A run's checkpoints: written whole or not at all, read only as plain data.
+
+Lightning's own writer goes through the system's temporary folder and never syncs: a kill in the wrong moment can leave a torn file
+over a good one. Here the bytes reach the disk beside their target before they take its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from flash_ladder.files import sync
+from flash_ladder.schema import DataConfig, ModelConfig, UserError, one_of
+from flash_ladder.weights import load_weights as load_weights
+
+SAVING = ".saving"  # suffix of a checkpoint that is being written, or that a killed process left
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Saves through a hidden file in the target's folder, synced before it is renamed; loads with weights_only=True."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes `path`; until that is done a file already there stays as it is. Raises UserError where it cannot be written."""
+        path = Path(path)
+        saving = path.with_name(f".{path.name}{SAVING}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left_over in path.parent.glob(f".*.ckpt{SAVING}"):
+                left_over.unlink()
+            try:
+                with saving.open("wb") as file:
+                    torch.save(checkpoint, file)
+                sync(saving)
+                os.replace(saving, path)
+                sync(path.parent)
+            finally:
+                saving.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written ({reason}); a checkpoint that was there before is untouched") from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads `path` as plain data, whatever `weights_only` says. Raises UserError for a file that is missing or damaged."""
+        return read_checkpoint(path, map_location or "cpu")
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Deletes `path` if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint as plain data. Raises UserError where it is missing, empty, cut short, changed or not a checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; take another checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()  # torch.load reads past flipped bits without a word; the archive's checksums do not
+        checkpoint = None if changed else torch.load(path, map_location=map_location, weights_only=True)
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: it was cut short, or is not a checkpoint; take another one") from error
+    if changed:
+        raise UserError(f"{path} is damaged: its bytes changed since it was written (a checksum differs); take another one")
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds no dictionary")
+    return checkpoint
+
+
+def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint of a run.
+
+    run: the folder that train.py wrote. which: "best", "last" or the path of a .ckpt file.
+
+    Returns the run's configuration as plain dicts (schema.Config), the weights under GPT's own names, and what is known of the
+    training: {"checkpoint": path, "step": optimiser steps taken, "val_loss": nats per token, as validated at that step, or None}.
+    Raises UserError for a folder that is no run, and for a checkpoint that is missing, damaged or from another model.
+    """
+    path = find_checkpoint(run, which)
+    checkpoint = read_checkpoint(path)
+    try:
+        config = checkpoint["hyper_parameters"]["config"]
+        weights = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name.startswith("net.")}
+        step = checkpoint["global_step"]
+        ModelConfig(**config["model"]), DataConfig(**config["data"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} was not written by this version of train.py ({error}); take another checkpoint") from None
+    _check_same_model(path, config["model"], run / "config.yaml")
+    return config, weights, {"checkpoint": str(path), "step": step, "val_loss": recorded(run / "metrics.jsonl", "val/loss", step)}
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The file of a run's checkpoint; raises UserError, naming what is there, where it does not exist."""
+    if which.endswith(".ckpt"):
+        return Path(which)
+    one_of("checkpoint", which, ("best", "last"))
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        runs = sorted(run.glob("**/checkpoints"))
+        hint = f"did you mean run={runs[-1].parent}?" if runs else "name a folder that train.py wrote, such as outputs/DATE/TIME"
+        raise UserError(f"run={run} {'is not a run (it has no checkpoints folder)' if run.is_dir() else 'does not exist'}; {hint}")
+    path = folder / f"{which}.ckpt"
+    if not path.is_file():
+        others = sorted(p.stem for p in folder.glob("*.ckpt"))
+        hint = f"checkpoint={others[0]} is there" if others else "training stopped before it wrote one"
+        raise UserError(f"run={run} has no checkpoint {path.name}; {hint}")
+    return path
+
+
+def _check_same_model(path: Path, model: dict[str, Any], config: Path) -> None:
+    """Raises UserError where the checkpoint's model is not the one of the run's config.yaml."""
+    if not config.is_file():
+        raise UserError(f"{config} is missing: {config.parent} is not a folder that train.py wrote")
+    for name, value in OmegaConf.to_container(OmegaConf.load(config), resolve=True)["model"].items():
+        if value is not None and model.get(name) != value:  # None: filled in when the run started
+            raise UserError(f"{path} is from another model: its {name} is {model.get(name)}, and {value} in {config}")
+
+
+def recorded(metrics: Path, name: str, step: int) -> float | None:
+    """The last value of `name` at optimiser step `step` in a run's metrics.jsonl; None where there is none."""
+    if not metrics.is_file():
+        return None
+    value = None
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that a killed run was writing
+            continue
+        if row.get("step") == step:
+            value = row.get(name, value)
+    return value

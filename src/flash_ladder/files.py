@@ -1,0 +1,102 @@
+"""Files and folders that are whole or not there at all, and what is wrong with those that are not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flash_ladder.schema import UserError
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
+    """Yields a new folder beside `out` that takes its place when the block is done and everything is on the disk.
+
+    Until then a folder that is already there stays as it is, and after an error too. Raises UserError where it holds anything but
+    files called `names`, which would be lost, and where `out` cannot be written.
+    """
+    out = out.absolute()
+    new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
+    if old.is_dir() and not out.exists():  # interrupted between the two renames below
+        old.rename(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out} is a file; name a folder")
+    strange = sorted({p.name for p in out.iterdir()} - {*names}) if out.exists() else []
+    if strange:
+        raise UserError(f"out={out} would be replaced, and holds other files than an export's ({strange[0]}); name another folder")
+    try:
+        for folder in (new, old):
+            if folder.exists():
+                shutil.rmtree(folder)
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error.strerror}); name another folder") from None
+    try:
+        yield new
+        for file in new.iterdir():
+            sync(file)
+        sync(new)
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error.strerror}); an export that was there before is kept") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where `path` is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; copy it again, or export again") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again, or export again") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path`, all of it or nothing; nan and inf, for which JSON has no word, as null. Raises UserError."""
+    saving = path.with_name(f".{path.name}.saving")
+    try:
+        saving.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync(saving)
+        os.replace(saving, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,341 @@
+"""What a user may choose: one dataclass per group of conf/, each naming, typing and refusing what cannot work.
+
+YAML picks values; `validate` refuses a combination in one line: what is wrong, why, and what would work. Nothing heavy is
+imported here. flash_ladder.config is the front door that reads YAML and the command line into these classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+BACKENDS = ("auto", "eager", "sdpa", "flash_v2")
+PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
+
+
+class UserError(Exception):
+    """Something the user can put right: one line that says what, why and what would work. The front door exits with 2."""
+
+
+def nearest(word: str, among: Iterable[str]) -> str:
+    """Returns "; did you mean X?", or "" when nothing in `among` is close to `word`."""
+    close = difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UserError unless `value` is among `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f"{key}={value} is not a choice ({', '.join(choices)}){nearest(str(value), choices)}")
+
+
+def at_least(low: float, **values: float | None) -> None:
+    """Raises UserError for the first value (named group__key) that is under `low`; None passes."""
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise UserError(f"{name.replace('__', '.')}={value} must be at least {low}")
+
+
+# ---- one dataclass per group of conf/ ----
+
+
+@dataclass
+class AttentionConfig:
+    """conf/attention: which kernel runs. `auto` asks kernels.generations and prints the reason."""
+
+    backend: str = "auto"
+
+    def validate(self) -> None:
+        one_of("attention.backend", self.backend, BACKENDS)
+
+
+@dataclass
+class ModelConfig:
+    """conf/model: the shape of the GPT."""
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4
+    d_model: int = 128
+    d_ff: int | None = None  # None: 4 * d_model for GELU; SwiGLU takes two thirds of it, rounded up to 64
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    position: str = "rotary"
+    rope_theta: float = 10000.0
+    max_seq_len: int = 1024  # rows of a learned position table; rotary positions have no such limit
+    mlp: str = "swiglu"
+    bias: bool = False
+    tie_embeddings: bool = True
+    vocab_size: int | None = None  # None: the tokenizer's, rounded up to 64
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the MLP's hidden layer."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // 3 // 64) * 64
+
+    def validate(self) -> None:
+        at_least(1, model__n_layer=self.n_layer, model__n_head=self.n_head, model__n_kv_head=self.n_kv_head)
+        at_least(1, model__d_model=self.d_model, model__d_ff=self.d_ff, model__max_seq_len=self.max_seq_len)
+        at_least(2, model__vocab_size=self.vocab_size)
+        one_of("model.norm", self.norm, ("rmsnorm", "layernorm"))
+        one_of("model.position", self.position, ("rotary", "learned"))
+        one_of("model.mlp", self.mlp, ("swiglu", "gelu"))
+        if self.d_model % self.n_head:
+            raise UserError(
+                f"model.d_model={self.d_model} is not divisible by model.n_head={self.n_head}: every head has d_model / n_head "
+                f"dimensions; d_model={self.n_head * max(1, round(self.d_model / self.n_head))} would work"
+            )
+        if self.n_head % self.n_kv_head:
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise UserError(
+                f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}: each key/value head serves an "
+                f"equal group of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
+            )
+        if self.position == "rotary" and self.head_dim % 2:
+            raise UserError(f"model.position=rotary rotates pairs: head_dim = d_model / n_head = {self.head_dim} must be even")
+
+
+@dataclass
+class DataConfig:
+    """conf/data: which text, how it becomes tokens, and how many of them a step sees."""
+
+    source: str = "stdlib"  # stdlib: Python's own library; files: the user's; hub: a data set by name
+    files: Any = None  # files: a path, a glob or a list of them (txt, jsonl, parquet)
+    hub_name: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "train"
+    streaming: bool = False  # hub: read as training goes instead of downloading and tokenising first
+    text_column: str = "text"  # jsonl, parquet and hub: the field that holds a document
+    tokenizer: str = "bpe"  # bpe: trained on the corpus; bytes: every byte is a token
+    vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
+    seq_len: int = 256
+    batch_size: int = 8  # sequences a device sees at once
+    val_fraction: float = 0.05  # share of the documents held out
+    document_ids: bool = False  # keep attention inside a document
+    num_proc: int = 2  # processes that tokenise
+    num_workers: int = 0  # processes that load batches, per device
+    cache_dir: str | None = None  # None: ~/.cache/flash_ladder
+
+    def paths(self) -> list[str]:
+        """`files` as a list of strings."""
+        if self.files is None:
+            return []
+        return [self.files] if isinstance(self.files, str) else [str(f) for f in self.files]
+
+    def validate(self) -> None:
+        one_of("data.source", self.source, ("stdlib", "files", "hub"))
+        one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
+        at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
+        at_least(0, data__num_workers=self.num_workers)
+        if self.files is not None and not isinstance(self.files, (str, list)):
+            raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
+        if self.source == "files" and not self.paths():
+            raise UserError("data=text needs data.files=PATH (txt, jsonl or parquet; a glob or a [list, of, paths] works too)")
+        if self.source != "files" and self.paths():
+            raise UserError(f"data.files={self.files} is for data=text; data.source={self.source} does not read it")
+        if self.source == "hub" and not self.hub_name:
+            raise UserError("data=hub needs data.hub_name=OWNER/NAME")
+        if self.streaming and self.source != "hub":
+            raise UserError("data.streaming=true is for data=hub; local files are memory-mapped already")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise UserError(f"data.vocab_size={self.vocab_size}: a byte-level BPE has 256 bytes and <|endoftext|>, so at least 257")
+
+
+@dataclass
+class OptimizerConfig:
+    """conf/optimizer: AdamW, linear warm-up and cosine decay."""
+
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1  # the cosine ends at lr * min_lr_ratio
+    warmup_steps: int = 20
+    weight_decay: float = 0.1  # matrices only; norms and biases are not decayed
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+
+    def validate(self) -> None:
+        at_least(0, optimizer__lr=self.lr, optimizer__warmup_steps=self.warmup_steps, optimizer__weight_decay=self.weight_decay)
+        at_least(0, optimizer__grad_clip=self.grad_clip)
+        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= value < 1:
+                raise UserError(f"optimizer.{name}={value} must lie in [0, 1)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise UserError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
+
+
+@dataclass
+class TrainerConfig:
+    """conf/trainer: how long, on what, in which precision."""
+
+    max_steps: int = 400
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    accumulate: int = 1  # batches per optimiser step
+    compile: bool = False
+    val_every: int = 100  # steps between validations
+    val_batches: int = 20  # batches of one validation; the last one reads as many
+    log_every: int = 10
+    activation_checkpointing: bool = False
+    deterministic: bool = False
+
+    def validate(self) -> None:
+        one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        one_of("trainer.strategy", self.strategy, ("auto", "ddp"))
+        one_of("trainer.precision", self.precision, PRECISIONS)
+        at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
+        at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every)
+        if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
+            raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
+
+
+@dataclass
+class LoggerConfig:
+    """conf/logger: wandb beside the metrics.jsonl that every run writes."""
+
+    mode: str = "offline"
+    project: str = "flash-ladder"
+    name: str | None = None
+
+    def validate(self) -> None:
+        one_of("logger.mode", self.mode, ("offline", "online", "disabled"))
+
+
+@dataclass
+class Config:
+    """conf/train.yaml: one run."""
+
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = 1337
+    resume: str | None = None  # a run's folder: its configuration, and training goes on from its last checkpoint
+    prompt: str = "def "  # the sample that a run ends with starts so
+
+    def validate(self) -> None:
+        for group in (self.attention, self.model, self.data, self.optimizer, self.trainer, self.logger):
+            group.validate()
+        if self.model.position == "learned" and self.data.seq_len > self.model.max_seq_len:
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} is longer than the learned position table, model.max_seq_len="
+                f"{self.model.max_seq_len}; raise max_seq_len or take model.position=rotary"
+            )
+
+
+# ---- the scripts: one dataclass per file of scripts/conf ----
+
+
+@dataclass
+class ExportConfig:
+    """scripts/conf/export.yaml: which checkpoint of which run, and how the exported model is checked."""
+
+    run: str | None = None  # the folder that train.py wrote
+    checkpoint: str = "best"  # best, last, or the path of a .ckpt file
+    out: str | None = None  # None: RUN/export
+    attention: str = "auto"  # auto: what the run trained with
+    precision: str = "auto"  # auto: what the run trained in
+    windows: int | None = None  # validation windows; None: as many as one validation of the training read
+    seq_len: int | None = None  # cut the windows to so many tokens, for eager attention to fit; None: as in training
+    batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
+    device: str = "auto"
+
+    def validate(self) -> None:
+        if not self.run:
+            raise UserError("run=RUN is missing: name the folder that train.py wrote, such as run=outputs/DATE/TIME")
+        if not self.checkpoint.endswith(".ckpt"):
+            one_of("checkpoint", self.checkpoint, ("best", "last", "PATH.ckpt"))
+        one_of("attention", self.attention, BACKENDS)
+        one_of("precision", self.precision, PRECISIONS)
+        at_least(1, windows=self.windows, seq_len=self.seq_len, batch_size=self.batch_size)
+
+
+@dataclass
+class EvaluateConfig:
+    """scripts/conf/evaluate.yaml: an exported model on a backend of this machine."""
+
+    model: str | None = None  # the folder that scripts/export.py wrote
+    attention: str = "auto"  # auto: the best one for this machine
+    against: str | None = None  # a second backend: logits are compared too
+    precision: str = "auto"  # auto: what the run trained in
+    text: str | None = None  # a text file of your own instead of the validation windows
+    windows: int | None = None  # the first so many windows; None: all
+    batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
+    device: str = "auto"
+    out: str | None = None  # a JSON file for the result
+
+    def validate(self) -> None:
+        if not self.model:
+            raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
+        one_of("attention", self.attention, BACKENDS)
+        if self.against is not None:
+            one_of("against", self.against, BACKENDS)
+        one_of("precision", self.precision, PRECISIONS)
+        at_least(1, windows=self.windows, batch_size=self.batch_size)
+
+
+@dataclass
+class GenerateConfig:
+    """scripts/conf/generate.yaml: text from an exported model."""
+
+    model: str | None = None  # the folder that scripts/export.py wrote
+    prompt: str = "def "
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int | None = 50  # draw among the k likeliest tokens; None: among all
+    seed: int = 0
+    attention: str = "auto"  # auto: the best one for this machine
+    device: str = "auto"
+
+    def validate(self) -> None:
+        if not self.model:
+            raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
+        one_of("attention", self.attention, BACKENDS)
+        at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
+        at_least(0, temperature=self.temperature)
+
+
+@dataclass
+class BenchmarkConfig:
+    """scripts/conf/benchmark_attention.yaml: the grid of shapes and the backends timed on it."""
+
+    backends: list[str] = field(default_factory=lambda: ["flash_v2", "fa2", "cudnn", "efficient"])
+    baseline: str = "fa2"  # the one that ratios are taken of
+    seq_len: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
+    head_dim: list[int] = field(default_factory=lambda: [64, 128])
+    causal: list[bool] = field(default_factory=lambda: [True, False])
+    tokens: int = 16384  # batch * seq_len
+    width: int = 2048  # heads * head_dim
+    n_kv_head: int | None = None  # None: as many as query heads
+    dtype: str = "bfloat16"
+    milliseconds: int = 100  # how long each figure is measured for
+    out: str | None = None  # a JSON file for the result
+
+    def validate(self) -> None:
+        choices = ("flash_v2", "eager", "sdpa", "fa2", "cudnn", "efficient")
+        for backend in self.backends:
+            one_of("backends", backend, choices)
+        if self.baseline not in self.backends:
+            raise UserError(f"baseline={self.baseline} is not among backends ({', '.join(self.backends)})")
+        one_of("dtype", self.dtype, ("bfloat16", "float16", "float32"))
+        at_least(1, tokens=self.tokens, width=self.width, n_kv_head=self.n_kv_head, milliseconds=self.milliseconds)
+        for head_dim in self.head_dim:
+            at_least(1, head_dim=head_dim)
+            if self.width % head_dim or (self.n_kv_head and self.width // head_dim % self.n_kv_head):
+                raise UserError(f"head_dim={head_dim}: width={self.width} must be a whole number of heads, and of n_kv_head groups")
+        for seq_len in self.seq_len:
+            at_least(1, seq_len=seq_len)

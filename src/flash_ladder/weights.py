@@ -1,0 +1,39 @@
+"""Tensors in files and in models: read and written without pickle, and only where they fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from flash_ladder.schema import UserError
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
+    """Copies `weights` into `model`; raises UserError, naming the first tensor that differs, where they are another model's."""
+    expected = model.state_dict()
+    for name in [*expected, *weights]:
+        there = tuple(weights[name].shape) if name in weights else "missing"
+        here = tuple(expected[name].shape) if name in expected else "not there"
+        if there != here:
+            raise UserError(f"{source} holds another model: {name} is {there} in it, and {here} in this configuration's model")
+    model.load_state_dict(weights)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file; raises UserError where that fails."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be written ({error})") from None
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it readable by its owner alone
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; raises UserError where it cannot be read."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again, or export again") from None
