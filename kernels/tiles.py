@@ -38,7 +38,7 @@ HOPPER = {
     256: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(128, 32, 8, 1), dkdv=Tile(32, 32, 8, 1)),
 }
 LARGE = {  # 160 KiB and more
-    64: Tiles(forward=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(64, 64, 4, 3)),
+    64: Tiles(forward=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
     128: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 2), dkdv=Tile(64, 64, 8, 2)),
     256: Tiles(forward=Tile(64, 32, 4, 2), dq=Tile(64, 32, 8, 2), dkdv=Tile(32, 32, 8, 1)),
 }
@@ -47,7 +47,7 @@ SMALL = {  # 99 KiB
     128: Tiles(forward=Tile(64, 64, 4, 2), dq=Tile(64, 64, 4, 2), dkdv=Tile(32, 64, 8, 2)),
     256: Tiles(forward=Tile(64, 32, 8, 2), dq=Tile(32, 32, 4, 1), dkdv=Tile(32, 32, 8, 1)),
 }
-FLOAT32 = {  # three TensorFloat-32 products for one of float32
+FLOAT32 = {
     64: Tiles(forward=Tile(32, 32, 4, 1), dq=Tile(32, 32, 4, 1), dkdv=Tile(32, 32, 4, 1)),
     128: Tiles(forward=Tile(32, 32, 8, 1), dq=Tile(32, 32, 8, 1), dkdv=Tile(32, 16, 4, 1)),
     256: Tiles(forward=Tile(16, 16, 8, 1), dq=Tile(16, 16, 8, 1), dkdv=Tile(16, 16, 8, 1)),

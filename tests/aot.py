@@ -1,7 +1,7 @@
 """Compiles flash_v2's kernels for a GPU that need not be here, and reads what came out.
 
-`python -m tests.aot CAPABILITY DTYPE HEAD_DIM...` prints one JSON line per kernel and head_dim. Run with TRITON_INTERPRET=0: a process that
-interprets kernels cannot compile them.
+`python -m tests.aot CAPABILITY DTYPE HEAD_DIM...` prints one JSON line per kernel and head_dim. Run it with TRITON_INTERPRET=0:
+a process that interprets kernels cannot compile them.
 """
 
 import json
@@ -35,7 +35,7 @@ def compile_kernel(name: str, capability: int, dtype: torch.dtype, head_dim: int
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": flash_v2.precision(dtype, head_dim),
         "WIDE": False,
         "DLSE": None,
     }

@@ -59,7 +59,12 @@ def made_up_run(folder: Path, *, attention: str = "sdpa", precision: str = "32",
         "data": asdict(text.stats),
     }
     (run / "environment.json").write_text(json.dumps(environment))
-    lines = [{"step": 3, "val/loss": 9.0}, {"step": STEP, "train/loss": 8.0}, {"step": STEP, "val/loss": loss}]
+    lines = [
+        {"step": 3, "val/loss": 9.0},
+        {"step": STEP, "train/loss": 8.0},
+        {"step": STEP, "val/loss": loss},
+        {"step": 9, "val/loss": 9.0},
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     checkpoint = {
         "state_dict": {f"net.{name}": w for name, w in net.state_dict().items()},

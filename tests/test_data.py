@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import flash_ladder.data
 from flash_ladder import corpus
 from flash_ladder.corpus import open_corpus
 from flash_ladder.data import TextData, TrainingOrder
@@ -38,6 +39,12 @@ def test_windows_overlap_by_one_token(twenty):
     assert windows[:, :-1].flatten().tolist() == val.read(0, 16 * len(windows)).tolist()
     assert windows[:, 1:].flatten().tolist() == val.read(1, 16 * len(windows) + 1).tolist()
     assert data.val_windows(3)["tokens"].tolist() == windows[:3].tolist()
+
+
+def test_last_window_needs_a_target_for_its_last_token(tmp_path):
+    cfg = config(tmp_path, write_txt(tmp_path / "text", ["x" * 63] * 20))
+    assert text_data(cfg).stats.n_val_tokens == 16 * 16
+    assert len(text_data(cfg).val_windows(None)["tokens"]) == 15
 
 
 def test_document_ids(tmp_path):
@@ -185,6 +192,7 @@ def test_resumed_training_sees_the_same_batches(tmp_path, twenty, num_workers, a
 def stream(tmp_path, monkeypatch) -> DataConfig:
     hub = hub_folder(tmp_path)
     monkeypatch.setattr(corpus, "STREAM_VALIDATION_BYTES", 1000)
+    monkeypatch.setattr(flash_ladder.data, "SHUFFLE_BUFFER", 9)
     hub.streaming = True
     return hub
 

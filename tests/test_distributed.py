@@ -1,8 +1,9 @@
 """Two processes on one machine, joined by gloo, train as one process does on the same global batch."""
 
-import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +16,6 @@ from tests.tiny import metrics, overrides, tiny_config, values
 ROOT = Path(__file__).parents[1]
 
 
-def two(*arguments, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, ROOT / "train.py", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-    )
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
@@ -33,7 +23,8 @@ def pair(tmp_path_factory):
         folder, devices=2, strategy="ddp", max_steps=4, val_every=2, val_batches=4
     )  # of one window each, so the same 4
     cfg = replace(cfg, data=replace(cfg.data, batch_size=1))  # of one window, where `alone` has two
-    done = two(*overrides(cfg), "hydra.run.dir=run", cwd=folder)
+    train_py = [sys.executable, ROOT / "train.py", *overrides(cfg), "hydra.run.dir=run"]
+    done = subprocess.run(train_py, cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -57,3 +48,21 @@ def test_two_processes_train_as_one_on_the_same_global_batch(pair):
     )
     for name in one:
         torch.testing.assert_close(both[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_signal_to_the_first_process_stops_both_at_one_step(tmp_path):
+    cfg = tiny_config(tmp_path, devices=2, strategy="ddp", max_steps=1_000_000, val_every=1_000_000, log_every=10)
+    train_py = [sys.executable, ROOT / "train.py", *overrides(cfg), "hydra.run.dir=run"]
+    process = subprocess.Popen(train_py, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        record = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (record.exists() and record.read_text().count("\n") > 3):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert f"stopped by SIGTERM after step {step}; to go on: python train.py resume=" in printed
+    assert step % 10 == 0 and "Traceback" not in errors

@@ -1,6 +1,8 @@
 """The exported folder: what it holds, that it comes back as it was, and a clear line for one that is not whole."""
 
+import errno
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -93,6 +95,18 @@ def test_what_a_kill_left_is_put_right(exported, tmp_path):
     (tmp_path / ".export.new").mkdir()
     with pytest.raises(RuntimeError), replace_folder(exported, FILES):
         raise RuntimeError
+    assert load_export(exported)[0].cfg.n_layer == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_rename_that_fails_keeps_the_export_that_was_there(exported, tmp_path, monkeypatch):
+    def rename(path, target):
+        if path.name.endswith(".new"):
+            raise OSError(errno.EIO, "Input/output error")
+        os.rename(path, target)
+
+    monkeypatch.setattr(type(exported), "rename", rename)
+    refused("cannot be written .Input/output error.; an export that was there before is kept", export_to, exported)
     assert load_export(exported)[0].cfg.n_layer == 2
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 

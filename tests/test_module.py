@@ -83,6 +83,17 @@ def test_a_validation_loss_that_is_not_finite_writes_no_checkpoint(tmp_path, mon
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.parametrize("grad_clip", [0.5, 0.0])
+def test_gradients_are_clipped_to_their_global_norm(tmp_path, grad_clip):
+    gpt = module(tmp_path)
+    gpt.optimizer_config.grad_clip = grad_clip
+    for p in gpt.parameters():
+        p.grad = torch.ones_like(p)
+    gpt.configure_gradient_clipping(None)
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in gpt.parameters()))
+    assert norm == pytest.approx(grad_clip or math.sqrt(gpt.net.n_params), rel=1e-4)
+
+
 def test_loss_is_the_cross_entropy_of_the_next_token(tmp_path):
     cfg = tiny_config(tmp_path)
     data = TextData(cfg.data, seed=0, val_batches=1)

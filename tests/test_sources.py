@@ -66,9 +66,10 @@ def test_stdlib_is_source_code_without_tests():
 
 def test_hub(tmp_path):
     opened = open_corpus(hub_folder(tmp_path), seed=0)
-    train, val = (words_of(text_of(part, opened.tokenizer)) for part in (opened.train, opened.val))
-    assert len(train | val) == 30
-    assert not train & val
+    train, val = (text_of(part, opened.tokenizer) for part in (opened.train, opened.val))
+    assert (train + val).count(END) == 30  # none for the null
+    assert len(words_of(train) | words_of(val)) == 30
+    assert not words_of(train) & words_of(val)
 
 
 def test_hub_without_warnings(tmp_path, monkeypatch, caplog):
@@ -138,6 +139,11 @@ def test_bad_hub_choices(tmp_path, streaming):
         ({"hub_name": hub.hub_name + "s"}, "cannot be loaded"),
     ]:
         refused(DataConfig(**{**vars(hub), **change}), message)
+
+
+def test_hub_without_text(tmp_path):
+    datasets.Dataset.from_dict({"text": ["", None, ""]}).to_parquet(str(tmp_path / "train.parquet"))
+    refused(config(tmp_path, None, hub_name=str(tmp_path)), "no text")
 
 
 def test_stream_that_is_too_short(tmp_path):

@@ -13,8 +13,8 @@ import torch
 
 from flash_ladder.config import UserError
 from flash_ladder.place import find_devices, find_place, find_precision
-from flash_ladder.schema import TrainerConfig
-from flash_ladder.training import train
+from flash_ladder.schema import AttentionConfig, TrainerConfig
+from flash_ladder.training import printable, train
 from tests.tiny import metrics, overrides, tiny_config, values
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def test_metrics_have_the_names_of_the_design(whole):
 
 def test_the_report_says_what_a_run_came_to(whole):
     _, run, printed = whole
-    assert printed.startswith("attention: sdpa (CPU, float32, head_dim 8)\nprecision: 32 (a CPU)\ndata: 24 documents")
+    assert printed.startswith("attention: sdpa (CPU, float32, head_dim 16)\nprecision: 32 (a CPU)\ndata: 24 documents")
     assert f"validation   loss {values(run, 'val/loss')[6]:.4f}" in printed
     for name in (
         "attention memory: one layer",
@@ -110,6 +110,32 @@ def test_best_is_the_lowest_validation_loss(tmp_path, monkeypatch):
     losses = values(tmp_path / "run", "val/loss")
     assert len(losses) == 4
     assert checkpoint(tmp_path / "run", "best")["global_step"] == min(losses, key=losses.get) == 2
+
+
+def test_mixed_precision_documents_and_recomputation_go_together(tmp_path):
+    cfg = tiny_config(tmp_path, precision="bf16-mixed", activation_checkpointing=True, accumulate=2)
+    cfg = replace(cfg, data=replace(cfg.data, document_ids=True), optimizer=replace(cfg.optimizer, grad_clip=1.0))
+    train(cfg, tmp_path / "run")
+    assert values(tmp_path / "run", "val/loss")[6] < values(tmp_path / "run", "val/loss")[3]
+
+
+@pytest.mark.parametrize("backend", ["eager", "flash_v2"])
+@pytest.mark.filterwarnings("ignore:flash_v2 runs in Triton's interpreter")
+def test_every_backend_trains_the_same_model(tmp_path, whole, backend):
+    cfg = tiny_config(tmp_path, max_steps=3)
+    train(replace(cfg, attention=AttentionConfig(backend=backend)), tmp_path / "run")
+    expected = {step: loss for step, loss in values(whole[1], "train/loss").items() if step <= 3}
+    assert values(tmp_path / "run", "train/loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2J\tb\n\x00é") == "a\ufffd[2J\tb\n\ufffdé"
+
+
+def test_the_last_step_is_validated_and_saved_wherever_it_falls(tmp_path):
+    train(tiny_config(tmp_path, max_steps=4), tmp_path / "run")
+    assert list(values(tmp_path / "run", "val/loss")) == [3, 4]
+    assert checkpoint(tmp_path / "run")["global_step"] == 4
 
 
 # ---- going on ----
@@ -174,9 +200,9 @@ def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
         train(replace(cfg, trainer=replace(cfg.trainer, max_steps=3)), run)
     with pytest.raises(UserError, match=r"trained with model\.n_kv_head=1, not 2"):
         train(replace(cfg, model=replace(cfg.model, n_kv_head=2)), run)
-    with pytest.raises(UserError, match=r"embedding.weight is \(8, 16\)"):
+    with pytest.raises(UserError, match=r"embedding.weight is \(8, 32\)"):
         changed = torch.load(last, weights_only=True)
-        changed["state_dict"]["net.embedding.weight"] = torch.zeros(8, 16)
+        changed["state_dict"]["net.embedding.weight"] = torch.zeros(8, 32)
         torch.save(changed, last)
         train(cfg, run)
     last.write_bytes(good[:1000])

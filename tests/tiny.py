@@ -1,4 +1,4 @@
-"""A run small enough to be trained inside a test: bytes of a made-up text, one block of width 16."""
+"""A run small enough to be trained inside a test: bytes of a made-up text, one block of width 32."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ def tiny_config(folder: Path, **trainer: object) -> Config:
         for i in range(24):
             (text / f"{i:02}.txt").write_text("".join(LINES[i : i + 8]))
     return Config(
-        model=ModelConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=16),
+        model=ModelConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=32),
         data=DataConfig(
             source="files",
             files=str(text / "*.txt"),

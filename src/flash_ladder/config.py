@@ -119,8 +119,7 @@ def _check(conf: Path, config_name: str, overrides: list[str], schema: type, swe
             if (conf / key).is_dir():
                 options = sorted(path.stem for path in (conf / key).glob("*.yaml"))
                 for option in str(value).split(",") if not override.is_sweep_override() else override.sweep_string_iterator():
-                    if option != "None":
-                        one_of(key, option, options)
+                    one_of(key, option, options)
             elif not override.is_add() and not _has(defaults, key):
                 raise _unknown_key(key, _without_hydra(defaults))
         first_point = [

@@ -33,7 +33,7 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
     """
     out = out.absolute()
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
-    if old.is_dir() and not out.exists():  # interrupted between the two renames below
+    if old.is_dir() and not out.exists():  # killed between the two renames below
         old.rename(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out} is a file; name a folder")
@@ -59,9 +59,10 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"out={out} cannot be written ({error.strerror}); an export that was there before is kept") from error
     finally:
+        if old.is_dir() and not out.exists():
+            old.rename(out)
         shutil.rmtree(new, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any:

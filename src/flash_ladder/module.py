@@ -62,6 +62,11 @@ class GPTModule(L.LightningModule):
         self.step_loss = sum(losses) / len(losses)
         self.step_lr = optimizer.param_groups[0]["lr"]
 
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clips the global norm. Lightning's own refuses fused AdamW in bf16 too, though only fp16 has a loss scale to undo."""
+        if self.optimizer_config.grad_clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.optimizer_config.grad_clip)
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.val_losses.append(self.loss(batch))
 

@@ -33,9 +33,9 @@ def one_of(key: str, value: str, choices: Iterable[str]) -> None:
 
 
 def at_least(low: float, **values: float | None) -> None:
-    """Raises UserError for the first value (named group__key) that is under `low`; None passes."""
+    """Raises UserError for the first value (named group__key) that is under `low`, or nan; None passes."""
     for name, value in values.items():
-        if value is not None and value < low:
+        if value is not None and not value >= low:
             raise UserError(f"{name.replace('__', '.')}={value} must be at least {low}")
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flash_ladder.schema import LoggerConfig
 
@@ -87,7 +87,7 @@ class WandbCopy(WandbLogger):
             super().log_metrics(metrics, step)
         except (wandb.Error, OSError) as error:
             self.failed = True
-            rank_zero_warn(f"wandb stopped working ({_one_line(error)}); metrics.jsonl goes on")
+            warn(f"wandb stopped working ({_one_line(error)}); metrics.jsonl goes on")
 
     def close(self, *, failed: bool = False) -> None:
         """Sends what is left, for FINISH_TIMEOUT at most."""
@@ -127,10 +127,15 @@ def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> wand
             failures.append(_one_line(error))
             continue
         if failures:
-            rank_zero_warn(f"wandb is offline ({failures[0]}); `wandb sync {run_dir}/wandb/offline-run-*` uploads the run later")
+            warn(f"wandb is offline ({failures[0]}); `wandb sync {run_dir}/wandb/offline-run-*` uploads the run later")
         return run
-    rank_zero_warn(f"wandb could not start ({failures[-1]}); metrics.jsonl has everything")
+    warn(f"wandb could not start ({failures[-1]}); metrics.jsonl has everything")
     return None
+
+
+def warn(text: str) -> None:
+    """One line on the screen, without the source line that Python's warnings add."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -209,7 +209,6 @@ def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[Metrics
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=cfg.trainer.accumulate,
-        gradient_clip_val=cfg.optimizer.grad_clip or None,
         val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,  # in batches
         check_val_every_n_epoch=None,
         limit_val_batches=cfg.trainer.val_batches,
@@ -251,7 +250,7 @@ def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: S
     lines = {
         "validation": f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
         "baseline": f"loss {unigram:.4f}, perplexity {math.exp(unigram):.2f} from token frequencies alone (unigram entropy)",
-        "sample": "\n" + textwrap.indent(sample, "    | ", lambda line: True),
+        "sample": textwrap.indent(printable(sample), " " * 13 + "| ", lambda line: True).lstrip(" "),
         "speed": "not measured in a run of one step" if rate is None else in_words(speed.rates(rate)),
         "first step": f"{speed.first_step_seconds:.1f} s after the start",
         "peak memory": f"{peak_memory_gib(place.device):.2f} GiB ({memory})",
@@ -262,6 +261,11 @@ def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: S
     print()
     for name, value in lines.items():
         print(f"{name:12} {value}", flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, which a terminal would obey, shown as U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def in_words(rates: dict[str, float]) -> str:
