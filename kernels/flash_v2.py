@@ -16,6 +16,7 @@ their gradients; delta = rowsum(do * o). Scores are kept in the base-2 logarithm
 import math
 import warnings
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import triton
@@ -313,7 +314,7 @@ def forward(
     Any Sq and Sk, GQA and MQA, any strides with a contiguous last dimension; scale must be positive.
     """
     if INTERPRET:
-        warnings.warn("flash_v2 runs in Triton's interpreter on the CPU: for checking, far too slow to train with", stacklevel=1)
+        _warn_once()
     batch, n_head, seq_q, head_dim = query.shape
     n_kv_head, seq_k = key.shape[1], key.shape[2]
     output = heads_last(query, output_dtype)
@@ -374,6 +375,11 @@ def backward(
             **_options(tile, query, key, value, grad_output),
         )  # fmt: skip
     return dq, dk, dv
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn("flash_v2 runs in Triton's interpreter on the CPU: for checking, far too slow to train with", stacklevel=2)
 
 
 def _strides(*tensors: Tensor) -> list[int]:

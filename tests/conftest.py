@@ -6,4 +6,4 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-import kernels  # noqa: E402, F401  (before Lightning, which imports Triton)
+import kernels  # noqa: F401  (before Lightning, which imports Triton)

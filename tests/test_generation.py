@@ -11,7 +11,7 @@ import flash_ladder.generation
 from flash_ladder.generation import generate, stream
 from flash_ladder.model import GPT
 from flash_ladder.schema import ModelConfig, UserError
-from flash_ladder.tokenizer import byte_tokenizer
+from flash_ladder.tokenizer import byte_tokenizer, train_bpe
 
 TOKENIZER = byte_tokenizer()
 VOCAB = 320  # the tokenizer's 257, padded
@@ -74,6 +74,26 @@ def test_greedy_decoding_is_the_argmax_of_full_forward_passes(parts, prefill, mo
     text = generate(net, TOKENIZER, prompt, max_new_tokens=30, temperature=0)
     assert text == TOKENIZER.decode(ids)
     assert text == generate(net, TOKENIZER, prompt, max_new_tokens=30, temperature=0.5, top_k=1, seed=3)
+
+
+def test_a_space_that_ends_the_prompt_is_the_first_tokens():
+    """The model reads "def" and must write a token that begins with the space, though it would rather write another."""
+    words = train_bpe(["def one two three four " * 50], 300)
+    with_space = words.encode("def one")[-1]
+    assert words.decode([with_space]) == " one"
+    read = []
+
+    class Eager(Scripted):
+        def forward(self, tokens, *, cache):
+            read.append(tokens[0].tolist())
+            return super().forward(tokens, cache=cache)
+
+    likes = torch.full((VOCAB,), -1e4)
+    likes[words.encode("x")[0]], likes[with_space] = 5.0, 1.0
+    assert generate(Eager([likes, saying([]).script[0]]), words, "def ", max_new_tokens=1, temperature=0) == "def one"
+    assert read == [words.encode("def")]
+    assert generate(Eager([likes]), words, "def", max_new_tokens=1, temperature=0) == "defx"
+    assert "".join(stream(small(), TOKENIZER, "a  ", max_new_tokens=5)).startswith("a  ")
 
 
 def test_the_seed_decides_the_text():

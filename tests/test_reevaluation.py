@@ -93,3 +93,15 @@ def test_an_export_without_its_record_is_refused(exported, tmp_path):
     (tmp_path / "copy" / "parity.json").unlink()
     with pytest.raises(UserError, match=r"parity\.json is missing"):
         evaluated(tmp_path / "copy")
+
+
+NOT_FINITE = [{"rounding": None}, {"window_losses": {"sdpa": [None]}}, {"window_losses": {}}, {"backend": "x"}]
+
+
+@pytest.mark.parametrize("change", NOT_FINITE)
+def test_a_record_that_is_not_finite_is_refused(exported, tmp_path, change):
+    shutil.copytree(exported, tmp_path / "copy")
+    record = json.loads((exported / "parity.json").read_text())
+    (tmp_path / "copy" / "parity.json").write_text(json.dumps(record | change))
+    with pytest.raises(UserError, match="holds no finite losses"):
+        evaluated(tmp_path / "copy")

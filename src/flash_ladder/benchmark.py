@@ -43,32 +43,82 @@ class Cell:
     note: str = ""
 
 
-def benchmark(cfg: BenchmarkConfig) -> list[Cell]:
-    """Measures the grid, prints a table as it goes, and writes cfg.out; raises UserError without a GPU."""
+@dataclass
+class Result:
+    """A grid measured, and where."""
+
+    device: str
+    torch: str
+    config: dict
+    cells: list[Cell]
+
+
+def benchmark(cfg: BenchmarkConfig) -> Result:
+    """Measures the grid, or reads cfg.read; prints the table, writes cfg.out (JSON) and cfg.plot (PNG).
+
+    Raises UserError without a GPU, and for a file that cannot be read.
+    """
+    result = read(Path(cfg.read)) if cfg.read else measure_grid(cfg)
+    if cfg.read:
+        print_header(result)
+        for row in rows(result):
+            print_row(row, result)
+    if cfg.out:
+        Path(cfg.out).write_text(json.dumps(asdict(result), indent=1))
+        print(f"\nfigures in {cfg.out}")
+    if cfg.plot:
+        plot(result, Path(cfg.plot))
+        print(f"\npicture in {cfg.plot}")
+    return result
+
+
+def read(path: Path) -> Result:
+    """What an earlier run wrote with out=; raises UserError where it is not that."""
+    try:
+        found = json.loads(path.read_text())
+        return Result(found["device"], found["torch"], found["config"], [Cell(**cell) for cell in found["cells"]])
+    except OSError as error:
+        raise UserError(f"read={path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"read={path} is not a result of this command; out=PATH writes one") from None
+
+
+def measure_grid(cfg: BenchmarkConfig) -> Result:
+    """Every backend at every shape, printed as it goes."""
     if not torch.cuda.is_available():
-        raise UserError("scripts/benchmark_attention.py needs an NVIDIA GPU, and PyTorch finds none here")
+        raise UserError("benchmark_attention.py needs an NVIDIA GPU, and PyTorch finds none here; read=FILE shows an earlier run")
     device = torch.device("cuda", torch.cuda.current_device())
-    print(f"{describe(device)}; torch {torch.__version__}; {cfg.dtype}; {cfg.tokens} tokens, width {cfg.width}")
-    print(f"TFLOP/s forward / backward and peak memory above the inputs; in brackets the share of {cfg.baseline}'s speed\n")
-    cells = []
+    result = Result(describe(device), torch.__version__, asdict(cfg), [])
+    print_header(result)
     for causal in cfg.causal:
         for head_dim in cfg.head_dim:
             for seq_len in cfg.seq_len:
                 row = [measure(cfg, backend, head_dim, seq_len, causal, device) for backend in cfg.backends]
-                cells += row
-                baseline = next(cell for cell in row if cell.backend == cfg.baseline)
-                shape = f"{'causal' if causal else 'full':<6} D={head_dim:<3} S={seq_len:<6}"
-                print(shape + "  ".join(describe_cell(cell, baseline) for cell in row), flush=True)
-    if cfg.out:
-        result = {
-            "device": describe(device),
-            "torch": torch.__version__,
-            "config": asdict(cfg),
-            "cells": [asdict(c) for c in cells],
-        }
-        Path(cfg.out).write_text(json.dumps(result, indent=1))
-        print(f"\nwritten to {cfg.out}")
-    return cells
+                result.cells += row
+                print_row(row, result)
+    return result
+
+
+def rows(result: Result) -> list[list[Cell]]:
+    """The cells of each shape, in the order measured."""
+    shapes: dict[tuple, list[Cell]] = {}
+    for cell in result.cells:
+        shapes.setdefault((cell.causal, cell.head_dim, cell.seq_len), []).append(cell)
+    return list(shapes.values())
+
+
+def print_header(result: Result) -> None:
+    """Where and on what."""
+    cfg = result.config
+    print(f"{result.device}; torch {result.torch}; {cfg['dtype']}; {cfg['tokens']} tokens, width {cfg['width']}")
+    print(f"TFLOP/s forward / backward and peak memory above the inputs; in brackets the multiple of {cfg['baseline']}'s speed\n")
+
+
+def print_row(row: list[Cell], result: Result) -> None:
+    """One shape, all backends."""
+    baseline = next(cell for cell in row if cell.backend == result.config["baseline"])
+    shape = f"{'causal' if row[0].causal else 'full':<6} D={row[0].head_dim:<3} S={row[0].seq_len:<6}"
+    print(shape + "  ".join(describe_cell(cell, baseline) for cell in row), flush=True)
 
 
 def describe_cell(cell: Cell, baseline: Cell) -> str:
@@ -129,3 +179,39 @@ def runner(backend: str, causal: bool) -> Callable[[Tensor, Tensor, Tensor], Ten
             return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
 
     return run
+
+
+def plot(result: Result, path: Path) -> None:
+    """One panel for each direction, mask and head_dim: TFLOP/s over sequence length, a line a backend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(not cell.causal, cell.head_dim) for cell in result.cells})
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6), sharex=True, sharey="row", squeeze=False)
+    backends = list(dict.fromkeys(cell.backend for cell in result.cells))
+    for column, (full, head_dim) in enumerate(panels):
+        for line, figure_of in enumerate(("forward_tflops", "backward_tflops")):
+            axis = axes[line][column]
+            for number, backend in enumerate(backends):
+                cells = [c for c in result.cells if (c.backend, not c.causal, c.head_dim) == (backend, full, head_dim)]
+                drawn = [(c.seq_len, getattr(c, figure_of)) for c in cells if getattr(c, figure_of) is not None]
+                width = 2.5 if backend.startswith("flash") else 1.2
+                axis.plot(*zip(*drawn, strict=True), marker="o", markersize=4, color=f"C{number}", linewidth=width, label=backend)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sorted({c.seq_len for c in result.cells}), [str(s) for s in sorted({c.seq_len for c in result.cells})])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            if line == 0:
+                axis.set_title(f"{'full' if full else 'causal'}, head_dim {head_dim}", fontsize=10)
+            else:
+                axis.set_xlabel("sequence length")
+    axes[0][0].set_ylabel("forward, TFLOP/s")
+    axes[1][0].set_ylabel("backward, TFLOP/s")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(f"Attention on one {result.device}, {result.config['dtype']}, {result.config['tokens']} tokens", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -59,8 +59,11 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint as plain data. Raises UserError where it is missing, empty, cut short, changed or not a checkpoint."""
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint as plain data; with `mmap` its tensors stay on the disk until they are used.
+
+    Raises UserError where it is missing, empty, cut short, changed or not a checkpoint.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
@@ -69,7 +72,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()  # torch.load reads past flipped bits without a word; the archive's checksums do not
-        checkpoint = None if changed else torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = None if changed else torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: it was cut short, or is not a checkpoint; take another one") from error
     if changed:
@@ -89,7 +92,7 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
     Raises UserError for a folder that is no run, and for a checkpoint that is missing, damaged or from another model.
     """
     path = find_checkpoint(run, which)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mmap=True)  # the optimiser's state, twice the weights, is not wanted
     try:
         config = checkpoint["hyper_parameters"]["config"]
         weights = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name.startswith("net.")}
@@ -108,7 +111,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
     one_of("checkpoint", which, ("best", "last"))
     folder = run / "checkpoints"
     if not folder.is_dir():
-        runs = sorted(run.glob("**/checkpoints"))
+        runs = sorted([*run.glob("*/checkpoints"), *run.glob("*/*/checkpoints")])
         hint = f"did you mean run={runs[-1].parent}?" if runs else "name a folder that train.py wrote, such as outputs/DATE/TIME"
         raise UserError(f"run={run} {'is not a run (it has no checkpoints folder)' if run.is_dir() else 'does not exist'}; {hint}")
     path = folder / f"{which}.ckpt"

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from flash_ladder.config import ModelConfig, UserError
 from flash_ladder.model import GPT
 from flash_ladder.place import DTYPES
+from flash_ladder.schema import ModelConfig, UserError
 from kernels import Choice, Unsupported, choose
 
 BATCH_WINDOWS = 32  # in a batch whose size nobody chose, or as many as keep ...
 BATCH_ELEMENTS = 2**28  # ... logits, and attention scores of a layer, under 1 GiB in float32
-CHUNK_ELEMENTS = 2**24  # logits that become probabilities at once: 64 MiB in float32
+CHUNK_ELEMENTS = 2**24  # logits that become probabilities at once: 64 MiB in float32 (malloc would keep, and scatter, 16 MiB ones)
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,11 @@ def compare(
     attention where that is one of the two, else with `against`.
     """
     start = time.perf_counter()
-    losses: dict[str, list[Tensor]] = {"candidate": [], "against": []}
+    trusted = "eager" if backend == "eager" else against
     apart, rounding = _Difference(), _Difference()
-    for batch in batches(model, windows, batch_size, f"{backend} against {against}"):
+    losses: dict[str, list[Tensor]] = {"candidate": [], "against": []}
+
+    def take_in(batch: dict[str, Tensor]) -> None:  # a function, so that its logits are gone before the next batch has any
         targets = batch["tokens"][:, 1:]
         reference = logits(model, batch, against, precision)
         candidate = reference if backend == against else logits(model, batch, backend, precision)
@@ -136,12 +138,14 @@ def compare(
         losses["candidate"].append(token_losses(candidate, targets))
         apart.add(reference, candidate)
         if precision != "32":
-            trusted, rounded = ("eager", candidate) if backend == "eager" else (against, reference)
-            del reference, candidate  # `rounded` is one of them
+            rounded = candidate if trusted == backend else reference
+            del reference, candidate
             rounding.add(logits(model, batch, trusted, "32"), rounded)
 
-    noise = rounding.mean_kl if precision != "32" else 0.0
+    for batch in batches(model, windows, batch_size, f"{backend} against {against}"):
+        take_in(batch)
     seconds = time.perf_counter() - start
+    noise = rounding.mean_kl if precision != "32" else 0.0
     return Parity(
         candidate=summarise(backend, precision, losses["candidate"], seconds),
         against=summarise(against, precision, losses["against"], seconds),
@@ -177,7 +181,7 @@ class _Difference:
             # sum p (log p - log q), plus sum q - sum p = 0: every term is positive, and float32 keeps the small ones.
             p, q = p.log_softmax(-1), q.log_softmax(-1)
             kl = p.exp() * (torch.expm1(q - p) - (q - p))
-            self.sums.append(torch.stack((difference.sum(dtype=torch.float64), kl.sum(dtype=torch.float64))))
+            self.sums.append(torch.stack((difference.sum(-1), kl.sum(-1))).double().sum(-1))
 
     @property
     def mean_difference(self) -> float:

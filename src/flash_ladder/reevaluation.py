@@ -33,7 +33,7 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
     folder = Path(cfg.model)
     device = pick_device(cfg.device)
     model, tokenizer, config = load_export(folder, device=device)
-    recorded = read_json(folder / "parity.json")
+    recorded = recorded_by_export(folder / "parity.json")
     precision = recorded["precision"] if cfg.precision == "auto" else cfg.precision
     windows = load_windows(folder, config) if cfg.text is None else text_windows(Path(cfg.text), tokenizer, config)
     windows = {name: rows[: cfg.windows] for name, rows in windows.items()}
@@ -60,7 +60,7 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
         losses[parity.against.backend] = parity.against.loss
     if cfg.text is None:
         name = f"export ({recorded['backend']})"
-        window_losses = recorded["window_losses"][recorded["backend"]][: cfg.windows]
+        window_losses = recorded["window_losses"][: cfg.windows]
         loss = sum(window_losses) / len(window_losses)
         losses = {name: loss, **losses}
         rounding = max(recorded["rounding"], parity.rounding if parity else 0.0)
@@ -71,6 +71,21 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
         write_json(Path(cfg.out), result | verdict(checks) | ({"parity": record(parity, [], device)} if parity else {}))
         where = f"written to {cfg.out}"
     return report(losses, checks, f"{choice.backend} against {cfg.against}" if cfg.against else choice.backend, where)
+
+
+def recorded_by_export(path: Path) -> dict[str, Any]:
+    """Precision, backend, rounding and window losses of the training's backend, from parity.json.
+
+    Raises UserError where that is missing or not a record of finite losses.
+    """
+    found = read_json(path)
+    try:
+        recorded = {key: found[key] for key in ("precision", "backend", "rounding")}
+        recorded["window_losses"] = [float(loss) for loss in found["window_losses"][found["backend"]]]
+        loss_limit(recorded["rounding"], len(recorded["window_losses"]))
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise UserError(f"{path} holds no finite losses to compare with; export again") from None
+    return recorded
 
 
 def text_windows(path: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Windows:

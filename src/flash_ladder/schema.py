@@ -324,6 +324,8 @@ class BenchmarkConfig:
     dtype: str = "bfloat16"
     milliseconds: int = 100  # how long each figure is measured for
     out: str | None = None  # a JSON file for the result
+    plot: str | None = None  # a PNG file for its picture
+    read: str | None = None  # a JSON file of an earlier run, to show it again and measure nothing
 
     def validate(self) -> None:
         choices = ("flash_v2", "eager", "sdpa", "fa2", "cudnn", "efficient")

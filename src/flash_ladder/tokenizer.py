@@ -47,6 +47,10 @@ class Tokenizer:
         """Returns the text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids past the vocabulary are left out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
+    def starting_with(self, prefix: str) -> list[int]:
+        """Returns the ids of all tokens whose text begins with `prefix`."""
+        return [i for i in range(self.vocab_size) if self.decode([i]).startswith(prefix)]
+
     @property
     def fingerprint(self) -> str:
         """16 hex digits that depend on the whole vocabulary and its merges."""

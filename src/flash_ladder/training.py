@@ -90,7 +90,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     except BaseException as error:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # the others would wait for this process for ever
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) and place.device.type == "cuda":
             raise UserError(out_of_memory(cfg, place, trainer)) from error
         raise
     finally:
