@@ -139,7 +139,10 @@ def test_a_mistake_is_one_line_with_the_nearest_right_one(refused, argument, mes
         ("model.d_model=130", "d_model=128 would work"),
         ("model.n_kv_head=3", "n_kv_head can be 1, 2, 4"),
         ("model.d_model=36 model.n_head=4", "head_dim = d_model / n_head = 9 must be even"),
-        ("model.position=learned model.max_seq_len=128", "data.seq_len=256 is longer than the learned position table"),
+        (
+            "model.position=learned model.max_seq_len=64 data.seq_len=65",
+            "data.seq_len=65 is longer than the learned",
+        ),
         ("model.n_layer=0", "model.n_layer=0 must be at least 1"),
         ("model.vocab_size=1", "model.vocab_size=1 must be at least 2"),
         ("model.norm=batchnorm", "model.norm=batchnorm is not a choice (rmsnorm, layernorm)"),
@@ -225,4 +228,4 @@ def test_help_lists_the_choices(train, capsys, monkeypatch, flag):
     if flag == "--help":
         assert "attention: auto, eager, flash_v2, sdpa" in said and "model: gpt2_124m, gpt2_350m, llama_1b, tiny" in said
         assert "python train.py resume=outputs/DATE/TIME" in said
-    assert "seq_len: 256" in said
+    assert f"seq_len: {DataConfig(**yaml.safe_load((CONF / 'data' / 'stdlib.yaml').read_text())).seq_len}" in said

@@ -192,8 +192,8 @@ def plot(result: Result, path: Path) -> None:
     figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6), sharex=True, sharey="row", squeeze=False)
     backends = list(dict.fromkeys(cell.backend for cell in result.cells))
     for column, (full, head_dim) in enumerate(panels):
-        for line, figure_of in enumerate(("forward_tflops", "backward_tflops")):
-            axis = axes[line][column]
+        for number_of_row, figure_of in enumerate(("forward_tflops", "backward_tflops")):
+            axis = axes[number_of_row][column]
             for number, backend in enumerate(backends):
                 cells = [c for c in result.cells if (c.backend, not c.causal, c.head_dim) == (backend, full, head_dim)]
                 drawn = [(c.seq_len, getattr(c, figure_of)) for c in cells if getattr(c, figure_of) is not None]
@@ -202,12 +202,13 @@ def plot(result: Result, path: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(sorted({c.seq_len for c in result.cells}), [str(s) for s in sorted({c.seq_len for c in result.cells})])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            if line == 0:
+            if number_of_row == 0:
                 axis.set_title(f"{'full' if full else 'causal'}, head_dim {head_dim}", fontsize=10)
             else:
                 axis.set_xlabel("sequence length")
+    for line in axes:
+        line[0].set_ylim(bottom=0)  # shared along a row, once every line is drawn
     axes[0][0].set_ylabel("forward, TFLOP/s")
     axes[1][0].set_ylabel("backward, TFLOP/s")
     axes[0][0].legend(fontsize=8)

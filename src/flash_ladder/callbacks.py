@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from flash_ladder.flops import TokenFlops
@@ -74,9 +76,8 @@ class Speed(Callback):
         self.step = trainer.global_step
         last = self.step >= trainer.max_steps
         if self.first_step_seconds is None:
-            self._stop_clock(module.device)
+            self._begin_interval(self._stop_clock(module.device))
             self.first_step_seconds = seconds_since_start()
-            self.interval_start, self.seconds, self.clock = self.step, 0.0, time.perf_counter()
         if self.step % self.log_every == 0 or last:
             self._log(trainer, module)
         if last:
@@ -85,15 +86,21 @@ class Speed(Callback):
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop_clock(module.device)
 
-    def _stop_clock(self, device: torch.device) -> None:
+    def _stop_clock(self, device: torch.device) -> float:
+        """Returns the time it is."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        now = time.perf_counter()
         if self.clock is not None:
-            self.seconds += time.perf_counter() - self.clock
+            self.seconds += now - self.clock
         self.clock = None
+        return now
+
+    def _begin_interval(self, now: float) -> None:
+        self.interval_start, self.seconds, self.clock = self.step, 0.0, now
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
-        self._stop_clock(module.device)
+        now = self._stop_clock(module.device)
         metrics = {"train/loss": module.step_loss, "train/lr": module.step_lr}
         if not self.latest:
             metrics["speed/first_step_seconds"] = self.first_step_seconds
@@ -105,7 +112,7 @@ class Speed(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self.step)
         self.latest = metrics
-        self.interval_start, self.seconds, self.clock = self.step, 0.0, time.perf_counter()
+        self._begin_interval(now)
 
 
 class Bar(Callback):
@@ -176,6 +183,8 @@ class StopOnSignal(Callback):
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
         self._restore()
+        if rank_zero_only.rank == 0:
+            os.write(2, b"\nstopping between two steps; once more to stop at once\n")  # print may not be called in a handler
 
     def _restore(self) -> None:
         for signum, handler in self.before.items():
