@@ -86,6 +86,8 @@ class ModelConfig:
         at_least(1, model__n_layer=self.n_layer, model__n_head=self.n_head, model__n_kv_head=self.n_kv_head)
         at_least(1, model__d_model=self.d_model, model__d_ff=self.d_ff, model__max_seq_len=self.max_seq_len)
         at_least(2, model__vocab_size=self.vocab_size)
+        at_least(0, model__norm_eps=self.norm_eps)
+        at_least(1, model__rope_theta=self.rope_theta)
         one_of("model.norm", self.norm, ("rmsnorm", "layernorm"))
         one_of("model.position", self.position, ("rotary", "learned"))
         one_of("model.mlp", self.mlp, ("swiglu", "gelu"))
