@@ -2,12 +2,14 @@
 
 import os
 import sys
+import time
 
 import pytest
 import yaml
 
+import flash_ladder.config
 from flash_ladder.config import CONF, Config, front_door
-from flash_ladder.schema import DataConfig, ModelConfig
+from flash_ladder.schema import DataConfig, ModelConfig, UserError
 
 
 @pytest.fixture
@@ -49,6 +51,7 @@ def test_defaults_are_what_conf_says(train, tmp_path):
     assert cfg.model == ModelConfig(**yaml.safe_load((CONF / "model" / "tiny.yaml").read_text()))
     assert cfg.attention.backend == "auto" and cfg.prompt == "def "
     assert folder.is_dir() and folder.parents[1] == tmp_path / "outputs"  # outputs/DATE/TIME
+    assert cfg == Config()  # one set of defaults, though YAML and dataclasses both write it down
 
 
 def test_groups_keys_and_an_experiment(train):
@@ -212,6 +215,26 @@ def test_resume_takes_the_runs_own_values_and_then_the_new_ones(train, tmp_path)
     assert (cfg.data.seq_len, cfg.trainer.max_steps, cfg.resume, cfg.prompt) == (64, 20, "run", 'it\'s, "x" = ${y}')
     _, _, [(cfg, folder)] = train("resume=run")  # again: what the second call added is kept
     assert (folder, cfg.data.seq_len, cfg.trainer.max_steps, cfg.resume) == (tmp_path / "run", 64, 20, "run")
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(train, tmp_path):
+    """What main refuses (a checkpoint of another shape, say) is not what the run is resumed with next time."""
+    train("hydra.run.dir=run", "data.seq_len=64")
+
+    def main(cfg, folder):
+        raise UserError("another model")
+
+    assert train("resume=run", "model.n_layer=9", main=main)[:2] == (2, "error: another model\n")
+    _, _, [(cfg, _)] = train("resume=run")
+    assert (cfg.model.n_layer, cfg.data.seq_len) == (4, 64)
+
+
+def test_the_clock_is_read_once(train, tmp_path, monkeypatch):
+    """The run's folder is named after the second in which it was checked, and no other is made a second later."""
+    make = flash_ladder.config._check_writable
+    monkeypatch.setattr(flash_ladder.config, "_check_writable", lambda folder: (make(folder), time.sleep(1.1)))
+    _, _, [(_, folder)] = train()
+    assert [p for p in (tmp_path / "outputs").glob("*/*") if p.is_dir()] == [folder]
 
 
 def test_resume_of_nothing_is_refused(refused):

@@ -162,27 +162,36 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
 
 
-def _resumed(overrides: list[str]) -> list[str]:
-    """With `resume=RUN`: that run's own overrides, then the new ones, and RUN as the folder to go on in."""
+def _run_to_resume(overrides: list[str]) -> Path | None:
+    """The file with the overrides of the run that `resume=RUN` names; None where nothing is resumed."""
     runs = [o.partition("=")[2] for o in overrides if o.startswith("resume=") and o not in ("resume=", "resume=null")]
     if not runs:
-        return overrides
-    run = Path(runs[-1])
-    saved = run / ".hydra" / "overrides.yaml"
+        return None
+    saved = Path(runs[-1]) / ".hydra" / "overrides.yaml"
     if not saved.is_file():
-        raise UserError(f"resume={run}: there is no run here (no {saved}); name a folder that train.py wrote, outputs/DATE/TIME")
+        raise UserError(
+            f"resume={runs[-1]}: there is no run here (no {saved}); name a folder that train.py wrote, outputs/DATE/TIME"
+        )
+    return saved
+
+
+def _resumed(saved: Path, overrides: list[str]) -> list[str]:
+    """The run's own overrides, then the new ones, and its folder to go on in."""
     before = [o for o in OmegaConf.to_container(OmegaConf.load(saved)) if not o.startswith("resume=")]
-    return [*before, *overrides, f"hydra.run.dir={run}"]
+    return [*before, *overrides, f"hydra.run.dir={_quoted(str(saved.parents[1]))}"]
+
+
+def _quoted(text: str) -> str:
+    """Any text as a quoted value for Hydra, to whom spaces, quotes, commas and ${ mean something."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    text = re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text)
+    return f"'{text}'"
 
 
 def _verbatim(argument: str) -> str:
-    """Quotes the value of `prompt=...`, which is any text, for Hydra, to whom spaces, quotes, commas and ${ mean something."""
+    """Quotes the value of `prompt=...`, which is any text."""
     key, equals, text = argument.partition("=")
-    if key != "prompt" or not equals:
-        return argument
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
-    text = re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text)
-    return f"prompt='{text}'"
+    return f"prompt={_quoted(text)}" if key == "prompt" and equals else argument
 
 
 def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int | None], conf: Path = CONF) -> None:
@@ -191,15 +200,23 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
     `output_dir` is Hydra's run folder (the working folder for commands that write none). The process exits with what `main`
     returns, with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
-    sys.argv[1:] = map(_verbatim, sys.argv[1:])
-    flags = [a for a in sys.argv[1:] if a.startswith("-")]
+    arguments = [_verbatim(argument) for argument in sys.argv[1:]]
+    flags = [a for a in arguments if a.startswith("-")]
+    overrides = [a for a in arguments if a not in flags]
+    saved, saved_text = None, ""
+    sys.argv[1:] = arguments
     try:
         # Hydra's own flags (--help, --cfg) need no check, nor do the processes that DDP starts from a checked one.
         if set(flags) <= {"-m", "--multirun"}:
-            sys.argv[1:] = [*flags, *_resumed([a for a in sys.argv[1:] if a not in flags])]
-            cfg = _check(conf, config_name, [a for a in sys.argv[1:] if a not in flags], schema, sweep=bool(flags))
+            saved = _run_to_resume(overrides)
+            if saved is not None:
+                overrides, saved_text = _resumed(saved, overrides), saved.read_text()
+            cfg = _check(conf, config_name, overrides, schema, sweep=bool(flags))
             if cfg.hydra.output_subdir is not None:  # the scripts have no run folder
                 _check_writable(Path(cfg.hydra.run.dir))
+                if not flags:  # Hydra would read the clock again, and a second later make another folder
+                    overrides.append(f"hydra.run.dir={_quoted(cfg.hydra.run.dir)}")
+            sys.argv[1:] = [*flags, *overrides]
     except UserError as error:
         _fail(error)
 
@@ -210,6 +227,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
         try:
             code = main(parse(cfg, schema), Path(HydraConfig.get().runtime.output_dir))
         except UserError as error:
+            if saved is not None:  # a run that could not go on stays as it was; Hydra has written the new overrides into it
+                saved.write_text(saved_text)
             _fail(error)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)

@@ -58,7 +58,7 @@ class ModelConfig:
 
     n_layer: int = 4
     n_head: int = 4
-    n_kv_head: int = 4
+    n_kv_head: int = 2
     d_model: int = 128
     d_ff: int | None = None  # None: 4 * d_model for GELU; SwiGLU takes two thirds of it, rounded up to 64
     norm: str = "rmsnorm"
@@ -119,7 +119,7 @@ class DataConfig:
     text_column: str = "text"  # jsonl, parquet and hub: the field that holds a document
     tokenizer: str = "bpe"  # bpe: trained on the corpus; bytes: every byte is a token
     vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
-    seq_len: int = 256
+    seq_len: int = 128
     batch_size: int = 8  # sequences a device sees at once
     val_fraction: float = 0.05  # share of the documents held out
     document_ids: bool = False  # keep attention inside a document
@@ -160,10 +160,10 @@ class OptimizerConfig:
 
     lr: float = 3e-3
     min_lr_ratio: float = 0.1  # the cosine ends at lr * min_lr_ratio
-    warmup_steps: int = 20
+    warmup_steps: int = 50
     weight_decay: float = 0.1  # matrices only; norms and biases are not decayed
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
 
     def validate(self) -> None:
@@ -180,15 +180,15 @@ class OptimizerConfig:
 class TrainerConfig:
     """conf/trainer: how long, on what, in which precision."""
 
-    max_steps: int = 400
+    max_steps: int = 800
     accelerator: str = "auto"
     devices: int | str = 1
     strategy: str = "auto"
     precision: str = "auto"
     accumulate: int = 1  # batches per optimiser step
     compile: bool = False
-    val_every: int = 100  # steps between validations
-    val_batches: int = 20  # batches of one validation; the last one reads as many
+    val_every: int = 200  # steps between validations
+    val_batches: int = 40  # batches of one validation; the last one reads as many
     log_every: int = 10
     activation_checkpointing: bool = False
     deterministic: bool = False

@@ -104,10 +104,10 @@ def train(cfg: Config, run_dir: Path) -> None:
 def describe_data(data: TextData) -> str:
     """One line about the corpus and what a model has to beat."""
     stats = data.stats
-    documents = "a stream" if stats.n_documents is None else f"{stats.n_documents:,} documents"
+    documents = "a stream" if stats.n_documents is None else f"{stats.n_documents:,} document{'s' * (stats.n_documents != 1)}"
     size = "" if stats.n_bytes is None else f", {stats.n_bytes / 1e6:.1f} MB"
     tokens = "" if stats.n_train_tokens is None else f"{stats.n_train_tokens:,} tokens to train on, "
-    return f"{documents}{size}: {tokens}{stats.n_val_tokens:,} held out; vocabulary {data.tokenizer.vocab_size:,}"
+    return f"{documents}{size}: {tokens}{stats.n_val_tokens:,} held out ({stats.split}); vocabulary {data.tokenizer.vocab_size:,}"
 
 
 def vocab_size(cfg: Config, tokenizer: Tokenizer) -> int:
