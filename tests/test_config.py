@@ -229,6 +229,20 @@ def test_a_refused_resume_leaves_the_run_as_it_was(train, tmp_path):
     assert (cfg.model.n_layer, cfg.data.seq_len) == (4, 64)
 
 
+def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
+    """What main refuses before it has written anything; what it has written stays."""
+
+    def refuse(cfg, folder):
+        raise UserError("no such file")
+
+    def write_and_refuse(cfg, folder):
+        (folder / "metrics.jsonl").write_text("{}")
+        raise UserError("not finite")
+
+    assert train("hydra.run.dir=a", main=refuse)[0] == train("hydra.run.dir=b", main=write_and_refuse)[0] == 2
+    assert not (tmp_path / "a").exists() and (tmp_path / "b" / "metrics.jsonl").exists()
+
+
 def test_the_clock_is_read_once(train, tmp_path, monkeypatch):
     """The run's folder is named after the second in which it was checked, and no other is made a second later."""
     make = flash_ladder.config._check_writable

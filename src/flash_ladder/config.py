@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,6 +230,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
         except UserError as error:
             if saved is not None:  # a run that could not go on stays as it was; Hydra has written the new overrides into it
                 saved.write_text(saved_text)
+            elif HydraConfig.get().output_subdir is not None:
+                _remove_bare(Path(HydraConfig.get().runtime.output_dir))
             _fail(error)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
@@ -248,6 +251,12 @@ def _check_writable(folder: Path) -> None:
         reason = error.strerror
     if reason:
         raise UserError(f"the output folder {folder} cannot be written ({reason}); set hydra.run.dir=PATH")
+
+
+def _remove_bare(folder: Path) -> None:
+    """Removes the folder of a run that never began: one that holds Hydra's notes alone."""
+    if {path.name for path in folder.iterdir()} == {".hydra"}:
+        shutil.rmtree(folder)
 
 
 def _fail(error: UserError) -> None:
