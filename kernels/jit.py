@@ -6,6 +6,7 @@ before any kernel is defined: where there is no GPU, unless TRITON_INTERPRET say
 
 import os
 import sys
+from importlib.metadata import version
 
 import torch
 
@@ -22,4 +23,9 @@ def interpreter_trouble() -> str | None:
     """Why kernels cannot run on CPU tensors in this process, or None where the interpreter is ready."""
     if TOO_LATE:
         return "Triton was imported before kernels; import kernels first or set TRITON_INTERPRET=1"
-    return None if INTERPRET else "Triton compiles here, and runs on the CPU only with TRITON_INTERPRET=1"
+    if not INTERPRET:
+        return "Triton compiles here, and runs on the CPU only with TRITON_INTERPRET=1"
+    numpy = version("numpy")
+    if version("triton").startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return f"Triton 3.6's interpreter needs numpy below 2.4, not {numpy}; a newer Triton would do too"
+    return None

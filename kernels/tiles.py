@@ -35,12 +35,12 @@ class Tiles:
 HOPPER = {
     64: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
     128: Tiles(forward=Tile(128, 128, 8, 3), dq=Tile(128, 128, 8, 2), dkdv=Tile(32, 64, 4, 3)),
-    256: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(128, 32, 8, 1), dkdv=Tile(32, 32, 8, 1)),
+    256: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(128, 32, 8, 2), dkdv=Tile(32, 32, 8, 1)),
 }
 LARGE = {  # 160 KiB and more
     64: Tiles(forward=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
     128: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 2), dkdv=Tile(64, 64, 8, 2)),
-    256: Tiles(forward=Tile(64, 32, 4, 2), dq=Tile(64, 32, 8, 2), dkdv=Tile(32, 32, 8, 1)),
+    256: Tiles(forward=Tile(64, 32, 8, 2), dq=Tile(64, 32, 8, 2), dkdv=Tile(32, 32, 8, 1)),
 }
 SMALL = {  # 99 KiB
     64: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(64, 64, 4, 2), dkdv=Tile(32, 64, 4, 2)),

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import Choice, Unsupported, attention, choose, eager
+from kernels import Choice, Unsupported, attention, choose, eager, jit
 from kernels.attention import attention_backward, attention_forward
 from tests.reference import DEVICE
 
@@ -161,6 +161,22 @@ def test_refusals_of_dtype_and_head_dim():
         choose(DEVICE, torch.float32, 8, backend="flash_v2")
     with pytest.raises(Unsupported, match="head_dim 16 to 256, not 272"):
         choose(DEVICE, torch.float32, 272, backend="flash_v2")
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="about the interpreter, which runs where there is no GPU")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"TOO_LATE": True}, "Triton was imported before kernels"),
+        ({"INTERPRET": False}, "runs on the CPU only with TRITON_INTERPRET=1"),
+        ({"version": {"triton": "3.6.0", "numpy": "2.4.1"}.get}, "interpreter needs numpy below 2.4, not 2.4.1"),
+    ],
+)
+def test_an_interpreter_that_cannot_run(monkeypatch, change, message):
+    for name, value in change.items():
+        monkeypatch.setattr(jit, name, value)
+    with pytest.raises(Unsupported, match=message):
+        choose(DEVICE, torch.float32, 64, backend="flash_v2")
 
 
 # ---- the choice ----
