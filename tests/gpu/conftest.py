@@ -9,4 +9,4 @@ def pytest_collection_modifyitems(items):
         if "tests/gpu/" in str(item.path):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and there is none here"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; on a machine with one, python -m pytest tests/gpu"))

@@ -1,6 +1,6 @@
 """flash_v2 on the GPU: real tiles, long sequences, large tensors, streams, graphs and devices.
 
-The files in tests/ run on the GPU as well, where there is one; here is what only a GPU can show.
+Here is what only a GPU can show; test_attention_again.py and test_flash_v2_again.py run those of tests/ there.
 """
 
 import pytest

@@ -1,0 +1,3 @@
+"""tests/test_attention.py once more, on the GPU."""
+
+from tests.test_attention import *  # noqa: F403
