@@ -69,14 +69,16 @@ FLOOR = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 5e-7}  # one 
 def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
     """Asserts that `backend` is within `factor` of what eager attention loses in the same precision, for all five results.
 
-    In float32 one more rounding counts: a flash backward makes p = exp(s - lse) from the stored lse, so p, and with it every
-    gradient, inherits the rounding of lse, relative to 1 where that of s - max is relative to its own size.
+    On a GPU gradients may instead be off by eager's error plus what p = exp(s - lse) inherits there: the hardware's exponential,
+    taken to be right to two units in the last place (2^-22), and the rounding of the stored float32 lse. Only float32 notices.
     """
     exact = run(case, torch.float64, backend="eager", **meaning)
     eager = errors(run(case, case.dtype, backend="eager", **meaning), exact)
     found = errors(run(case, case.dtype, backend=backend, **meaning), exact)
-    finite = exact[1][exact[1].isfinite()].abs()
-    inherited = torch.finfo(torch.float32).eps * finite.max().item() if finite.numel() else 0.0
+    lse = exact[1][exact[1].isfinite()].abs()
+    inherited = 2**-22 + 2**-24 * lse.max().item() if DEVICE.type == "cuda" and lse.numel() else 0.0
     for name in NAMES:
-        allowed = factor * max(eager[name], FLOOR[case.dtype] / 2, inherited if name.startswith("d") else 0.0)
+        allowed = factor * max(eager[name], FLOOR[case.dtype] / 2)
+        if name in ("dq", "dk", "dv"):
+            allowed = max(allowed, eager[name] + inherited)
         assert found[name] <= allowed, f"{name}: rms error {found[name]:.2e}, eager has {eager[name]:.2e}"
