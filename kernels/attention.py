@@ -101,7 +101,10 @@ def attention(
         "a scale that is not positive": scale is not None and scale <= 0,
     }
     asked = frozenset(name for name, used in features.items() if used)
-    name = choose(query.device, query.dtype, query.shape[-1], backend=backend, features=asked).backend
+    shape = (query.device, query.dtype, query.shape[-1])
+    name = backend
+    if backend == "auto" or why_not(backend, *shape, asked) is not None:  # words cost time; a mere call needs none
+        name = choose(*shape, backend=backend, features=asked).backend
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     module = BACKENDS[name]

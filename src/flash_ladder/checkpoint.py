@@ -21,7 +21,6 @@ from torch import Tensor
 
 from flash_ladder.files import sync
 from flash_ladder.schema import DataConfig, ModelConfig, UserError, one_of
-from flash_ladder.weights import load_weights as load_weights
 
 SAVING = ".saving"  # suffix of a checkpoint that is being written, or that a killed process left
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error)

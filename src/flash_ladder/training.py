@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from flash_ladder.callbacks import Bar, Speed, StopOnSignal, Stopped, Work, checkpoints
-from flash_ladder.checkpoint import AtomicCheckpointIO, load_run, load_weights
+from flash_ladder.checkpoint import AtomicCheckpointIO, load_run
 from flash_ladder.data import TextData
 from flash_ladder.flops import flops_per_token, peak_tflops
 from flash_ladder.generation import generate
@@ -34,6 +34,7 @@ from flash_ladder.probe import Layer, probe_attention
 from flash_ladder.schema import Config, UserError
 from flash_ladder.telemetry import GIB, MetricsFile, WandbCopy, environment, open_wandb, peak_memory_gib
 from flash_ladder.tokenizer import Tokenizer
+from flash_ladder.weights import load_weights
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
 
