@@ -15,8 +15,10 @@ them.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +28,11 @@ from kernels import eager, sdpa
 from kernels.generations import ELSEWHERE, describe, generation
 from kernels.layout import heads_last
 
-BACKENDS: dict[str, ModuleType | None] = {"eager": eager, "sdpa": sdpa, "flash_v2": None}
+BACKENDS: dict[str, ModuleType | None] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None}
 if find_spec("triton") is not None:  # a machine that only evaluates may have torch alone
-    from kernels import flash_v2
+    from kernels import flash_v1, flash_v2
 
-    BACKENDS["flash_v2"] = flash_v2
+    BACKENDS |= {"flash_v1": flash_v1, "flash_v2": flash_v2}
 
 
 class Unsupported(ValueError):
@@ -76,7 +78,7 @@ def attention(
         document_ids: [B, S] integers, non-decreasing; positions see their own document only (asks for Sq == Sk).
         return_lse: also return the log-sum-exp of each row's scores, natural log, float32 [B, Hq, Sq], differentiable.
         deterministic: the backward gives the same bits every time.
-        backend: "eager", "sdpa", "flash_v2", or "auto", which takes the best one for this GPU (`choose` says which and why).
+        backend: "eager", "sdpa", "flash_v1", "flash_v2", or "auto", which takes the best one for this GPU (`choose` says which).
 
     Returns:
         The output [B, Hq, Sq, D] in the inputs' dtype, and the log-sum-exp if asked for. Sums are kept in float32. A row that
@@ -90,21 +92,11 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_inputs(query, key, value, window_size, softcap, alibi_slopes, document_ids)
-    features = {
-        "is_causal": is_causal,
-        "window_size": window_size is not None,
-        "softcap": softcap is not None,
-        "alibi_slopes": alibi_slopes is not None,
-        "document_ids": document_ids is not None,
-        "return_lse": return_lse,
-        "deterministic": deterministic,
-        "a scale that is not positive": scale is not None and scale <= 0,
-    }
-    asked = frozenset(name for name, used in features.items() if used)
-    shape = (query.device, query.dtype, query.shape[-1])
-    name = backend
-    if backend == "auto" or why_not(backend, *shape, asked) is not None:  # words cost time; a mere call needs none
-        name = choose(*shape, backend=backend, features=asked).backend
+    asked = (is_causal, window_size, softcap, alibi_slopes, document_ids, return_lse, deterministic)
+    used = tuple([feature is not None and feature is not False for feature in asked])
+    compiling = torch.compiler.is_compiling()  # a compiler follows the code itself and wants no cache in its way
+    pick = _pick.__wrapped__ if compiling else _pick
+    name = pick(query.device, query.dtype, query.shape[-1], backend, used)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     module = BACKENDS[name]
@@ -122,8 +114,22 @@ def attention(
             return_lse=return_lse,
         )
     else:
-        output, lse = attention_forward(query, key, value, scale, is_causal, name)
+        if scale <= 0:  # the kernels' scores keep their order under the scale: its sign goes into the query
+            query, scale = query * (-1.0 if scale < 0 else 0.0), -scale or 1.0
+        differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        run = _Attention.apply if differentiate and not compiling else attention_forward
+        output, lse = run(query, key, value, scale, is_causal, window_size, softcap, alibi_slopes, document_ids, name)
     return (output, lse) if return_lse else output
+
+
+FEATURES = ("is_causal", "window_size", "softcap", "alibi_slopes", "document_ids", "return_lse", "deterministic")
+
+
+@lru_cache
+def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str, used: tuple[bool, ...]) -> str:
+    """`choose` by which of FEATURES are used, remembered: a mere call needs no words."""
+    features = frozenset(name for name, one in zip(FEATURES, used, strict=True) if one)
+    return choose(device, dtype, head_dim, backend=backend, features=features).backend
 
 
 def choose(
@@ -184,86 +190,99 @@ def check_inputs(
     """Raises ValueError, in one line, for inputs that no backend could give a meaning to."""
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(f"query, key and value must be [B, H, S, D], not {query.dim()}D, {key.dim()}D and {value.dim()}D")
+    (batch, n_head, seq_q, head_dim), (key_batch, n_kv_head, seq_k, key_dim) = query.shape, key.shape
     if key.shape != value.shape:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same shape")
-    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    if batch != key_batch or head_dim != key_dim:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch and head_dim")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key/value heads: the first must be a multiple")
+    if n_kv_head == 0 or n_head % n_kv_head:
+        raise ValueError(f"{n_head} query heads cannot share {n_kv_head} key/value heads: the first must be a multiple")
     if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
         raise ValueError(f"query, key and value must share a floating dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
     if not query.device == key.device == value.device:
         raise ValueError(f"query, key and value must be on one device, not {query.device}, {key.device}, {value.device}")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"{name}'s last dimension must be contiguous (its stride is {x.stride(-1)}); call .contiguous()")
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1 and head_dim > 1:
+        name, stride = next((n, x.stride(-1)) for n, x in (("query", query), ("key", key), ("value", value)) if x.stride(-1) != 1)
+        raise ValueError(f"{name}'s last dimension must be contiguous (its stride is {stride}); call .contiguous()")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size={window_size} must be at least 1: a query sees itself")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap} must be positive")
-    if alibi_slopes is not None and alibi_slopes.shape != (query.shape[1],):
-        raise ValueError(f"alibi_slopes must be [Hq] = [{query.shape[1]}], not {tuple(alibi_slopes.shape)}")
-    if document_ids is not None and (
-        document_ids.shape != (query.shape[0], query.shape[2]) or query.shape[2] != key.shape[2] or document_ids.is_floating_point()
-    ):
+    if alibi_slopes is not None and alibi_slopes.shape != (n_head,):
+        raise ValueError(f"alibi_slopes must be [Hq] = [{n_head}], not {tuple(alibi_slopes.shape)}")
+    if document_ids is not None and (document_ids.shape != (batch, seq_q) or seq_q != seq_k or document_ids.is_floating_point()):
         given = f"{document_ids.dtype} {tuple(document_ids.shape)}"
         raise ValueError(f"document_ids must be integers [B, S] with Sq == Sk, not {given}")
 
 
 # ---- the operators behind the Triton rungs ----
+# Registered through torch.library.Library: torch.library.custom_op does the same with 15 µs more on the host for every call.
+
+_MEANING = (
+    "float scale, bool is_causal, SymInt? window_size, float? softcap, Tensor? alibi_slopes, Tensor? document_ids, str backend"
+)
+_NAMES = ("scale", "is_causal", "window_size", "softcap", "alibi_slopes", "document_ids")
+_library = torch.library.Library("flash_ladder", "DEF")
+_library.define(f"attention_forward(Tensor query, Tensor key, Tensor value, {_MEANING}) -> (Tensor, Tensor)")
+_library.define(
+    "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+    f"{_MEANING}) -> (Tensor, Tensor, Tensor)"
+)
+# Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]) and log-sum-exp [B, Hq, Sq] of the named backend; gradients of query, key, value.
+attention_forward = torch.ops.flash_ladder.attention_forward.default
+attention_backward = torch.ops.flash_ladder.attention_backward.default
 
 
-@torch.library.custom_op("flash_ladder::attention_forward", mutates_args=())
-def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]) and log-sum-exp [B, Hq, Sq] of the named backend."""
-    return BACKENDS[backend].forward(query, key, value, scale=scale, is_causal=is_causal)
+@torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
+def _forward(query: Tensor, key: Tensor, value: Tensor, *meaning: Any) -> tuple[Tensor, Tensor]:
+    return BACKENDS[meaning[-1]].forward(query, key, value, **dict(zip(_NAMES, meaning, strict=False)))
 
 
-@torch.library.custom_op("flash_ladder::attention_backward", mutates_args=())
-def attention_backward(
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    scale: float,
-    is_causal: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
-    return BACKENDS[backend].backward(grad_output, grad_lse, query, key, value, output, lse, scale=scale, is_causal=is_causal)
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _backward(*tensors_and_meaning: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, meaning = tensors_and_meaning[:7], tensors_and_meaning[7:]
+    return BACKENDS[meaning[-1]].backward(*tensors, **dict(zip(_NAMES, meaning, strict=False)))
 
 
-@attention_forward.register_fake
-def _(query, key, value, scale, is_causal, backend):  # noqa: ANN001, ANN202
+@torch.library.register_fake("flash_ladder::attention_forward")
+def _(query: Tensor, key: Tensor, value: Tensor, *meaning: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return heads_last(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
-@attention_backward.register_fake
-def _(grad_output, grad_lse, query, key, value, output, lse, scale, is_causal, backend):  # noqa: ANN001, ANN202
+@torch.library.register_fake("flash_ladder::attention_backward")
+def _(grad_output: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return heads_last(query), heads_last(key), heads_last(value)
 
 
-def _save(ctx, inputs, output) -> None:  # noqa: ANN001
-    query, key, value, *ctx.meaning = inputs
-    ctx.save_for_backward(query, key, value, *output)
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, is_causal, window_size, softcap, alibi_slopes, document_ids, backend = inputs
+    ctx.save_for_backward(*tensors, *output, alibi_slopes, document_ids)
+    ctx.meaning, ctx.backend = (scale, is_causal, window_size, softcap), backend
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:  # noqa: ANN001
-    query, key, value, output, lse = ctx.saved_tensors
+def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    *tensors, alibi_slopes, document_ids = ctx.saved_tensors
     if grad_output is None:
-        grad_output = torch.zeros_like(output)
-    grads = attention_backward(grad_output, grad_lse, query, key, value, output, lse, *ctx.meaning)
-    return *grads, None, None, None
+        grad_output = torch.zeros_like(tensors[3])
+    grads = attention_backward(grad_output, grad_lse, *tensors, *ctx.meaning, alibi_slopes, document_ids, ctx.backend)
+    return *grads, None, None, None, None, None, None, None
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("flash_ladder::attention_forward", _differentiate, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """The same two operators for uncompiled code, where torch.library's own way to differentiate costs 30 µs more a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = attention_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
 
 
 @register_flop_formula(torch.ops.flash_ladder.attention_forward)

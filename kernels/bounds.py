@@ -29,10 +29,16 @@ def key_bounds(
         lo = torch.maximum(lo, position - (window_size - 1))
         hi = torch.minimum(hi, position + (window_size - 1))
     if document_ids is not None:
-        ids = document_ids.contiguous()
-        lo = torch.maximum(lo, torch.searchsorted(ids, ids))
-        hi = torch.minimum(hi, torch.searchsorted(ids, ids, right=True) - 1)
+        first, last = document_bounds(document_ids)
+        lo = torch.maximum(lo, first)
+        hi = torch.minimum(hi, last)
     return lo, torch.clamp(hi, max=seq_k - 1)
+
+
+def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last position of the document that each position belongs to, int32 [B, S]; ids [B, S] are non-decreasing."""
+    ids = document_ids.contiguous()
+    return torch.searchsorted(ids, ids, out_int32=True), torch.searchsorted(ids, ids, right=True, out_int32=True) - 1
 
 
 def visible(lo: Tensor, hi: Tensor, seq_k: int) -> Tensor:

@@ -14,43 +14,30 @@ their gradients; delta = rowsum(do * o). Scores are kept in the base-2 logarithm
 """
 
 import math
-import warnings
-from contextlib import nullcontext
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.generations import capability
-from kernels.jit import INTERPRET, interpreter_trouble
+from kernels.jit import INTERPRET
+from kernels.launch import launch, meaning, meaning_tensors, refusal, warn_once
 from kernels.layout import heads_last
-from kernels.tile_ops import dot, key_range, load_tile, move, round_to, sees, store_tile, tile_offsets
-from kernels.tiles import Tile, tiles
+from kernels.tile_ops import dot, interval, load_tile, move, round_to, store_tile, tanh, tile_offsets, with_distance, within
+from kernels.tiles import tiles
 
-FEATURES = frozenset({"is_causal", "return_lse", "deterministic"})
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+# Where row maxima start: below any score, and a power of two, so that its products are exact and exp2 of their difference is 1.
+# -inf would give NaN in rows that have seen nothing yet.
+LOWEST = tl.constexpr(-(2.0**120))
+# Which tiles of a loop are masked: none, all, or those that a bound cuts.
+NONE, ALL, SOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
-    """Why this rung cannot run, or None."""
-    if features - FEATURES:
-        return f"flash_v2 does not take {' and '.join(sorted(features - FEATURES))}"
-    if dtype not in DTYPES:
-        return f"flash_v2 takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if not 16 <= head_dim <= 256:
-        return f"flash_v2 takes head_dim 16 to 256, not {head_dim}"
-    if device.type == "cpu":
-        return interpreter_trouble()
-    found = capability(device)
-    if found is None:
-        return f"flash_v2 needs an NVIDIA GPU, not {device.type}"
-    if found < (8, 0):
-        return f"flash_v2 needs Ampere (compute capability 8.0) or newer, not {found[0]}.{found[1]}"
-    return None
+    """Why this rung cannot run, or None: it takes all of attention's arguments."""
+    return refusal("flash_v2", device, dtype, head_dim)
 
 
 # ---- the kernels ----
@@ -58,25 +45,28 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
 
 @triton.jit
 def _forward_steps(
-    acc, l, m, q, k_base, v_base, k_offsets, v_offsets, rows, start, stop, seq_q, seq_k, stride_kn, stride_vn, qk_scale,
-    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, first, last, start, stop, all_from, all_to, seq_k,
+    stride_kn, stride_vn, qk_scale, cap, slope,
+    MASK: tl.constexpr, CHECK: tl.constexpr, FROM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for first in range(start, stop, BLOCK_K):
-        cols = first + tl.arange(0, BLOCK_K)
-        k = load_tile(move(k_base, first, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
+    for first_col in range(start, stop, BLOCK_K):
+        cols = first_col + tl.arange(0, BLOCK_K)
+        k = load_tile(move(k_base, first_col, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, CHECK)
         s = dot(q, tl.trans(k), None, PRECISION)
-        if MASKED:
-            s = tl.where(sees(rows[:, None], cols[None, :], seq_q, seq_k, IS_CAUSAL), s, float("-inf"))
+        if cap is not None:
+            s = cap * tanh(s / cap, q.dtype == tl.float32)
+        if slope is not None:
+            s = with_distance(s, slope, places[:, None], cols[None, :])
+        if MASK != NONE and (MASK == ALL or first_col < all_from or first_col + BLOCK_K > all_to + 1):
+            s = tl.where(within(cols[None, :], first, last, FROM, True), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = m_new * qk_scale
-        if MASKED:  # a row that has seen nothing yet: its maximum is -inf, and -inf - -inf would be NaN
-            shift = tl.where(m_new == float("-inf"), 0.0, shift)
         p = tl.exp2(s * qk_scale - shift[:, None])
         rescale = tl.exp2(m * qk_scale - shift)
         l = l * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
-        v = load_tile(move(v_base, first, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
+        v = load_tile(move(v_base, first_col, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, CHECK)
         acc = dot(round_to(p, v.dtype), v, acc, PRECISION)
         m = m_new
     return acc, l, m
@@ -84,19 +74,19 @@ def _forward_steps(
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, O, LSE,
+    Q, K, V, O, LSE, FIRST, LAST, SLOPES,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
-    n_head, group, seq_q, seq_k, scale,
-    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    n_head, seq_q, seq_k, scale, behind, ahead, cap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of BLOCK_Q queries of one head.
 
-    It loops over tiles of BLOCK_K keys and values, streamed through shared memory; first the tiles that every row sees whole,
-    then those that the diagonal or the end of the sequence cuts. Its queries stay in shared memory; the scores of one tile, the
-    unnormalised output, m and l live in registers. Tiles of a head are neighbours, the longest first, so that K and V are
-    shared through L2 and the last wave is made of short ones.
+    It loops over tiles of BLOCK_K keys and values, streamed through shared memory: first those that a window or a document's
+    start cuts, then those that every row sees whole, then those that the diagonal or an end cuts. Tiles that no row sees are not
+    visited. Its queries stay in shared memory; the scores of one tile, the unnormalised output, m and l live in registers. Tiles
+    of a head are neighbours, the longest first, so that K and V are shared through L2 and the last wave is made of short ones.
     """
     n_tile = tl.cdiv(seq_q, BLOCK_Q)
     tile = n_tile - 1 - tl.program_id(0) % n_tile
@@ -105,28 +95,48 @@ def _forward_kernel(
     first_row = tile * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
     qk_scale = scale * LOG2E
+    slope = None
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + head) / scale
+    if FIRST is not None:
+        FIRST += batch * seq_q
+        LAST += batch * seq_q
 
     q_base = Q + batch * stride_qb + head * stride_qh + first_row.to(tl.int64) * stride_qn
-    k_base = K + batch * stride_kb + head // group * stride_kh
-    v_base = V + batch * stride_vb + head // group * stride_vh
+    k_base = K + batch * stride_kb + head // GROUP * stride_kh
+    v_base = V + batch * stride_vb + head // GROUP * stride_vh
     q = load_tile(q_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
     k_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE)
     v_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE)
 
+    FROM: tl.constexpr = behind is not None or FIRST is not None
+    start, all_to = interval(first_row, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+    all_from, end = interval(first_row + BLOCK_Q - 1, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
-    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    whole, end = key_range(first_row, seq_q, seq_k, IS_CAUSAL, BLOCK_Q, BLOCK_K)
-    acc, l, m = _forward_steps(
-        acc, l, m, q, k_base, v_base, k_offsets, v_offsets, rows, 0, whole, seq_q, seq_k, stride_kn, stride_vn, qk_scale,
-        False, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    acc, l, m = _forward_steps(
-        acc, l, m, q, k_base, v_base, k_offsets, v_offsets, rows, whole, end, seq_q, seq_k, stride_kn, stride_vn, qk_scale,
-        True, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
-    )  # fmt: skip
+    m = tl.full([BLOCK_Q], LOWEST, tl.float32)
+    places = rows + (seq_k - seq_q)
+    if FROM:
+        first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+        acc, l, m = _forward_steps(
+            acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, first, last, start // BLOCK_K * BLOCK_K, end + 1,
+            all_from, all_to, seq_k, stride_kn, stride_vn, qk_scale, cap, slope,
+            SOME, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    else:
+        cut = tl.maximum(all_to + 1, 0) // BLOCK_K * BLOCK_K
+        acc, l, m = _forward_steps(
+            acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, None, None, 0, cut, 0, 0, seq_k,
+            stride_kn, stride_vn, qk_scale, cap, slope, NONE, False, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+        acc, l, m = _forward_steps(
+            acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, None, last, cut, end + 1, 0, 0, seq_k,
+            stride_kn, stride_vn, qk_scale, cap, slope, ALL, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        )  # fmt: skip
 
-    blind = m == float("-inf")  # rows that see no key: output 0, log-sum-exp -inf
+    blind = l == 0.0  # rows that see no key: output 0, log-sum-exp -inf
     o = acc / tl.where(blind, 1.0, l)[:, None]
     lse = tl.where(blind, float("-inf"), (m * qk_scale + tl.log2(l)) * LN2)
     o_base = O + batch * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_on
@@ -136,32 +146,40 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_steps(
-    dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, rows, start, stop, seq_q, seq_k, stride_kn, stride_vn, qk_scale,
-    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, first, last, start, stop, all_from, all_to, seq_k,
+    stride_kn, stride_vn, qk_scale, cap, slope,
+    MASK: tl.constexpr, CHECK: tl.constexpr, FROM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for first in range(start, stop, BLOCK_K):
-        cols = first + tl.arange(0, BLOCK_K)
-        k = load_tile(move(k_base, first, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_tile(move(v_base, first, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, MASKED)
+    for first_col in range(start, stop, BLOCK_K):
+        cols = first_col + tl.arange(0, BLOCK_K)
+        k = load_tile(move(k_base, first_col, stride_kn), k_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, CHECK)
+        v = load_tile(move(v_base, first_col, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, CHECK)
         s = dot(q, tl.trans(k), None, PRECISION)
+        if cap is not None:
+            bent = tanh(s / cap, q.dtype == tl.float32)
+            s = cap * bent
+        if slope is not None:
+            s = with_distance(s, slope, places[:, None], cols[None, :])
         p = tl.exp2(s * qk_scale - lse[:, None])
-        if MASKED:
-            p = tl.where(sees(rows[:, None], cols[None, :], seq_q, seq_k, IS_CAUSAL), p, 0.0)
+        if MASK != NONE and (MASK == ALL or first_col < all_from or first_col + BLOCK_K > all_to + 1):
+            p = tl.where(within(cols[None, :], first, last, FROM, True), p, 0.0)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
+        if cap is not None:
+            ds = ds * (1.0 - bent * bent)
         dq = dot(round_to(ds, k.dtype), k, dq, PRECISION)
     return dq
 
 
 @triton.jit
 def _dq_kernel(
-    Q, K, V, O, LSE, DO, DLSE, DQ, DELTA,
+    Q, K, V, O, LSE, DO, DLSE, DQ, DELTA, FIRST, LAST, SLOPES,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
-    n_head, group, seq_q, seq_k, scale,
-    IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    n_head, seq_q, seq_k, scale, behind, ahead, cap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of a tile of BLOCK_Q queries, and their delta, which the dK/dV kernel reads.
 
@@ -174,11 +192,17 @@ def _dq_kernel(
     head = (tl.program_id(0) // n_tile % n_head).to(tl.int64)
     first_row = tile * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
-    start = first_row.to(tl.int64)
+    begin = first_row.to(tl.int64)
+    slope = None
+    if SLOPES is not None:
+        slope = tl.load(SLOPES + head) / scale
+    if FIRST is not None:
+        FIRST += batch * seq_q
+        LAST += batch * seq_q
 
-    q_base = Q + batch * stride_qb + head * stride_qh + start * stride_qn
-    o_base = O + batch * stride_ob + head * stride_oh + start * stride_on
-    do_base = DO + batch * stride_dob + head * stride_doh + start * stride_don
+    q_base = Q + batch * stride_qb + head * stride_qh + begin * stride_qn
+    o_base = O + batch * stride_ob + head * stride_oh + begin * stride_on
+    do_base = DO + batch * stride_dob + head * stride_doh + begin * stride_don
     per_row = (batch * n_head + head) * seq_q + rows
     do_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_don, WIDE)
     o = load_tile(o_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_on, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
@@ -191,37 +215,51 @@ def _dq_kernel(
     q = load_tile(q_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE), rows, seq_q, HEAD_DIM, BLOCK_D, True)
     do = do.to(q.dtype)
     lse = tl.load(LSE + per_row, mask=rows < seq_q, other=float("inf")) * LOG2E
-    k_base = K + batch * stride_kb + head // group * stride_kh
-    v_base = V + batch * stride_vb + head // group * stride_vh
+    k_base = K + batch * stride_kb + head // GROUP * stride_kh
+    v_base = V + batch * stride_vb + head // GROUP * stride_vh
     k_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE)
     v_offsets = tile_offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE)
 
+    FROM: tl.constexpr = behind is not None or FIRST is not None
+    start, all_to = interval(first_row, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+    all_from, end = interval(first_row + BLOCK_Q - 1, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    whole, end = key_range(first_row, seq_q, seq_k, IS_CAUSAL, BLOCK_Q, BLOCK_K)
-    dq = _dq_steps(
-        dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, rows, 0, whole, seq_q, seq_k, stride_kn, stride_vn,
-        scale * LOG2E, False, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    dq = _dq_steps(
-        dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, rows, whole, end, seq_q, seq_k, stride_kn, stride_vn,
-        scale * LOG2E, True, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    dq_base = DQ + batch * stride_dqb + head * stride_dqh + start * stride_dqn
+    places = rows + (seq_k - seq_q)
+    if FROM:
+        first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+        dq = _dq_steps(
+            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, first, last, start // BLOCK_K * BLOCK_K, end + 1,
+            all_from, all_to, seq_k, stride_kn, stride_vn, scale * LOG2E, cap, slope,
+            SOME, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    else:
+        cut = tl.maximum(all_to + 1, 0) // BLOCK_K * BLOCK_K
+        dq = _dq_steps(
+            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, None, None, 0, cut, 0, 0, seq_k,
+            stride_kn, stride_vn, scale * LOG2E, cap, slope, NONE, False, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
+        dq = _dq_steps(
+            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, None, last, cut, end + 1, 0, 0, seq_k,
+            stride_kn, stride_vn, scale * LOG2E, cap, slope, ALL, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    dq_base = DQ + batch * stride_dqb + head * stride_dqh + begin * stride_dqn
     store_tile(dq_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_dqn, WIDE), dq * scale, rows, seq_q, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _dkdv_steps(
-    dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, start, stop, seq_q, seq_k,
-    stride_qn, stride_don, qk_scale,
-    MASKED: tl.constexpr, RAGGED: tl.constexpr, IS_CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, first, last, start, stop, all_from, all_to,
+    seq_q, shift, stride_qn, stride_don, qk_scale, cap, slope,
+    MASK: tl.constexpr, CHECK: tl.constexpr, TO: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for first in range(start, stop, BLOCK_Q):
-        rows = first + tl.arange(0, BLOCK_Q)
-        q = load_tile(move(q_base, first, stride_qn), q_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, RAGGED)
-        do = load_tile(move(do_base, first, stride_don), do_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, RAGGED).to(q.dtype)
-        if RAGGED:  # rows beyond the end: an infinite log-sum-exp makes their probabilities zero
+    for first_row in range(start, stop, BLOCK_Q):
+        rows = first_row + tl.arange(0, BLOCK_Q)
+        q = load_tile(move(q_base, first_row, stride_qn), q_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, CHECK)
+        do = load_tile(move(do_base, first_row, stride_don), do_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, CHECK).to(q.dtype)
+        if CHECK:  # rows beyond the end: an infinite log-sum-exp makes their probabilities zero
             lse = tl.load(lse_base + rows, mask=rows < seq_q, other=float("inf")) * LOG2E
             delta = tl.load(delta_base + rows, mask=rows < seq_q, other=0.0)
         else:
@@ -229,30 +267,38 @@ def _dkdv_steps(
             delta = tl.load(delta_base + rows)
         # Transposed, keys by queries, so that p and ds enter the next products straight from registers.
         s = dot(k, tl.trans(q), None, PRECISION)
+        if cap is not None:
+            bent = tanh(s / cap, q.dtype == tl.float32)
+            s = cap * bent
+        if slope is not None:
+            s = with_distance(s, slope, rows[None, :] + shift, cols[:, None])
         p = tl.exp2(s * qk_scale - lse[None, :])
-        if MASKED:  # keys beyond the end need no mask: their gradients are not written
-            p = tl.where(cols[:, None] <= rows[None, :] + (seq_k - seq_q), p, 0.0)
+        # Keys beyond the end need no mask: their gradients are not written.
+        if MASK != NONE and (MASK == ALL or first_row < all_from or first_row + BLOCK_Q > all_to + 1):
+            p = tl.where(within(rows[None, :], first, last, True, TO), p, 0.0)
         dv = dot(round_to(p, do.dtype), do, dv, PRECISION)
         dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
+        if cap is not None:
+            ds = ds * (1.0 - bent * bent)
         dk = dot(round_to(ds, q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
 @triton.jit
 def _dkdv_kernel(
-    Q, K, V, LSE, DO, DELTA, DK, DV,
+    Q, K, V, LSE, DO, DELTA, DK, DV, FIRST, LAST, SLOPES,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    n_kv_head, group, seq_q, seq_k, scale,
-    IS_CAUSAL: tl.constexpr, RAGGED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    n_kv_head, seq_q, seq_k, scale, behind, ahead, cap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of a tile of BLOCK_K keys and values of one key/value head.
 
     It loops over the query heads of the group, and for each over the tiles of queries that see these keys: first those that the
-    diagonal cuts, then those that see all of them. k and v stay in shared memory; s and dp (transposed) and both gradients live
-    in registers, so the sum over the group needs no atomics.
+    diagonal or a document's start cuts, then those that see all of them, then those that a window or an end cuts. k and v stay in
+    shared memory; s and dp (transposed) and both gradients live in registers, so the sum over the group needs no atomics.
     """
     n_tile = tl.cdiv(seq_k, BLOCK_K)
     tile = tl.program_id(0) % n_tile  # the first keys are seen by the most queries: longest first
@@ -260,45 +306,46 @@ def _dkdv_kernel(
     kv_head = (tl.program_id(0) // n_tile % n_kv_head).to(tl.int64)
     first_col = tile * BLOCK_K
     cols = first_col + tl.arange(0, BLOCK_K)
-    start = first_col.to(tl.int64)
+    begin = first_col.to(tl.int64)
+    if FIRST is not None:
+        FIRST += batch * seq_k
+        LAST += batch * seq_k
 
-    k_base = K + batch * stride_kb + kv_head * stride_kh + start * stride_kn
-    v_base = V + batch * stride_vb + kv_head * stride_vh + start * stride_vn
+    k_base = K + batch * stride_kb + kv_head * stride_kh + begin * stride_kn
+    v_base = V + batch * stride_vb + kv_head * stride_vh + begin * stride_vn
     k = load_tile(k_base, tile_offsets(BLOCK_K, BLOCK_D, stride_kn, WIDE), cols, seq_k, HEAD_DIM, BLOCK_D, True)
     v = load_tile(v_base, tile_offsets(BLOCK_K, BLOCK_D, stride_vn, WIDE), cols, seq_k, HEAD_DIM, BLOCK_D, True)
     q_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE)
     do_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_don, WIDE)
 
-    # Queries before `cut` see none of these keys, those from `whole` on see all of them.
-    cut = 0
-    whole = 0
-    if IS_CAUSAL:
-        diagonal = first_col - (seq_k - seq_q)
-        cut = tl.minimum(tl.maximum(diagonal, 0) // BLOCK_Q * BLOCK_Q, seq_q)
-        whole = tl.minimum(tl.cdiv(tl.maximum(diagonal + BLOCK_K - 1, 0), BLOCK_Q) * BLOCK_Q, seq_q)
+    # The other way round: a key is seen from `ahead` before it to `behind` after it.
+    FROM: tl.constexpr = ahead is not None or FIRST is not None
+    TO: tl.constexpr = behind is not None or FIRST is not None
+    start, all_to = interval(first_col, seq_k, seq_q, seq_q - seq_k, ahead, behind, FIRST, LAST)
+    all_from, end = interval(first_col + BLOCK_K - 1, seq_k, seq_q, seq_q - seq_k, ahead, behind, FIRST, LAST)
+    start = start // BLOCK_Q * BLOCK_Q  # so that only the last tile of a sequence can be ragged
 
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for member in range(group):
-        head = kv_head * group + member
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
         q_base = Q + batch * stride_qb + head * stride_qh
         do_base = DO + batch * stride_dob + head * stride_doh
-        lse_base = LSE + (batch * n_kv_head * group + head) * seq_q
-        delta_base = DELTA + (batch * n_kv_head * group + head) * seq_q
-        if IS_CAUSAL:
-            dk, dv = _dkdv_steps(
-                dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, cut, whole, seq_q, seq_k,
-                stride_qn, stride_don, scale * LOG2E,
-                True, RAGGED, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
-            )  # fmt: skip
+        lse_base = LSE + (batch * n_kv_head * GROUP + head) * seq_q
+        delta_base = DELTA + (batch * n_kv_head * GROUP + head) * seq_q
+        slope = None
+        if SLOPES is not None:
+            slope = tl.load(SLOPES + head) / scale
+        first, last = interval(cols, seq_k, seq_q, seq_q - seq_k, ahead, behind, FIRST, LAST)
+        # One loop, masked where a bound cuts: 10 to 14 % faster than a masked loop before an unmasked one (docs/log.md).
         dk, dv = _dkdv_steps(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, whole, seq_q, seq_q, seq_k,
-            stride_qn, stride_don, scale * LOG2E,
-            False, RAGGED, IS_CAUSAL, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, first, last, start, end + 1,
+            all_from, all_to, seq_q, seq_k - seq_q, stride_qn, stride_don, scale * LOG2E, cap, slope,
+            SOME if FROM or TO or RAGGED else NONE, RAGGED, TO, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
         )  # fmt: skip
 
-    dk_base = DK + batch * stride_dkb + kv_head * stride_dkh + start * stride_dkn
-    dv_base = DV + batch * stride_dvb + kv_head * stride_dvh + start * stride_dvn
+    dk_base = DK + batch * stride_dkb + kv_head * stride_dkh + begin * stride_dkn
+    dv_base = DV + batch * stride_dvb + kv_head * stride_dvh + begin * stride_dvn
     store_tile(dk_base, tile_offsets(BLOCK_K, BLOCK_D, stride_dkn, WIDE), dk * scale, cols, seq_k, HEAD_DIM, BLOCK_D)
     store_tile(dv_base, tile_offsets(BLOCK_K, BLOCK_D, stride_dvn, WIDE), dv, cols, seq_k, HEAD_DIM, BLOCK_D)
 
@@ -307,28 +354,37 @@ def _dkdv_kernel(
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, is_causal: bool, output_dtype: torch.dtype | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]; in `output_dtype`, by default the inputs') and lse [B, Hq, Sq] float32.
 
-    Any Sq and Sk, GQA and MQA, any strides with a contiguous last dimension; scale must be positive.
+    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive.
     """
     if INTERPRET:
-        _warn_once()
+        warn_once("flash_v2")
     batch, n_head, seq_q, head_dim = query.shape
     n_kv_head, seq_k = key.shape[1], key.shape[2]
     output = heads_last(query, output_dtype)
     lse = torch.empty((batch, n_head, seq_q), device=query.device, dtype=torch.float32)
     if output.numel() == 0 or seq_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
+    asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
     tile = tiles(query.device, query.dtype, head_dim).forward
-    grid = (triton.cdiv(seq_q, tile.block_q) * batch * n_head,)
-    with _on(query):
-        _forward_kernel[grid](
-            query, key, value, output, lse, *_strides(query, key, value, output),
-            n_head, n_head // n_kv_head, seq_q, seq_k, scale,
-            IS_CAUSAL=is_causal, HEAD_DIM=head_dim, **_options(tile, query, key, value, output),
-        )  # fmt: skip
+    launch(
+        _forward_kernel, tile, -(-seq_q // tile.block_q) * batch * n_head,
+        (query, key, value, output, lse, *meaning_tensors(query, alibi_slopes, document_ids)), (query, key, value, output),
+        (n_head, seq_q, seq_k), asked, n_head // n_kv_head, RAGGED=seq_k % tile.block_k != 0,
+    )  # fmt: skip
     return output, lse
 
 
@@ -342,7 +398,11 @@ def backward(
     lse: Tensor,
     *,
     scale: float,
-    is_causal: bool,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time.
 
@@ -358,61 +418,19 @@ def backward(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     delta = torch.empty_like(lse)
-    group = n_head // n_kv_head
-    chosen = tiles(query.device, query.dtype, head_dim)
-    with _on(query):
-        tile = chosen.dq
-        _dq_kernel[(triton.cdiv(seq_q, tile.block_q) * batch * n_head,)](
-            query, key, value, output, lse, grad_output, grad_lse, dq, delta,
-            *_strides(query, key, value, output, grad_output, dq), n_head, group, seq_q, seq_k, scale,
-            IS_CAUSAL=is_causal, HEAD_DIM=head_dim, **_options(tile, query, key, value, output, grad_output),
-        )  # fmt: skip
-        tile = chosen.dkdv
-        _dkdv_kernel[(triton.cdiv(seq_k, tile.block_k) * batch * n_kv_head,)](
-            query, key, value, lse, grad_output, delta, dk, dv,
-            *_strides(query, key, value, grad_output, dk, dv), n_kv_head, group, seq_q, seq_k, scale,
-            IS_CAUSAL=is_causal, HEAD_DIM=head_dim, RAGGED=seq_q % tile.block_q != 0,
-            **_options(tile, query, key, value, grad_output),
-        )  # fmt: skip
+    asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
+    more = meaning_tensors(query, alibi_slopes, document_ids)
+    chosen, group = tiles(query.device, query.dtype, head_dim), n_head // n_kv_head
+    tile = chosen.dq
+    launch(
+        _dq_kernel, tile, -(-seq_q // tile.block_q) * batch * n_head,
+        (query, key, value, output, lse, grad_output, grad_lse, dq, delta, *more), (query, key, value, output, grad_output, dq),
+        (n_head, seq_q, seq_k), asked, group, RAGGED=seq_k % tile.block_k != 0,
+    )  # fmt: skip
+    tile = chosen.dkdv
+    launch(
+        _dkdv_kernel, tile, -(-seq_k // tile.block_k) * batch * n_kv_head,
+        (query, key, value, lse, grad_output, delta, dk, dv, *more), (query, key, value, grad_output, dk, dv),
+        (n_kv_head, seq_q, seq_k), asked, group, RAGGED=seq_q % tile.block_q != 0,
+    )  # fmt: skip
     return dq, dk, dv
-
-
-@cache
-def _warn_once() -> None:
-    warnings.warn("flash_v2 runs in Triton's interpreter on the CPU: for checking, far too slow to train with", stacklevel=2)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Batch, head and position strides of each tensor, in elements."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _options(tile: Tile, *tensors: Tensor) -> dict:
-    """What every launch passes: block sizes, precision, and whether offsets inside one tile need 64 bits."""
-    head_dim, longest = tensors[0].shape[-1], max(tile.block_q, tile.block_k)
-    return {
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_Q": tile.block_q,
-        "BLOCK_K": tile.block_k,
-        "PRECISION": precision(tensors[0].dtype, head_dim),
-        "WIDE": any(longest * x.stride(2) >= 2**31 for x in tensors),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,
-    }
-
-
-def precision(dtype: torch.dtype, head_dim: int) -> str:
-    """How tl.dot multiplies float32: as float32 unless PyTorch has been told that TensorFloat-32 will do.
-
-    Up to head_dim 128 three TensorFloat-32 products stand for one of float32, with the same error; beyond, they lose 2.4 times as
-    much as eager attention does, and plain multiply-adds it is.
-    """
-    if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "tf32x3" if head_dim <= 128 else "ieee"
-
-
-def _on(x: Tensor) -> torch.cuda.device | nullcontext:
-    """Triton launches on the current device; this makes it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

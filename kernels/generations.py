@@ -16,7 +16,7 @@ class Generation:
 
 
 GENERATIONS = (
-    Generation("Turing", ((7, 5),), "fp16 tensor cores, 64 KB of shared memory", ("sdpa", "eager")),
+    Generation("Turing", ((7, 5),), "fp16 tensor cores, 64 KB of shared memory", ("flash_v2", "sdpa", "eager")),
     Generation("Ampere", ((8, 0), (8, 6), (8, 7)), "bf16 tensor cores and asynchronous copies", ("flash_v2", "sdpa", "eager")),
     Generation("Ada", ((8, 9),), "bf16 tensor cores and asynchronous copies", ("flash_v2", "sdpa", "eager")),
     Generation("Hopper", ((9, 0),), "wgmma tensor cores", ("flash_v2", "sdpa", "eager")),

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.bounds import key_bounds, visible
 from kernels.eager import distance
 
-FEATURES = frozenset({"is_causal", "window_size", "alibi_slopes", "document_ids", "a scale that is not positive"})
+FEATURES = frozenset({"is_causal", "window_size", "alibi_slopes", "document_ids"})
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:

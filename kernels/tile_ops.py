@@ -1,4 +1,4 @@
-"""What the Triton kernels do with one tile: where it lies, reading, writing, multiplying, and which queries see which keys.
+"""What the Triton kernels do with one tile: where it lies, reading, writing, multiplying, masking and bending its scores.
 
 Pointers to a tile are a 64-bit scalar base, moved from tile to tile, and small offsets inside a tile. The last dimension is
 contiguous. BLOCK_D is head_dim rounded up to a power of two: the columns beyond HEAD_DIM are read as zero and never written.
@@ -66,21 +66,49 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def key_range(first_row, seq_q, seq_k, IS_CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """For the queries of one tile: keys before the first result are seen by every row, keys from the second on by none."""
-    whole = seq_k
-    end = seq_k
-    if IS_CAUSAL:
-        diagonal = first_row + seq_k - seq_q
-        whole = tl.minimum(whole, tl.maximum(diagonal + 1, 0))
-        end = tl.minimum(end, tl.maximum(diagonal + BLOCK_Q, 0))
-    return whole // BLOCK_K * BLOCK_K, end
+def interval(index, n_own, n_other, shift, behind, ahead, FIRST, LAST):
+    """First and last partner of each position, kernels.bounds inside a kernel: the keys of a query or the queries of a key.
+
+    index + shift is where a position stands among its n_other partners; it sees those from `behind` before it to `ahead` after it
+    (None: no limit), of its own document only where FIRST and LAST hold each document's bounds. first > last: it sees none.
+    Positions beyond the end count as the last one. Both bounds grow with the index.
+    """
+    index = tl.minimum(index, n_own - 1)
+    first = index * 0
+    last = first + (n_other - 1)
+    if behind is not None:
+        first = tl.maximum(first, index + shift - behind)
+    if ahead is not None:
+        last = tl.minimum(last, index + shift + ahead)
+    if FIRST is not None:
+        first = tl.maximum(first, tl.load(FIRST + index))
+        last = tl.minimum(last, tl.load(LAST + index))
+    return first, last
 
 
 @triton.jit
-def sees(rows, cols, seq_q, seq_k, IS_CAUSAL: tl.constexpr):
-    """Which queries see which keys, given as a column and a row vector of positions."""
-    seen = cols < seq_k
-    if IS_CAUSAL:
-        seen = seen & (cols <= rows + (seq_k - seq_q))
-    return seen
+def within(partners, first, last, FROM: tl.constexpr, TO: tl.constexpr):
+    """Which partners (a row vector) lie in each interval; FROM and TO say which of its ends need looking at."""
+    if FROM and TO:
+        return (partners >= first[:, None]) & (partners <= last[:, None])
+    elif FROM:
+        return partners >= first[:, None]
+    else:
+        return partners <= last[:, None]
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """The hyperbolic tangent, from the base-2 exponential; good to 1e-7, and for small x too where PRECISE."""
+    y = 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
+    if PRECISE:  # near zero the line above loses digits, and a series loses none
+        z = x * x
+        series = x * (1.0 + z * (-0.33333333333 + z * (0.13333333333 + z * (-0.05396825397 + z * 0.02186948854))))
+        y = tl.where(z < 0.0625, series, y)
+    return y
+
+
+@triton.jit
+def with_distance(s, slope, queries, keys):
+    """ALiBi: the scores less slope times the distance between query and key."""
+    return s - slope * tl.abs(queries - keys).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Tile sizes of flash_v2's kernels, by GPU and head_dim.
+"""Tile sizes of the Triton rungs' kernels, by GPU and head_dim.
 
 Three families share a table: GPUs with 160 KiB of shared memory for a block and more (A100, B200), those with 99 KiB (A10, L4,
 RTX 30 to 50), and Hopper, whose wgmma wants at least 64 rows a warpgroup. Hopper's rows were timed on an H200 (docs/log.md); the
@@ -6,6 +6,7 @@ others are held by tests to their limits: shared memory, no register spills in t
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -33,8 +34,8 @@ class Tiles:
 
 # The largest head_dim a row serves, and its tiles (queries, keys, warps, stages).
 HOPPER = {
-    64: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
-    128: Tiles(forward=Tile(128, 128, 8, 3), dq=Tile(128, 128, 8, 2), dkdv=Tile(32, 64, 4, 3)),
+    64: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 3), dkdv=Tile(64, 64, 4, 3)),
+    128: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
     256: Tiles(forward=Tile(128, 32, 8, 3), dq=Tile(128, 32, 8, 2), dkdv=Tile(32, 32, 8, 1)),
 }
 LARGE = {  # 160 KiB and more
@@ -52,22 +53,64 @@ FLOAT32 = {
     128: Tiles(forward=Tile(32, 32, 8, 1), dq=Tile(32, 32, 8, 1), dkdv=Tile(32, 16, 4, 1)),
     256: Tiles(forward=Tile(16, 16, 8, 1), dq=Tile(16, 16, 8, 1), dkdv=Tile(16, 16, 8, 1)),
 }
+TURING = {  # 64 KiB, float16, no asynchronous copies
+    64: Tiles(forward=Tile(128, 64, 8, 1), dq=Tile(64, 64, 4, 1), dkdv=Tile(32, 64, 4, 1)),
+    128: Tiles(forward=Tile(64, 32, 4, 1), dq=Tile(64, 32, 8, 1), dkdv=Tile(32, 32, 4, 1)),
+    256: Tiles(forward=Tile(32, 32, 8, 1), dq=Tile(32, 32, 8, 1), dkdv=Tile(16, 32, 8, 1)),
+}
 INTERPRETED = Tiles(forward=Tile(64, 32, 4, 1), dq=Tile(64, 32, 4, 1), dkdv=Tile(32, 64, 4, 1))
 
 
+@dataclass(frozen=True)
+class TilesV1:
+    """The two kernels of flash_v1."""
+
+    forward: Tile
+    backward: Tile
+
+
+# flash_v1 has one table: what fits into Turing's 64 KiB. Loads must not run ahead (one stage), since it reads what it has written.
+V1 = {
+    64: TilesV1(forward=Tile(64, 64, 4, 1), backward=Tile(64, 32, 4, 1)),
+    128: TilesV1(forward=Tile(64, 32, 4, 1), backward=Tile(32, 32, 4, 1)),
+    256: TilesV1(forward=Tile(32, 32, 8, 1), backward=Tile(16, 32, 8, 1)),
+}
+V1_FLOAT32 = {
+    64: TilesV1(forward=Tile(32, 32, 4, 1), backward=Tile(32, 32, 4, 1)),
+    128: TilesV1(forward=Tile(32, 32, 8, 1), backward=Tile(32, 16, 4, 1)),
+    256: TilesV1(forward=Tile(16, 16, 8, 1), backward=Tile(16, 16, 8, 1)),
+}
+V1_INTERPRETED = TilesV1(forward=Tile(64, 32, 4, 1), backward=Tile(32, 64, 4, 1))
+
+
+@cache
 def tiles(device: torch.device, dtype: torch.dtype, head_dim: int) -> Tiles:
     """The tiles for a tensor's device, dtype and head_dim (up to 256)."""
     return INTERPRETED if device.type == "cpu" else tiles_for(capability(device), dtype, head_dim)
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tiles:
-    """The tiles for a compute capability of 8.0 or more."""
+    """The tiles for a compute capability of 7.5 or more."""
     if dtype == torch.float32:
         table = FLOAT32
+    elif capability == (7, 5):
+        table = TURING
     elif capability == (9, 0):
         table = HOPPER
     elif capability in ((8, 0), (8, 7)) or capability[0] == 10:
         table = LARGE
     else:
         table = SMALL
+    return table[min(size for size in table if size >= head_dim)]
+
+
+@cache
+def tiles_v1(device: torch.device, dtype: torch.dtype, head_dim: int) -> TilesV1:
+    """flash_v1's tiles for a tensor's device, dtype and head_dim (up to 256)."""
+    return V1_INTERPRETED if device.type == "cpu" else tiles_v1_for(dtype, head_dim)
+
+
+def tiles_v1_for(dtype: torch.dtype, head_dim: int) -> TilesV1:
+    """flash_v1's tiles on any GPU."""
+    table = V1_FLOAT32 if dtype == torch.float32 else V1
     return table[min(size for size in table if size >= head_dim)]

@@ -1,4 +1,4 @@
-"""Times the rungs beside PyTorch's own attention: `python scripts/benchmark_attention.py`; --help lists the options."""
+"""Measures the rungs beside other people's attention: `python scripts/benchmark_attention.py`; --help lists the options."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from flash_ladder.schema import BenchmarkConfig
 
 
 def main(cfg: BenchmarkConfig, output_dir: Path) -> None:
-    """Prints a table; writes it as JSON where asked to."""
+    """Prints the tables; writes figures and pictures where asked to."""
     from flash_ladder.benchmark import benchmark  # torch is imported once the configuration is known to be good
 
     benchmark(cfg)

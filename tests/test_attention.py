@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import Choice, Unsupported, attention, choose, eager, jit
-from kernels.attention import attention_backward, attention_forward
-from tests.reference import DEVICE
+from kernels.attention import BACKENDS, attention_backward, attention_forward
+from tests.reference import DEVICE, RUNGS, documents, skip_unless_runs, slopes
+
+pytestmark = pytest.mark.filterwarnings("ignore:flash_v")
 
 
 def by_hand(query, key, value, is_causal, window_size, softcap, alibi_slopes, document_ids):
@@ -53,6 +56,7 @@ MEANINGS = {
     "documents": {"is_causal": True, "document_ids": torch.tensor([[0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 4, 4, 4, 9]])},
     "full documents": {"document_ids": torch.tensor([[0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 4, 4, 4, 9]])},
 }
+MEANINGS["everything, documents"] = {"softcap": 0.7, "window_size": 2} | MEANINGS["alibi"] | MEANINGS["documents"]
 
 
 @pytest.mark.parametrize("name", MEANINGS)
@@ -67,7 +71,7 @@ def test_meaning(name, seq_q, seq_k):
     eager, eager_lse = attention(query, key, value, backend="eager", return_lse=True, **MEANINGS[name])
     torch.testing.assert_close(eager, output)
     torch.testing.assert_close(eager_lse, lse)
-    if "softcap" not in name:
+    if every["softcap"] is None:
         torch.testing.assert_close(attention(query, key, value, backend="sdpa", **MEANINGS[name]), output)
 
 
@@ -82,11 +86,12 @@ def test_rows_that_see_nothing(backend):
     assert (torch.autograd.grad(attention(query, key, value, is_causal=True, backend=backend).sum(), query)[0][:, :, :2] == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_v2"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(0, 5), (5, 0), (0, 0)])
 def test_empty(backend, seq_q, seq_k):
+    skip_unless_runs(backend, torch.float32, 16)
     query, key, value = (torch.randn(1, 2, s, 16, device=DEVICE, requires_grad=True) for s in (seq_q, seq_k, seq_k))
-    output = attention(query, key, value, is_causal=True, backend=backend)
+    output = attention(query, key, value, is_causal=True, window_size=3, backend=backend)
     assert output.shape == query.shape and (output == 0).all()
     for grad, x in zip(torch.autograd.grad(output.sum(), (query, key, value)), (query, key, value), strict=True):
         assert grad.shape == x.shape and (grad == 0).all()
@@ -124,7 +129,7 @@ def tensors(**change):
         ({}, {"softcap": -1.0}, "softcap=-1.0"),
         ({}, {"alibi_slopes": torch.ones(3)}, "alibi_slopes must be"),
         ({}, {"document_ids": torch.zeros(1, 7, dtype=torch.int32)}, "document_ids must be"),
-        ({}, {"backend": "flash_v9"}, "'flash_v9' is not one of auto, eager, sdpa, flash_v2"),
+        ({}, {"backend": "flash_v9"}, "'flash_v9' is not one of auto, eager, sdpa, flash_v1, flash_v2"),
     ],
 )
 def test_inputs_without_a_meaning(change, options, message):
@@ -140,27 +145,23 @@ def test_mixed_dtypes_and_strided_last_dimension():
         attention(query.transpose(2, 3).contiguous().transpose(2, 3), key, value)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"window_size": 4}, "flash_v2 does not take window_size; eager and sdpa can"),
-        ({"softcap": 1.0}, "flash_v2 does not take softcap; eager can"),
-        ({"scale": -1.0}, "a scale that is not positive; eager and sdpa can"),
-    ],
-)
-def test_refusal_names_who_can(options, message):
+def test_refusal_names_who_can():
     query, key, value = (x.to(DEVICE) for x in tensors())
-    with pytest.raises(Unsupported, match=message):
-        attention(query, key, value, backend="flash_v2", **options)
+    able = " and ".join(["eager", *RUNGS])
+    with pytest.raises(Unsupported, match=f"sdpa cannot run here: F.scaled_dot_product_attention has no softcap; {able} can"):
+        attention(query, key, value, backend="sdpa", softcap=1.0)
+    for rung in RUNGS:
+        with pytest.raises(Unsupported, match=f"{rung} cannot run here: {rung} takes .* not float64; eager and sdpa can"):
+            attention(query.double(), key.double(), value.double(), backend=rung)
 
 
-def test_refusals_of_dtype_and_head_dim():
+@pytest.mark.parametrize("rung", RUNGS)
+def test_refusals_of_dtype_and_head_dim(rung):
     with pytest.raises(Unsupported, match="not float64"):
-        choose(DEVICE, torch.float64, 64, backend="flash_v2")
-    with pytest.raises(Unsupported, match="head_dim 16 to 256, not 8"):
-        choose(DEVICE, torch.float32, 8, backend="flash_v2")
-    with pytest.raises(Unsupported, match="head_dim 16 to 256, not 272"):
-        choose(DEVICE, torch.float32, 272, backend="flash_v2")
+        choose(DEVICE, torch.float64, 64, backend=rung)
+    for head_dim in (8, 272):
+        with pytest.raises(Unsupported, match=f"head_dim 16 to 256, not {head_dim}"):
+            choose(DEVICE, torch.float16, head_dim, backend=rung)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="about the interpreter, which runs where there is no GPU")
@@ -175,8 +176,9 @@ def test_refusals_of_dtype_and_head_dim():
 def test_an_interpreter_that_cannot_run(monkeypatch, change, message):
     for name, value in change.items():
         monkeypatch.setattr(jit, name, value)
-    with pytest.raises(Unsupported, match=message):
-        choose(DEVICE, torch.float32, 64, backend="flash_v2")
+    for rung in RUNGS:
+        with pytest.raises(Unsupported, match=message):
+            choose(DEVICE, torch.float32, 64, backend=rung)
 
 
 # ---- the choice ----
@@ -219,68 +221,125 @@ def test_choice_says_what_it_passed_over(monkeypatch):
         major, minor, name = 9, 0, "NVIDIA H200"
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    choice = choose(torch.device("cuda"), torch.bfloat16, 64, features=frozenset({"is_causal", "document_ids"}))
+    everything = frozenset({"is_causal", "window_size", "softcap", "alibi_slopes", "document_ids", "return_lse", "deterministic"})
+    assert choose(torch.device("cuda"), torch.bfloat16, 64, features=everything).backend == "flash_v2"
+    choice = choose(torch.device("cuda"), torch.bfloat16, 300, features=frozenset({"is_causal", "document_ids"}))
     assert choice == Choice(
-        "sdpa", "NVIDIA H200, Hopper sm_90, bfloat16, head_dim 64; not flash_v2: flash_v2 does not take document_ids"
+        "sdpa", "NVIDIA H200, Hopper sm_90, bfloat16, head_dim 300; not flash_v2: flash_v2 takes head_dim 16 to 256, not 300"
     )
 
 
 # ---- wiring into torch ----
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_gradients_through_the_operator(is_causal):
+ALONE = {"is_causal": True, "window_size": None, "softcap": None, "alibi_slopes": None, "document_ids": None}
+
+
+def everything(batch: int, n_head: int, seq: int) -> dict:
+    """All that attention can be asked for at once, for seq positions."""
+    ids = documents(seq, *[(seq // 3, seq // 2)] * batch)
+    return {"is_causal": True, "window_size": 9, "softcap": 1.5, "alibi_slopes": slopes(n_head), "document_ids": ids}
+
+
+@pytest.mark.parametrize(
+    "meaning", [ALONE, ALONE | {"is_causal": False}, everything(1, 2, 5)], ids=["causal", "full", "everything"]
+)
+def test_gradients_through_the_operator(meaning):
     """Finite differences in float64, through output and log-sum-exp, with eager behind the operator."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, h, s, 4, dtype=torch.float64, requires_grad=True) for h, s in ((2, 3), (1, 5), (1, 5)))
+    seq_q = 3 if meaning["document_ids"] is None else 5
+    query, key, value = (
+        torch.randn(1, h, s, 4, dtype=torch.float64, device=DEVICE, requires_grad=True) for h, s in ((2, seq_q), (1, 5), (1, 5))
+    )
 
     def operator(*inputs):
-        return attention_forward(*inputs, 0.5, is_causal, "eager")
+        return attention_forward(*inputs, 0.5, *meaning.values(), "eager")
 
     assert torch.autograd.gradcheck(operator, (query, key, value))
     assert torch.autograd.gradcheck(lambda *x: operator(*x)[0], (query, key, value))
     assert torch.autograd.gradcheck(lambda *x: operator(*x)[1], (query, key, value))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("meaning", [ALONE, everything(1, 2, 7)], ids=["causal", "everything"])
+def test_opcheck(rung, meaning):
+    skip_unless_runs(rung, torch.float32, 16, **meaning)
     torch.manual_seed(0)
-    query = torch.randn(1, 5, 2, 16, device=DEVICE).transpose(1, 2).requires_grad_()
+    query = torch.randn(1, 7, 2, 16, device=DEVICE).transpose(1, 2).requires_grad_()
     key, value = (torch.randn(1, 1, 7, 16, device=DEVICE, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(attention_forward, (query, key, value, 0.25, True, "flash_v2"))
-    output, lse = attention_forward(query, key, value, 0.25, True, "flash_v2")
+    asked = (0.25, *meaning.values(), rung)
+    torch.library.opcheck(attention_forward, (query, key, value, *asked))
+    output, lse = attention_forward(query, key, value, *asked)
     saved = [x.detach() for x in (output, query, key, value, output, lse)]
-    torch.library.opcheck(attention_backward, (saved[0], torch.ones_like(lse), *saved[1:], 0.25, True, "flash_v2"))
-    torch.library.opcheck(attention_backward, (saved[0], None, *saved[1:], 0.25, True, "flash_v2"))
+    torch.library.opcheck(attention_backward, (saved[0], torch.ones_like(lse), *saved[1:], *asked))
+    torch.library.opcheck(attention_backward, (saved[0], None, *saved[1:], *asked))
 
 
-def block(query, key, value, backend):
-    output, lse = attention(query * 1.5, key, value, is_causal=True, return_lse=True, backend=backend)
+@pytest.mark.parametrize("rung", RUNGS)
+def test_fake_tensors(rung):
+    """Shapes, dtypes and strides without data or a kernel, forward and backward, as the real ones have them."""
+    skip_unless_runs(rung, torch.float16, 16)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        inputs = [torch.zeros(2, h, 20, 16, dtype=torch.float16, device=DEVICE, requires_grad=True) for h in (4, 2, 2)]
+        output, lse = attention(*inputs, return_lse=True, backend=rung, **everything(2, 4, 20))
+        return output, lse, *torch.autograd.grad((output, lse), inputs, (torch.zeros_like(output), torch.zeros_like(lse)))
+
+    with FakeTensorMode():
+        fakes = results()
+    for fake, real in zip(fakes, results(), strict=True):
+        assert isinstance(fake, FakeTensor)
+        assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (real.shape, real.stride(), real.dtype, real.device)
+
+
+def block(query, key, value, backend, **meaning):
+    output, lse = attention(query * 1.5, key, value, return_lse=True, backend=backend, **meaning)
     return (output * output).sum() + lse.sum()
 
 
+@pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_compile(rung, name, dynamic):
+    skip_unless_runs(rung, torch.float32, 16)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
     for seq in (33, 20):
+        meaning = {"is_causal": True} if name == "causal" else everything(1, 2, seq)
         inputs = [torch.randn(1, 2, seq, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
-        expected = torch.autograd.grad(block(*inputs, "flash_v2"), inputs)
-        found = torch.autograd.grad(compiled(*inputs, "flash_v2"), inputs)
+        expected = torch.autograd.grad(block(*inputs, rung, **meaning), inputs)
+        found = torch.autograd.grad(compiled(*inputs, rung, **meaning), inputs)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("rung", RUNGS)
+def test_one_graph_for_every_length_and_window(rung):
+    skip_unless_runs(rung, torch.float32, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    inputs = {seq: [torch.randn(1, 2, seq, 16, device=DEVICE) for _ in range(3)] for seq in (33, 20, 27)}
+    compiled(*inputs[33], rung, window_size=5)
+    compiled(*inputs[20], rung, window_size=7)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(*inputs[27], rung, window_size=9)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing(rung, use_reentrant):
+    skip_unless_runs(rung, torch.float32, 16)
     inputs = [torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
-    expected = torch.autograd.grad(block(*inputs, "flash_v2"), inputs)
-    checkpoint(block, *inputs, "flash_v2", use_reentrant=use_reentrant).backward()
+    meaning = everything(1, 2, 20)
+    expected = torch.autograd.grad(block(*inputs, rung, **meaning), inputs)
+    checkpoint(lambda *x: block(*x, rung, **meaning), *inputs, use_reentrant=use_reentrant).backward()
     for x, b in zip(inputs, expected, strict=True):
         torch.testing.assert_close(x.grad, b)
 
 
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flash_v2"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_casts_the_inputs(backend):
+    skip_unless_runs(backend, torch.bfloat16, 16)
     inputs = [torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         output = attention(*inputs, is_causal=True, backend=backend)
@@ -289,16 +348,20 @@ def test_autocast_casts_the_inputs(backend):
     assert all(x.grad.dtype == torch.float32 for x in inputs)
 
 
-def test_flop_counter_agrees_with_torch():
+@pytest.mark.parametrize("rung", RUNGS)
+def test_flop_counter_agrees_with_torch(rung):
     """Two products forward and five backward, as torch counts its own attention on a GPU."""
+    skip_unless_runs(rung, torch.float32, 16)
     batch, n_head, seq, head_dim = 2, 4, 32, 16
     inputs = [torch.randn(batch, n_head, seq, head_dim, device=DEVICE, requires_grad=True) for _ in range(3)]
     with FlopCounterMode(display=False) as counter:
-        attention(*inputs, backend="flash_v2").sum().backward()
+        attention(*inputs, backend=rung).sum().backward()
     assert counter.get_total_flops() == (4 + 10) * batch * n_head * seq * seq * head_dim
 
 
-def test_merging_the_heads_costs_no_copy():
+@pytest.mark.parametrize("rung", RUNGS)
+def test_merging_the_heads_costs_no_copy(rung):
+    skip_unless_runs(rung, torch.float32, 16)
     query, key, value = (torch.randn(2, 9, 3, 16, device=DEVICE).transpose(1, 2) for _ in range(3))
-    output = attention(query, key, value, backend="flash_v2")
+    output = attention(query, key, value, backend=rung)
     assert output.transpose(1, 2).reshape(2, 9, 48).data_ptr() == output.data_ptr()

@@ -1,6 +1,8 @@
-"""flash_v2's kernels compiled ahead of time for every generation, without a GPU, and held to its limits.
+"""The rungs' kernels compiled ahead of time for every generation, without a GPU, and held to its limits.
 
-For each capability a process of its own compiles all three kernels at every head_dim: this one interprets them.
+For each capability a process of its own compiles them: this one interprets them. Every row of every table of tiles is compiled for
+every kernel; the GPUs that share a table (80 with 100; 86, 89 and 120; and all of them for flash_v1) share its rows. Head dims
+between rows, padded ones and other meanings than causal are sampled.
 """
 
 import json
@@ -11,32 +13,55 @@ import sys
 import pytest
 
 # Shared memory that one block may have, KiB.
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-HEAD_DIMS = [16, 32, 64, 128, 256]
-PADDED = [40, 80, 192]
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+# RUNG/MEANING/HEAD_DIM for each capability, in the dtype that its tensor cores are at their best in.
+V2_ROWS = ["flash_v2/causal/64", "flash_v2/causal/128", "flash_v2/causal/256"]
+V1_ROWS = ["flash_v1/causal/64", "flash_v1/causal/128", "flash_v1/causal/256"]
+CONFIGURATIONS = {
+    75: [*V1_ROWS, *V2_ROWS, "flash_v1/everything/128"],
+    80: [*V1_ROWS, *V2_ROWS, "flash_v2/full/128", "flash_v2/window/128"],
+    86: [*V2_ROWS, "flash_v1/causal/128"],
+    89: ["flash_v2/causal/128", "flash_v1/causal/64"],
+    90: [*V1_ROWS, *V2_ROWS, "flash_v2/everything/64", "flash_v2/documents/128"],
+    100: [*V2_ROWS, "flash_v1/causal/128"],
+    120: ["flash_v2/causal/64", "flash_v2/causal/128", "flash_v1/causal/256"],
+}
+OTHER_HEAD_DIMS = [f"{rung}/causal/{head_dim}" for rung in ("flash_v1", "flash_v2") for head_dim in (16, 40, 192)]
+KERNELS_OF = {"flash_v1": 2, "flash_v2": 3}
 
 
-def compiled(capability: int, dtype: str, head_dims: list[int]) -> list[dict]:
-    command = [sys.executable, "-m", "tests.aot", str(capability), dtype, *map(str, head_dims)]
+def compiled(capability: int, dtype: str, configurations: list[str]) -> list[dict]:
+    command = [sys.executable, "-m", "tests.aot", str(capability), dtype, *configurations]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(results) == sum(KERNELS_OF[asked.split("/")[0]] for asked in configurations)
+    return results
 
 
-@pytest.mark.parametrize("capability", SHARED_KIB)
-def test_every_head_dim(capability):
-    head_dims = HEAD_DIMS + (PADDED if capability == 80 else [])
-    results = compiled(capability, "bfloat16", head_dims)
-    assert len(results) == 3 * len(head_dims)
-    for result in results:
-        assert result["shared_kib"] <= SHARED_KIB[capability], result
-        assert result["tensor_core"] > 0, result
-        assert result["loop_spills"] == 0, result
+def beyond(results: list[dict]) -> list[dict]:
+    """Those that do not fit into shared memory, spill in an inner loop, or leave the tensor cores idle."""
+    return [
+        result
+        for result in results
+        if result["shared_kib"] > SHARED_KIB[result["capability"]] or result["loop_spills"] > 0 or result["tensor_core"] == 0
+    ]
+
+
+@pytest.mark.parametrize("capability", CONFIGURATIONS)
+def test_limits(capability):
+    dtype = "float16" if capability == 75 else "bfloat16"
+    assert beyond(compiled(capability, dtype, CONFIGURATIONS[capability])) == []
+
+
+def test_other_head_dims():
+    """Smaller than a row's and padded to it, by a GPU with enough shared memory for every table."""
+    assert beyond(compiled(80, "bfloat16", OTHER_HEAD_DIMS)) == []
 
 
 def test_float32():
-    """Three TensorFloat-32 products for one up to head_dim 128, plain float32 beyond; in the smallest shared memory there is."""
-    for result in compiled(86, "float32", [64, 128, 256]):
+    """Three TensorFloat-32 products for one up to head_dim 128, plain float32 beyond; in the smallest shared memory it meets."""
+    for result in compiled(86, "float32", [*V2_ROWS, "flash_v1/causal/128", "flash_v1/causal/256"]):
         assert result["shared_kib"] <= SHARED_KIB[86], result
         assert (result["tensor_core"] > 0) == (result["head_dim"] <= 128), result
         if result["head_dim"] <= 128:
@@ -50,3 +75,10 @@ def test_the_reader_sees_spills():
     loop = "/*0010*/ HMMA.16816.F32 R0, R1, R2, R0 ;\n/*0020*/ {} ;\n/*0030*/ @P0 BRA 0x10 ;\n/*0040*/ {} ;\n"
     assert loop_spills(loop.format("LDL R4, [R1]", "NOP")) == 1
     assert loop_spills(loop.format("NOP", "LDL R4, [R1]")) == 0
+
+
+def test_a_limit_can_be_broken():
+    fits = {"capability": 75, "shared_kib": 64, "loop_spills": 0, "tensor_core": 8}
+    assert beyond([fits]) == []
+    for change in ({"shared_kib": 64.5}, {"loop_spills": 1}, {"tensor_core": 0}):
+        assert beyond([fits | change]) != []

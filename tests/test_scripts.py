@@ -84,6 +84,7 @@ def test_nothing_is_left_behind(here, exported):
         ("generate.py run/export", "run/export is not KEY=VALUE"),
         ("generate.py model=run/export top_k=0", "top_k=0 must be at least 1"),
         ("generate.py model=a(b)", "cannot be read: such a value needs quotes that the shell leaves on, 'model=\"a(b)\"'"),
+        ("doctor.py dtype=bf16", "dtype=bf16 is not a choice (auto, bfloat16, float16, float32, float64)"),
         ("generate.py model=none", "model=none does not exist; name a folder that scripts/export.py wrote"),
     ],
 )

@@ -1,218 +1,382 @@
-"""Attention alone, measured: TFLOP/s each way and peak memory of every backend, side by side in one run.
+"""Attention alone, measured: speed, memory and error of every backend beside the others', in one run.
 
 FLOPs are those of the algorithm whatever a backend recomputes: 4·B·H·S²·D forward, half of it under causality, and 2.5 times that
-backward, the convention of the FlashAttention papers. Inputs are random normal; every figure is a median over repeated calls
-timed with CUDA events, the L2 cache flushed between them.
+backward, the convention of the FlashAttention papers. Inputs are random normal. A time is the median of repeated calls between
+CUDA events, the L2 cache flushed before each; a CPU's would say nothing about a GPU, so there memory and error are measured alone.
 """
 
 from __future__ import annotations
 
-import json
+import gc
+import shutil
+import subprocess
+import sys
+import time
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
+from flash_ladder.benchmark_plots import plot
+from flash_ladder.benchmark_report import header, row_lines, summary, table_head
+from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
+from flash_ladder.peak_memory import peak_bytes
+from flash_ladder.peers import PEERS, Attend, NotInstalled, one_line, peer, why_not_installed
+from flash_ladder.probe import Layer, eager_may_fit
 from flash_ladder.schema import BenchmarkConfig, UserError
-from kernels import Unsupported, attention
+from kernels import BACKENDS, Unsupported, attention
 from kernels.generations import describe
 
-PEERS = {
-    "fa2": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+# What a null in the configuration stands for.
+ON_GPU = {
+    "seq_len": [1024, 4096, 16384],
+    "memory_seq_len": [8192, 65536],
+    "head_dim": [64, 128],
+    "tokens": 16384,
+    "width": 2048,
+    "dtype": "bfloat16",
+    "error_seq_len": 1024,
 }
-GIB = 2**30
-
-
-@dataclass
-class Cell:
-    """One backend at one shape. A figure that could not be taken is None, and `note` says why."""
-
-    backend: str
-    head_dim: int
-    seq_len: int
-    causal: bool
-    forward_tflops: float | None = None
-    backward_tflops: float | None = None
-    peak_gib: float | None = None
-    note: str = ""
-
-
-@dataclass
-class Result:
-    """A grid measured, and where."""
-
-    device: str
-    torch: str
-    config: dict
-    cells: list[Cell]
+ON_CPU = {
+    "seq_len": [64, 128, 256],
+    "memory_seq_len": [512, 1024, 2048],
+    "head_dim": [32],
+    "tokens": 256,
+    "width": 64,
+    "dtype": "float32",
+    "error_seq_len": 128,
+}
+ON_A_CPU_TOO = ("math",)  # the one peer that is the same algorithm on a CPU
+L2_FLUSH_BYTES = 256 * 2**20  # beyond any GPU's L2 cache
 
 
 def benchmark(cfg: BenchmarkConfig) -> Result:
-    """Measures the grid, or reads cfg.read; prints the table, writes cfg.out (JSON) and cfg.plot (PNG).
+    """Measures the grid, or reads cfg.read; prints the tables, writes cfg.out (JSON) and the pictures of cfg.plot (PNG).
 
-    Raises UserError without a GPU, and for a file that cannot be read.
+    An interrupted run leaves in cfg.out what it had measured. Raises UserError for files that cannot be read or written.
     """
-    result = read(Path(cfg.read)) if cfg.read else measure_grid(cfg)
     if cfg.read:
-        print_header(result)
-        for row in rows(result):
-            print_row(row, result)
+        result = read(Path(cfg.read))
+        print("\n".join([*header(result), *table_head(result)]))
+        for row in result.rows():
+            print("\n".join(row_lines(row, result)))
+    else:
+        result = measure_grid(cfg)
+    print("\n".join(summary(result)))
     if cfg.out:
-        Path(cfg.out).write_text(json.dumps(asdict(result), indent=1))
+        save(result, Path(cfg.out))
         print(f"\nfigures in {cfg.out}")
     if cfg.plot:
-        plot(result, Path(cfg.plot))
-        print(f"\npicture in {cfg.plot}")
+        try:
+            pictures = plot(result, Path(cfg.plot))
+        except OSError as error:
+            raise UserError(f"plot={cfg.plot} cannot be written ({error.strerror}); name another file") from None
+        print(f"\npictures in {', '.join(map(str, pictures))}")
     return result
-
-
-def read(path: Path) -> Result:
-    """What an earlier run wrote with out=; raises UserError where it is not that."""
-    try:
-        found = json.loads(path.read_text())
-        return Result(found["device"], found["torch"], found["config"], [Cell(**cell) for cell in found["cells"]])
-    except OSError as error:
-        raise UserError(f"read={path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"read={path} is not a result of this command; out=PATH writes one") from None
 
 
 def measure_grid(cfg: BenchmarkConfig) -> Result:
-    """Every backend at every shape, printed as it goes."""
-    if not torch.cuda.is_available():
-        raise UserError("benchmark_attention.py needs an NVIDIA GPU, and PyTorch finds none here; read=FILE shows an earlier run")
-    device = torch.device("cuda", torch.cuda.current_device())
-    result = Result(describe(device), torch.__version__, asdict(cfg), [])
-    print_header(result)
-    for causal in cfg.causal:
-        for head_dim in cfg.head_dim:
-            for seq_len in cfg.seq_len:
-                row = [measure(cfg, backend, head_dim, seq_len, causal, device) for backend in cfg.backends]
-                result.cells += row
-                print_row(row, result)
+    """Every backend at every shape, printed as it goes and kept in cfg.out after every shape."""
+    for path in (cfg.out, cfg.plot):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it, or name another")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    cfg, left_out = decide(cfg, device)
+    result = Result(left_out=left_out, finished=False, **surroundings(cfg, device))
+    panels = [Panel(causal, head_dim, heads) for heads in cfg.n_kv_head for causal in cfg.causal for head_dim in cfg.head_dim]
+    lengths = sorted({*cfg.seq_len, *cfg.memory_seq_len})
+    compared = [*cfg.backends, *(["eager"] if "eager" not in cfg.backends else [])]  # eager's error is everyone's yardstick
+    print("\n".join([*header(result), *table_head(result)]), flush=True)
+    with tqdm(total=len(panels) * (len(lengths) * len(cfg.backends) + len(compared)), leave=False, disable=None) as bar:
+
+        def next_is(what: str) -> None:
+            bar.update()
+            bar.set_description(what)
+
+        try:
+            for panel in panels:
+                for seq_len in lengths:
+                    for backend in cfg.backends:
+                        next_is(f"{backend}, {panel} S={seq_len}")
+                        result.cells.append(measure(cfg, backend, panel, seq_len, device))
+                    bar.write("\n".join(row_lines(result.rows()[-1], result)))
+                    sys.stdout.flush()
+                    if cfg.out:
+                        save(result, Path(cfg.out))
+                right = yardstick(cfg, panel, device)
+                for backend in compared:
+                    next_is(f"error of {backend}, {panel}")
+                    result.errors.append(measure_error(cfg, backend, panel, right, device))
+            if on_gpu:
+                for backend in cfg.backends:
+                    result.host_us[backend] = measure_host_us(cfg, backend, device)
+            result.finished = True
+        finally:
+            if cfg.out and result.cells:
+                save(result, Path(cfg.out))
+                if not result.finished:
+                    print(f"\nfigures so far in {cfg.out}")
     return result
 
 
-def rows(result: Result) -> list[list[Cell]]:
-    """The cells of each shape, in the order measured."""
-    shapes: dict[tuple, list[Cell]] = {}
-    for cell in result.cells:
-        shapes.setdefault((cell.causal, cell.head_dim, cell.seq_len), []).append(cell)
-    return list(shapes.values())
+def decide(cfg: BenchmarkConfig, device: torch.device) -> tuple[BenchmarkConfig, dict[str, str]]:
+    """`cfg` with every None decided for this device, checked again; and the peers left out of the default, with why."""
+    values = ON_GPU if device.type == "cuda" else ON_CPU
+    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
+    left_out = {}
+    if cfg.backends is None:
+        for name in PEERS:
+            reason = why_not_installed(name) if device.type == "cuda" or name in ON_A_CPU_TOO else "for a GPU"
+            if reason is not None:
+                left_out[name] = reason
+        cfg = replace(cfg, backends=[*BACKENDS, *(name for name in PEERS if name not in left_out)])
+    if cfg.baseline is None:
+        usual = "fa2" if device.type == "cuda" else "eager"
+        cfg = replace(cfg, baseline=usual if usual in cfg.backends else cfg.backends[0])
+    cfg.validate()
+    return cfg, left_out
 
 
-def print_header(result: Result) -> None:
-    """Where and on what."""
-    cfg = result.config
-    print(f"{result.device}; torch {result.torch}; {cfg['dtype']}; {cfg['tokens']} tokens, width {cfg['width']}")
-    print(f"TFLOP/s forward / backward and peak memory above the inputs; in brackets the multiple of {cfg['baseline']}'s speed\n")
+def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
+    """Where and on what: the fields of Result that say so. Paths are left out of the configuration."""
+    found = {
+        "device": describe(device),
+        "torch": torch.__version__,
+        "triton": installed_version("triton"),
+        "date": date.today().isoformat(),
+        "config": {key: value for key, value in asdict(cfg).items() if key not in ("out", "plot", "read")},
+    }
+    if device.type == "cuda":
+        cudnn = torch.backends.cudnn.version()
+        found["cudnn"] = None if cudnn is None else f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+        found["driver"] = driver_version()
+        found["device_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
+    return found
 
 
-def print_row(row: list[Cell], result: Result) -> None:
-    """One shape, all backends."""
-    baseline = next(cell for cell in row if cell.backend == result.config["baseline"])
-    shape = f"{'causal' if row[0].causal else 'full':<6} D={row[0].head_dim:<3} S={row[0].seq_len:<6}"
-    print(shape + "  ".join(describe_cell(cell, baseline) for cell in row), flush=True)
-
-
-def describe_cell(cell: Cell, baseline: Cell) -> str:
-    """`flash_v2 394/301 (1.40/1.30) 0.1 GiB`."""
-    if cell.note and cell.forward_tflops is None:
-        return f"{cell.backend} {cell.note}"
-    speeds = [(cell.forward_tflops, baseline.forward_tflops), (cell.backward_tflops, baseline.backward_tflops)]
-    text = f"{cell.backend} " + "/".join("-" if mine is None else f"{mine:.0f}" for mine, _ in speeds)
-    if cell is not baseline:
-        text += " (" + "/".join("-" if not mine or not theirs else f"{mine / theirs:.2f}" for mine, theirs in speeds) + ")"
-    return text + ("" if cell.peak_gib is None else f" {cell.peak_gib:.2f} GiB") + (f" {cell.note}" if cell.note else "")
-
-
-def measure(cfg: BenchmarkConfig, backend: str, head_dim: int, seq_len: int, causal: bool, device: torch.device) -> Cell:
-    """Times one backend at one shape; running out of memory is a result, and so is a refusal."""
-    from triton.testing import do_bench
-
-    cell = Cell(backend, head_dim, seq_len, causal)
-    n_head = cfg.width // head_dim
-    query, grad_output = (random(cfg, n_head, seq_len, head_dim, device) for _ in range(2))
-    key, value = (random(cfg, cfg.n_kv_head or n_head, seq_len, head_dim, device) for _ in range(2))
-    inputs = [x.requires_grad_() for x in (query, key, value)]
-    flops = 4 * query.shape[0] * n_head * seq_len**2 * head_dim * (0.5 if causal else 1.0)
-    run = runner(backend, causal)
-
-    def teraflops(function: Callable[[], object], work: float) -> float:
-        return work / do_bench(function, warmup=25, rep=cfg.milliseconds, return_mode="median") / 1e9
-
+def installed_version(package: str) -> str | None:
+    """Version of an installed package."""
     try:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.autograd.grad(run(*inputs), inputs, grad_output)
-        cell.peak_gib = (torch.cuda.max_memory_allocated(device) - before) / GIB
-        with torch.no_grad():
-            cell.forward_tflops = teraflops(lambda: run(*inputs), flops)
-        output = run(*inputs)
-        cell.backward_tflops = teraflops(lambda: torch.autograd.grad(output, inputs, grad_output, retain_graph=True), 2.5 * flops)
-    except torch.OutOfMemoryError:
-        cell.note = "out of memory"
-    except (Unsupported, RuntimeError) as error:  # PyTorch reports "No available kernel" as a RuntimeError
-        cell.note = f"refused: {str(error).splitlines()[0]}"
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver, as nvidia-smi tells it; None where it does not."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    return told.stdout.split()[0] if told.returncode == 0 and told.stdout.split() else None
+
+
+# ---- one backend at one shape ----
+
+
+def attend_with(backend: str, panel: Panel, seq_len: int, device: torch.device) -> Attend:
+    """A rung or a peer as a function of query, key and value. Raises NotInstalled."""
+    if backend in PEERS:
+        return peer(backend, is_causal=panel.causal, seq_len=seq_len, device=device)
+    return lambda query, key, value: attention(query, key, value, is_causal=panel.causal, backend=backend)
+
+
+def random_inputs(
+    cfg: BenchmarkConfig, panel: Panel, batch: int, seq_len: int, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value, which ask for gradients, and the gradient of the output: [B, H, S, D], random normal, seeded."""
+    n_head = cfg.width // panel.head_dim
+    generator = torch.Generator(device).manual_seed(0)
+    heads = (n_head, panel.n_kv_head or n_head, panel.n_kv_head or n_head, n_head)
+    query, key, value, grad_output = (
+        torch.randn(batch, h, seq_len, panel.head_dim, device=device, dtype=getattr(torch, cfg.dtype), generator=generator)
+        for h in heads
+    )
+    return [x.requires_grad_() for x in (query, key, value)], grad_output
+
+
+def trouble(work: Callable[[], None]) -> str:
+    """Does `work`; returns "", or in one line why it came to no end.
+
+    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The memory that the failed call
+    held is free again on return, which is why the error itself is not passed on: its traceback keeps the tensors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch explains over many lines why it passed a kernel over
+            work()
+        note = ""
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        note = "out of memory" + (f": {error}" if isinstance(error, MemoryError) else "")
+    except NotInstalled as error:
+        note = str(error)
+    except Unsupported as error:
+        note = f"refused: {error}"
+    except Exception as error:
+        note = f"failed: {one_line(error)}"
+    if note:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return note
+
+
+def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, device: torch.device) -> Cell:
+    """One backend at one shape: memory, and on a GPU speed where seq_len is of the grid. A refusal is a result."""
+    cell = Cell(backend, panel.head_dim, seq_len, panel.causal, n_kv_head=panel.n_kv_head)
+    batch = batch_size(cfg.tokens, seq_len)
+    n_head = cfg.width // panel.head_dim
+    flops = 4 * batch * n_head * seq_len**2 * panel.head_dim * (0.5 if panel.causal else 1.0)
+    if device.type == "cpu" and backend.startswith("flash_v") and seq_len not in cfg.seq_len:
+        cell.note = "not measured: too slow in Triton's interpreter"
+        return cell
+
+    def work() -> None:
+        if device.type == "cpu" and backend in ("eager", "math"):  # where a process that runs out of memory is killed
+            refuse_what_cannot_fit(cfg, panel, batch, seq_len)
+        attend = attend_with(backend, panel, seq_len, device)
+        inputs, grad_output = random_inputs(cfg, panel, batch, seq_len, device)
+
+        def backward(output: Tensor) -> None:
+            torch.autograd.grad(output, inputs, grad_output)
+
+        def forward_and_backward() -> None:
+            output = attend(*inputs)
+            if output.requires_grad:
+                backward(output)
+            else:
+                cell.note = "no backward"
+
+        if device.type == "cuda":
+            forward_and_backward()  # compiles; sets up the matrix library's workspace
+        peak = peak_bytes(forward_and_backward, device)
+        cell.peak_gib = None if cell.note else peak / GIB
+        if device.type == "cuda" and seq_len in cfg.seq_len:
+            with torch.no_grad():
+                milliseconds = median_milliseconds(lambda: None, lambda _: attend(*inputs), cfg.milliseconds)
+            cell.forward_tflops = flops / milliseconds / 1e9
+            if not cell.note:
+                milliseconds = median_milliseconds(lambda: attend(*inputs), backward, cfg.milliseconds)
+                cell.backward_tflops = 2.5 * flops / milliseconds / 1e9
+
+    cell.note = trouble(work) or cell.note
     return cell
 
 
-def random(cfg: BenchmarkConfig, heads: int, seq_len: int, head_dim: int, device: torch.device) -> Tensor:
-    """[B, heads, S, D] with B such that B·S is cfg.tokens (at least 1)."""
-    return torch.randn(max(1, cfg.tokens // seq_len), heads, seq_len, head_dim, device=device, dtype=getattr(torch, cfg.dtype))
+def refuse_what_cannot_fit(cfg: BenchmarkConfig, panel: Panel, batch: int, seq_len: int) -> None:
+    """Raises MemoryError where eager's scores alone are beyond a good part of the machine's free memory."""
+    n_head = cfg.width // panel.head_dim
+    layer = Layer(batch, n_head, n_head, seq_len, panel.head_dim, getattr(torch, cfg.dtype), torch.device("cpu"))
+    if not eager_may_fit(layer):
+        raise MemoryError(f"the scores alone take {layer.score_bytes / GIB:.1f} GiB")
 
 
-def runner(backend: str, causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A backend as a function of query, key and value."""
-    if backend not in PEERS:
-        return lambda query, key, value: attention(query, key, value, is_causal=causal, backend=backend)
+def median_milliseconds(prepare: Callable[[], object], call: Callable[[object], object], budget: float) -> float:
+    """Median milliseconds of call(prepare()) on the GPU, `prepare` not timed, over about `budget` milliseconds of calls.
 
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with sdpa_kernel(PEERS[backend]):
-            grouped = query.shape[1] != key.shape[1]
-            return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
+    A backward pass is timed on a new graph each time: compiled ones (FlexAttention) free what they saved and cannot run twice.
+    """
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    return run
+    def timed(repeats: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            prepared = prepare()
+            flush.zero_()
+            start.record()
+            call(prepared)
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    timed(3)  # warms up
+    estimate = median(timed(5))
+    return median(timed(max(5, min(1000, int(budget / max(estimate, 1e-3))))))
 
 
-def plot(result: Result, path: Path) -> None:
-    """One panel for each direction, mask and head_dim: TFLOP/s over sequence length, a line a backend."""
-    import matplotlib
+def measure_host_us(cfg: BenchmarkConfig, backend: str, device: torch.device) -> float | None:
+    """Median microseconds that the host spends on one forward call of a shape too small to keep the GPU busy; None if refused."""
+    found = []
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def work() -> None:
+        panel = Panel(cfg.causal[0], cfg.head_dim[0], 1)
+        attend = attend_with(backend, panel, 128, device)
+        one_head = replace(cfg, width=panel.head_dim)
+        inputs, _ = random_inputs(one_head, panel, 1, 128, device)
+        with torch.no_grad():
+            for _ in range(20):
+                attend(*inputs)
+            torch.cuda.synchronize(device)
+            times = []
+            for _ in range(200):
+                start = time.perf_counter()
+                attend(*inputs)
+                times.append(time.perf_counter() - start)
+            torch.cuda.synchronize(device)
+        found.append(median(times) * 1e6)
 
-    panels = sorted({(not cell.causal, cell.head_dim) for cell in result.cells})
-    figure, axes = plt.subplots(2, len(panels), figsize=(3.4 * len(panels), 6), sharex=True, sharey="row", squeeze=False)
-    backends = list(dict.fromkeys(cell.backend for cell in result.cells))
-    for column, (full, head_dim) in enumerate(panels):
-        for number_of_row, figure_of in enumerate(("forward_tflops", "backward_tflops")):
-            axis = axes[number_of_row][column]
-            for number, backend in enumerate(backends):
-                cells = [c for c in result.cells if (c.backend, not c.causal, c.head_dim) == (backend, full, head_dim)]
-                drawn = [(c.seq_len, getattr(c, figure_of)) for c in cells if getattr(c, figure_of) is not None]
-                width = 2.5 if backend.startswith("flash") else 1.2
-                axis.plot(*zip(*drawn, strict=True), marker="o", markersize=4, color=f"C{number}", linewidth=width, label=backend)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(sorted({c.seq_len for c in result.cells}), [str(s) for s in sorted({c.seq_len for c in result.cells})])
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-            if number_of_row == 0:
-                axis.set_title(f"{'full' if full else 'causal'}, head_dim {head_dim}", fontsize=10)
-            else:
-                axis.set_xlabel("sequence length")
-    for line in axes:
-        line[0].set_ylim(bottom=0)  # shared along a row, once every line is drawn
-    axes[0][0].set_ylabel("forward, TFLOP/s")
-    axes[1][0].set_ylabel("backward, TFLOP/s")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"Attention on one {result.device}, {result.config['dtype']}, {result.config['tokens']} tokens", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    trouble(work)
+    return found[0] if found else None
+
+
+# ---- errors ----
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Inputs in the benchmark's dtype and what float64 eager attention makes of them; `note` says why it could not."""
+
+    inputs: list[Tensor]
+    grad_output: Tensor
+    exact: tuple[Tensor, ...]  # output, dq, dk, dv
+    note: str
+
+
+def yardstick(cfg: BenchmarkConfig, panel: Panel, device: torch.device) -> Yardstick:
+    """One sequence of cfg.error_seq_len tokens in float64.
+
+    One, and of a bounded length, because the float64 scores of a long one fit nowhere.
+    """
+    inputs, grad_output = random_inputs(cfg, panel, 1, cfg.error_seq_len, device)
+    exact: list[Tensor] = []
+
+    def work() -> None:
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        output = attend_with("eager", panel, cfg.error_seq_len, device)(*wide)
+        exact.extend([output.detach(), *torch.autograd.grad(output, wide, grad_output.double())])
+
+    note = trouble(work)
+    return Yardstick(inputs, grad_output, tuple(exact), note and f"no float64 to compare with: {note}")
+
+
+def measure_error(cfg: BenchmarkConfig, backend: str, panel: Panel, right: Yardstick, device: torch.device) -> Error:
+    """The backend's output and gradients beside float64's."""
+    error = Error(backend, panel.head_dim, panel.causal, panel.n_kv_head, note=right.note)
+    if right.note:
+        return error
+
+    def work() -> None:
+        output = attend_with(backend, panel, cfg.error_seq_len, device)(*right.inputs)
+        error.output = relative_error(output, right.exact[0])
+        if not output.requires_grad:
+            error.note = "no backward"
+            return
+        grads = torch.autograd.grad(output, right.inputs, right.grad_output)
+        for name, grad, exact in zip(GRADIENTS, grads, right.exact[1:], strict=True):
+            setattr(error, name, relative_error(grad, exact))
+
+    error.note = trouble(work) or error.note
+    return error
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over the root mean square of the exact values; nan where there is a NaN."""
+    return ((found.detach().double() - exact).pow(2).mean() / exact.pow(2).mean()).sqrt().item()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-BACKENDS = ("auto", "eager", "sdpa", "flash_v2")
+BACKENDS = ("auto", "eager", "sdpa", "flash_v1", "flash_v2")
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
 
 
@@ -313,33 +313,90 @@ class GenerateConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """scripts/conf/benchmark_attention.yaml: the grid of shapes and the backends timed on it."""
+    """scripts/conf/benchmark_attention.yaml: the grid and the backends; flash_ladder.benchmark decides what None is, by machine."""
 
-    backends: list[str] = field(default_factory=lambda: ["flash_v2", "fa2", "cudnn", "efficient"])
-    baseline: str = "fa2"  # the one that ratios are taken of
-    seq_len: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
-    head_dim: list[int] = field(default_factory=lambda: [64, 128])
+    backends: list[str] | None = None  # None: every rung, and the peers that are installed here
+    baseline: str | None = None  # the one that ratios of speed are taken of; None: fa2 on a GPU, eager without one
+    seq_len: list[int] | None = None
+    memory_seq_len: list[int] | None = None  # further lengths, memory only
+    head_dim: list[int] | None = None
     causal: list[bool] = field(default_factory=lambda: [True, False])
-    tokens: int = 16384  # batch * seq_len
-    width: int = 2048  # heads * head_dim
-    n_kv_head: int | None = None  # None: as many as query heads
-    dtype: str = "bfloat16"
-    milliseconds: int = 100  # how long each figure is measured for
+    n_kv_head: list[int | None] = field(default_factory=lambda: [None])  # None: as many as query heads
+    tokens: int | None = None  # batch * seq_len
+    width: int | None = None  # heads * head_dim
+    dtype: str | None = None
+    error_seq_len: int | None = None  # length of the one sequence that errors are measured on
+    milliseconds: int = 100  # how long each time is measured for
     out: str | None = None  # a JSON file for the result
     plot: str | None = None  # a PNG file for its picture
     read: str | None = None  # a JSON file of an earlier run, to show it again and measure nothing
 
     def validate(self) -> None:
-        choices = ("flash_v2", "eager", "sdpa", "fa2", "cudnn", "efficient")
-        for backend in self.backends:
-            one_of("backends", backend, choices)
-        if self.baseline not in self.backends:
+        rungs = [name for name in BACKENDS if name != "auto"]
+        for backend in self.backends or ():
+            one_of("backends", backend, (*rungs, "fa2", "cudnn", "efficient", "math", "flex", "flash_attn", "fa3", "fa4"))
+        if self.baseline is not None and self.backends is not None and self.baseline not in self.backends:
             raise UserError(f"baseline={self.baseline} is not among backends ({', '.join(self.backends)})")
-        one_of("dtype", self.dtype, ("bfloat16", "float16", "float32"))
-        at_least(1, tokens=self.tokens, width=self.width, n_kv_head=self.n_kv_head, milliseconds=self.milliseconds)
-        for head_dim in self.head_dim:
-            at_least(1, head_dim=head_dim)
-            if self.width % head_dim or (self.n_kv_head and self.width // head_dim % self.n_kv_head):
-                raise UserError(f"head_dim={head_dim}: width={self.width} must be a whole number of heads, and of n_kv_head groups")
-        for seq_len in self.seq_len:
-            at_least(1, seq_len=seq_len)
+        if self.dtype is not None:
+            one_of("dtype", self.dtype, ("bfloat16", "float16", "float32"))
+        at_least(1, tokens=self.tokens, width=self.width, milliseconds=self.milliseconds, error_seq_len=self.error_seq_len)
+        for name in ("backends", "seq_len", "head_dim", "causal", "n_kv_head"):
+            if getattr(self, name) == []:
+                raise UserError(f"{name}=[] leaves nothing to measure; name one at least")
+        for name in ("seq_len", "memory_seq_len", "head_dim", "n_kv_head"):
+            for value in getattr(self, name) or ():
+                at_least(1, **{name: value})
+        for head_dim in self.head_dim or ():
+            for n_kv_head in self.n_kv_head if self.width is not None else ():
+                if self.width % head_dim or (n_kv_head and self.width // head_dim % n_kv_head):
+                    raise UserError(f"head_dim={head_dim}: width={self.width} must be whole heads, and whole groups of n_kv_head")
+        if self.plot is not None and not self.plot.endswith(".png"):
+            raise UserError(f"plot={self.plot} must end with .png")
+
+
+@dataclass
+class DoctorConfig:
+    """scripts/conf/doctor.yaml: the call of attention that this machine is asked about."""
+
+    batch_size: int = 8
+    n_head: int = 12
+    n_kv_head: int | None = None  # None: as many as query heads
+    seq_len: int = 1024
+    head_dim: int = 64
+    dtype: str = "auto"  # auto: what trainer.precision=auto takes here
+    causal: bool = True
+    window_size: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    document_ids: bool = False
+    return_lse: bool = False
+    deterministic: bool = False
+    device: str = "auto"
+    out: str | None = None  # a JSON file for the report
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The arguments of `kernels.attention` that the call uses."""
+        used = {
+            "is_causal": self.causal,
+            "window_size": self.window_size is not None,
+            "softcap": self.softcap is not None,
+            "alibi_slopes": self.alibi,
+            "document_ids": self.document_ids,
+            "return_lse": self.return_lse,
+            "deterministic": self.deterministic,
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)
+
+    def validate(self) -> None:
+        at_least(1, batch_size=self.batch_size, n_head=self.n_head, n_kv_head=self.n_kv_head, seq_len=self.seq_len)
+        at_least(1, head_dim=self.head_dim, window_size=self.window_size)
+        one_of("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32", "float64"))
+        if self.softcap is not None and not self.softcap > 0:
+            raise UserError(f"softcap={self.softcap} must be positive; null leaves the scores as they are")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise UserError(
+                f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: each key/value head serves an equal group "
+                f"of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
+            )

@@ -1,0 +1,172 @@
+"""What the launches of the Triton rungs share: where they can run, how attention's meaning reaches a kernel, and launching fast."""
+
+import warnings
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.bounds import document_bounds
+from kernels.generations import capability
+from kernels.jit import INTERPRET, interpreter_trouble
+from kernels.tiles import Tile
+from kernels.turing import tensor_cores
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def refusal(rung: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a Triton rung cannot run, or None."""
+    if dtype not in DTYPES:
+        return f"{rung} takes float16, bfloat16 and float32, not {_name(dtype)}"
+    if not 16 <= head_dim <= 256:
+        return f"{rung} takes head_dim 16 to 256, not {head_dim}"
+    if device.type == "cpu":
+        return interpreter_trouble()
+    found = capability(device)
+    if found is None:
+        return f"{rung} needs an NVIDIA GPU, not {device.type}"
+    if found < (7, 5):
+        return f"{rung} needs Turing (compute capability 7.5) or newer, not {found[0]}.{found[1]}"
+    if found == (7, 5) and dtype != torch.float16:
+        return f"{rung} takes float16 on Turing, whose tensor cores have no {_name(dtype)}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def warn_once(rung: str) -> None:
+    """Says, the first time, that the interpreter is at work."""
+    warnings.warn(f"{rung} runs in Triton's interpreter on the CPU: for checking, far too slow to train with", stacklevel=3)
+
+
+class Meaning(NamedTuple):
+    """The numbers that say what is asked of attention, as the kernels take them; None drops the code that would look at it.
+
+    A query sees the keys from `behind` before its own position to `ahead` after it. Scores stay in units of the raw product q·k,
+    so that `scale` and the change to base 2 remain one multiplication: `cap` is softcap / scale.
+    """
+
+    scale: float
+    behind: int | None
+    ahead: int | None
+    cap: float | None
+
+
+def meaning(seq_q: int, seq_k: int, scale: float, is_causal: bool, window_size: int | None, softcap: float | None) -> Meaning:
+    """Attention's arguments that are numbers. `scale` is positive."""
+    reach = None if window_size is None else min(window_size, seq_q + seq_k) - 1
+    return Meaning(scale, reach, 0 if is_causal else reach, None if softcap is None else softcap / scale)
+
+
+def meaning_tensors(query: Tensor, alibi_slopes: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Attention's arguments that are tensors: first and last position of each position's document [B, S], and slopes [Hq]."""
+    first, last = (None, None) if document_ids is None else document_bounds(document_ids)
+    return first, last, None if alibi_slopes is None else alibi_slopes.to(query.device, torch.float32).contiguous()
+
+
+def launch(
+    kernel: Any,
+    tile: Tile,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    strided: tuple[Tensor, ...],
+    sizes: tuple[int, int, int],
+    asked: Meaning,
+    group: int,
+    **constants: bool,
+) -> None:
+    """Runs a kernel.
+
+    Args:
+        kernel: its arguments are `tensors`, strides, `sizes`, the four of `asked`, and those that `Launch` compiles in.
+        tile: its block sizes, warps and stages.
+        programs: how many of them run.
+        tensors: the query first; None where one is not needed.
+        strided: the tensors [B, H, S, D] whose batch, head and position strides the kernel takes.
+        sizes: heads, seq_q, seq_k.
+        group: query heads that share a key/value head.
+        constants: compile-time arguments of this kernel alone.
+    """
+    query = tensors[0]
+    strides = tuple([stride for x in strided for stride in x.stride()[:3]])
+    dtypes = tuple([None if x is None else x.dtype for x in tensors])
+    products = precision(query.dtype, query.shape[-1])
+    ready = prepare(
+        kernel, tile, programs, query.device, dtypes, strides, sizes, asked, group, query.shape[-1], products, **constants
+    )
+    if query.is_cuda and query.device.index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(query.device):
+            ready(*tensors)
+    else:
+        ready(*tensors)
+
+
+class Launch:
+    """One kernel on inputs of one kind, ready to go.
+
+    At every launch Triton finds out afresh which of its compilations the arguments want: 26 µs on a GPU server's CPU for the 35
+    arguments of these kernels. All that it looks at is settled here, but for whether each pointer is a multiple of 16 bytes; so
+    what it compiled is kept for each pattern of those, and launched directly.
+    """
+
+    def __init__(self, kernel: Any, programs: int, device: torch.device, numbers: tuple, options: dict) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, (programs, 1, 1), numbers, options
+        self.capability = capability(device)
+        self.compiled: dict[tuple[bool, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        aligned = tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+        compiled = self.compiled.get(aligned)
+        if compiled is not None:
+            compiled[self.grid](*tensors, *self.numbers)
+            return
+        with tensor_cores(self.capability) as turing:
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options, **turing)
+        if not INTERPRET:
+            self.compiled[aligned] = compiled
+
+
+@lru_cache(maxsize=4096)
+def prepare(
+    kernel: Any,
+    tile: Tile,
+    programs: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...],
+    strides: tuple[int, ...],
+    sizes: tuple[int, int, int],
+    asked: Meaning,
+    group: int,
+    head_dim: int,
+    products: str,
+    **constants: bool,
+) -> Launch:
+    """The launch for all inputs that agree in these, remembered. Compilations depend on `dtypes` and `device`, so they are here."""
+    fixed = {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
+        "PRECISION": products,
+        "WIDE": any(max(tile.block_q, tile.block_k) * stride >= 2**31 for stride in strides[2::3]),  # offsets inside a tile
+    } | constants
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return Launch(kernel, programs, device, (*strides, *sizes, *asked, *fixed.values()), options)
+
+
+def precision(dtype: torch.dtype, head_dim: int) -> str:
+    """How tl.dot multiplies float32: as float32 unless PyTorch has been told that TensorFloat-32 will do.
+
+    Up to head_dim 128 three TensorFloat-32 products stand for one of float32, with the same error; beyond, they lose 2.4 times as
+    much as eager attention does, and plain multiply-adds it is.
+    """
+    if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3" if head_dim <= 128 else "ieee"

@@ -1,0 +1,122 @@
+"""Other people's attention, each as a function of query, key and value [B, H, S, D]: what the rungs are measured beside.
+
+fa2, cudnn, efficient and math are PyTorch's own kernels behind F.scaled_dot_product_attention, by name; flex is FlexAttention,
+compiled; flash_attn, fa3 and fa4 are the packages of FlashAttention 2, 3 and 4, where they are installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import Unsupported
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+SDPA = {
+    "fa2": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# Modules that export flash_attn_func(query, key, value, causal=...) on [B, S, H, D]; the first that is there is taken.
+PACKAGES = {
+    "flash_attn": ("flash_attn",),
+    "fa3": ("fa3_fwd_interface", "flash_attn_interface"),
+    "fa4": ("flash_attn.cute",),
+}
+PEERS = (*SDPA, "flex", *PACKAGES)
+
+
+class NotInstalled(Exception):
+    """A peer's package cannot be imported here; the message says why."""
+
+
+def peer(name: str, *, is_causal: bool, seq_len: int, device: torch.device) -> Attend:
+    """The peer `name` for inputs of length `seq_len`. What it prepares (a block mask) is prepared here, outside any timing.
+
+    Raises NotInstalled here, and Unsupported from the function where PyTorch has no such kernel for its inputs.
+    """
+    if name in SDPA:
+        return sdpa(SDPA[name], is_causal)
+    if name == "flex":
+        return flex(is_causal, seq_len, device)
+    return package(PACKAGES[name], is_causal)
+
+
+def why_not_installed(name: str) -> str | None:
+    """Why the peer cannot be imported here, or None where it can."""
+    try:
+        if name in PACKAGES:
+            flash_attn_func(PACKAGES[name])
+    except NotInstalled as error:
+        return str(error)
+    return None
+
+
+def sdpa(kernel: SDPBackend, is_causal: bool) -> Attend:
+    """F.scaled_dot_product_attention held to one of its kernels."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        try:
+            with sdpa_kernel(kernel):
+                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=grouped)
+        except RuntimeError as error:
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
+                raise Unsupported(f"PyTorch has no {kernel.name} kernel for this") from None
+            raise
+
+    return attend
+
+
+def flex(is_causal: bool, seq_len: int, device: torch.device) -> Attend:
+    """Compiled FlexAttention; its block mask lets it skip the tiles that causality hides."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # A graph compiled for every shape: the count of earlier ones must not reach the limit beyond which it would run uncompiled.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    mask = None
+    if is_causal:
+        mask = create_block_mask(lambda batch, head, i, j: i >= j, None, None, seq_len, seq_len, device=device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return compiled(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+
+    return attend
+
+
+def package(modules: tuple[str, ...], is_causal: bool) -> Attend:
+    """flash_attn_func of an installed package. Transposed views go in and out; nothing is copied."""
+    function = flash_attn_func(modules)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=is_causal)
+        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)  # some return the log-sum-exp as well
+
+    return attend
+
+
+def flash_attn_func(modules: tuple[str, ...]) -> Callable:
+    """flash_attn_func of the first of `modules` that is installed; raises NotInstalled."""
+    for module in modules:
+        try:
+            return import_module(module).flash_attn_func
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and something it needs is not
+                raise NotInstalled(f"{module} needs {error.name}, which is not installed") from None
+        except Exception as error:  # a package built for another torch fails in its own way
+            raise NotInstalled(f"{module} cannot be imported: {one_line(error)}") from None
+    raise NotInstalled("not installed")
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line: "TypeError: what it says", cut where it says too much."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:299] + "…"

@@ -1,0 +1,57 @@
+"""The attention benchmark where there is something to time: every figure is taken, and out of memory is a result."""
+
+import pytest
+import torch
+
+import flash_ladder.benchmark as module
+from flash_ladder.benchmark import benchmark, measure, median_milliseconds
+from flash_ladder.benchmark_result import Panel, growth
+from flash_ladder.peak_memory import peak_bytes
+from flash_ladder.schema import BenchmarkConfig
+
+CAUSAL = Panel(True, 64, None)
+
+
+def small(**changes) -> BenchmarkConfig:
+    values = dict(backends=["eager", "flash_v2", "fa2", "flex"], seq_len=[1024, 2048], memory_seq_len=[4096], head_dim=[64])
+    return BenchmarkConfig(
+        **{**values, **dict(causal=[True], tokens=4096, width=256, milliseconds=5, error_seq_len=256), **changes}
+    )
+
+
+def test_a_grid(tmp_path):
+    result = benchmark(small(out=str(tmp_path / "r.json"), plot=str(tmp_path / "r.png")))
+    assert [cell.note for cell in result.cells] == [""] * 12 and [error.note for error in result.errors] == [""] * 4
+    for cell in result.cells:
+        assert cell.peak_gib > 0
+        assert (cell.forward_tflops is None) == (cell.backward_tflops is None) == (cell.seq_len == 4096)
+    assert growth(result.sequence_bytes(CAUSAL, "eager")).exponent > 1.7
+    for backend in ("flash_v2", "fa2", "flex"):
+        assert growth(result.sequence_bytes(CAUSAL, backend)).exponent == pytest.approx(1, abs=0.15)
+    assert all(1 < value < 1e5 for value in result.host_us.values()) and len(result.host_us) == 4
+    assert result.cudnn and result.device_gib > 1
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.png", "r_memory.png", "r_error.png"}
+
+
+def test_out_of_memory_is_a_result():
+    cfg, _ = module.decide(small(tokens=2**19), torch.device("cuda"))  # float32 scores of one sequence: 4 TiB
+    cell = measure(cfg, "eager", CAUSAL, 2**19, torch.device("cuda"))
+    assert cell.note == "out of memory" and cell.peak_gib is None
+    assert measure(cfg, "flash_v2", CAUSAL, 1024, torch.device("cuda")).note == ""
+
+
+def test_a_time():
+    x = torch.randn(4096, 4096, device="cuda")
+    one, ten = (median_milliseconds(lambda: None, lambda _, n=n: [x @ x for _ in range(n)], 20) for n in (1, 10))
+    assert 5 < ten / one < 15
+
+
+def test_the_peak_of_an_allocator():
+    device = torch.device("cuda")
+
+    def call() -> torch.Tensor:
+        first = torch.empty(8 * 2**20, dtype=torch.uint8, device=device)
+        del first
+        return torch.empty(4 * 2**20, dtype=torch.uint8, device=device)
+
+    assert peak_bytes(call, device) == 8 * 2**20

@@ -1,0 +1,3 @@
+"""tests/test_bounds.py once more, on the GPU."""
+
+from tests.test_bounds import *  # noqa: F403

@@ -1,0 +1,212 @@
+"""The Triton rungs at their limits: 2³¹ elements, 65,535 heads, 131,072 positions, streams, graphs, devices, a thousand runs."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels import attention
+from kernels.attention import BACKENDS
+from tests.reference import FLOOR, MEANINGS, NAMES, RUNGS, Case, errors, make_case, run, slopes
+
+BF16 = torch.bfloat16
+each_rung = pytest.mark.parametrize("rung", RUNGS)
+
+
+# ---- size ----
+
+
+def test_more_than_two_to_the_31_elements():
+    """Batch 5 of a tensor whose last sequence starts beyond 2³¹ elements gives what the sequence gives alone. Rung after rung."""
+    seq, n_head, head_dim = 4096, 1024, 128
+    for rung in RUNGS:
+        query = torch.randn(1, seq, n_head, head_dim, device="cuda", dtype=BF16).expand(5, -1, -1, -1).contiguous().transpose(1, 2)
+        assert query.numel() > 2**31
+        query.requires_grad_()
+        output = attention(query, query, query, is_causal=True, backend=rung)
+        alone = query[4:].detach()[:, -2:].requires_grad_()
+        expected = attention(alone, alone, alone, is_causal=True, backend=rung)
+        assert torch.equal(output[4:, -2:], expected), rung
+        output.backward(torch.ones_like(output))
+        expected.backward(torch.ones_like(expected))
+        torch.testing.assert_close(query.grad[4:, -2:], alone.grad)
+        del query, output
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("stride", ["batch", "head", "position"])
+def test_strides_beyond_two_to_the_31(stride):
+    """The last batch entry, head or position lies beyond 2³¹ elements: of the inputs and of the upstream gradient."""
+    shape = {"batch": (2, 2, 70, 64), "head": (1, 2, 70, 64), "position": (1, 2, 130, 64)}[stride]
+    step = {"batch": 2**31 + 64, "head": 2**31 + 64, "position": 2**24 + 2**17}[stride]
+    place = {"batch": 0, "head": 1, "position": 2}[stride]
+    assert (shape[place] - 1) * step > 2**31
+    strides = list(torch.empty(shape, device="meta").stride())
+    strides[place] = step
+    if stride == "position":
+        strides[1] = 64
+    room = torch.empty(4, (shape[place] - 1) * step + 2**16, device="cuda", dtype=BF16)
+    far = [x.as_strided(shape, strides, x.storage_offset()).normal_() for x in room]
+    near = [x.contiguous() for x in far]
+    for rung in RUNGS:
+        results = []
+        for query, key, value, grad_output in (far, near):
+            tensors = [x.detach().requires_grad_() for x in (query, key, value)]
+            output = attention(*tensors, is_causal=True, backend=rung)
+            results.append((output, *torch.autograd.grad(output, tensors, grad_output)))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b), rung
+
+
+@each_rung
+def test_more_than_65535_heads(rung):
+    inputs = [torch.randn(70_000, 1, 16, 16, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+    output = attention(*inputs, backend=rung)
+    grads = torch.autograd.grad(output.sum(), inputs)
+    last = [x[-1:].detach().requires_grad_() for x in inputs]
+    expected = attention(*last, backend=rung)
+    assert torch.equal(output[-1:], expected)
+    for a, b in zip(grads, torch.autograd.grad(expected.sum(), last), strict=True):
+        assert torch.equal(a[-1:], b)
+
+
+def in_chunks(case: Case, dtype: torch.dtype, chunk: int, **meaning) -> tuple[torch.Tensor, ...]:
+    """Eager attention, `chunk` queries at a time with the keys up to the last of them: causal attention of any length."""
+    rows, dk, dv = [], torch.zeros_like(case.key), torch.zeros_like(case.value)
+    for start in range(0, case.query.shape[2], chunk):
+        own, seen = slice(start, start + chunk), slice(0, start + chunk)
+        tensors = case.query[:, :, own], case.key[:, :, seen], case.value[:, :, seen]
+        part = run(Case(*tensors, case.grad_output[:, :, own], case.grad_lse[:, :, own], dtype), dtype, backend="eager", **meaning)
+        rows.append([x.detach() for x in part[:3]])
+        dk[:, :, seen] += part[3]
+        dv[:, :, seen] += part[4]
+    return *(torch.cat(x, 2) for x in zip(*rows, strict=True)), dk, dv
+
+
+# flash_v1 gives a whole head to one multiprocessor, so its sequence is a quarter as long.
+@pytest.mark.parametrize(("rung", "seq"), [("flash_v1", 32_768), ("flash_v2", 131_072)])
+@pytest.mark.parametrize("window_size", [None, 5_000])
+def test_long_sequences(rung, seq, window_size):
+    """One head against float64 and eager attention in chunks. A window makes most tiles invisible."""
+    case = make_case(1, 1, 1, seq, seq, 64, BF16)
+    meaning = {"is_causal": True, "window_size": window_size}
+    exact = in_chunks(case, torch.float64, 1024, **meaning)
+    eager = errors(in_chunks(case, BF16, 1024, **meaning), exact)
+    found = errors(run(case, BF16, backend=rung, **meaning), exact)
+    for name in NAMES:
+        for error, theirs in zip(found[name], eager[name], strict=True):
+            assert error <= 2 * max(theirs, FLOOR[BF16] / 2), (name, found[name], eager[name])
+
+
+@each_rung
+def test_memory_grows_with_length_not_its_square(rung):
+    def peak(seq: int) -> int:
+        inputs = [torch.randn(1, 4, seq, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attention(*inputs, is_causal=True, window_size=seq // 2, softcap=3.0, backend=rung).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(8192) < 4.5 * peak(2048)
+
+
+# ---- time and place ----
+
+
+@each_rung
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_same_bits_a_thousand_times_under_load(rung, name):
+    """Another stream keeps the GPU's multiprocessors busy, so that programs start and end in another order every time."""
+    case = make_case(2, 2, 1, 500, 500, 64, BF16)
+    meaning = MEANINGS[name] | {"backend": rung}
+    first = run(case, BF16, **meaning)
+    other, a = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=BF16)
+    b = torch.empty_like(a)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for i in range(1000):
+        with torch.cuda.stream(other):
+            torch.mm(a[: 64 + 64 * (i % 31)], a, out=b[: 64 + 64 * (i % 31)])
+        for x, y in zip(first, run(case, BF16, **meaning), strict=True):
+            wrong += (x != y).sum()
+    assert wrong.item() == 0
+
+
+@each_rung
+def test_side_stream(rung):
+    """Work queued before on the same stream is waited for; and the backward runs there too."""
+    inputs = [torch.randn(2, 4, 512, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+    expected = attention(*inputs, is_causal=True, backend=rung)
+    grads = torch.autograd.grad(expected.sum(), inputs)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = []
+        for x in inputs:
+            y = torch.zeros_like(x)
+            torch.cuda._sleep(20_000_000)
+            late.append(y.copy_(x).detach().requires_grad_())
+        found = attention(*late, is_causal=True, backend=rung)
+        found_grads = torch.autograd.grad(found.sum(), late)
+    stream.synchronize()
+    for a, b in zip((expected, *grads), (found, *found_grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_rung
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_cuda_graph(rung, name):
+    module, meaning = BACKENDS[rung], MEANINGS[name] | {"scale": 0.125}
+    inputs = [torch.randn(2, 2, 512, 64, device="cuda", dtype=BF16) for _ in range(3)]
+
+    def both_ways() -> tuple[torch.Tensor, ...]:
+        output, lse = module.forward(*inputs, **meaning)
+        return output, lse, *module.backward(output, lse, *inputs, output, lse, **meaning)
+
+    both_ways()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_ways()
+    for x in inputs:
+        x.normal_()
+    graph.replay()
+    for a, b in zip(captured, both_ways(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@each_rung
+def test_second_device(rung):
+    """While the first is the current one, and with slopes that still lie there."""
+    inputs = [torch.randn(1, 2, 100, 64, device="cuda:1", dtype=BF16, requires_grad=True) for _ in range(3)]
+    assert torch.cuda.current_device() == 0
+    output = attention(*inputs, is_causal=True, alibi_slopes=slopes(2).to("cuda:1"), backend=rung)
+    assert output.device == inputs[0].device
+    output.sum().backward()
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    exact = attention(*double, is_causal=True, alibi_slopes=slopes(2).to("cuda:1"), backend="eager")
+    exact.sum().backward()
+    torch.testing.assert_close(output.double(), exact, atol=2e-2, rtol=2e-2)
+    for a, b in zip(inputs, double, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=5e-2, rtol=5e-2)
+
+
+@each_rung
+def test_many_kinds_of_input_in_turn(rung):
+    """Shapes, alignments, dtypes and meanings alternate: whatever is remembered from one launch must not serve another."""
+    kinds = [
+        (make_case(batch, 2, 1, seq, seq, head_dim, dtype), MEANINGS[name], shift)
+        for (batch, seq, head_dim), dtype, name, shift in itertools.product(
+            [(1, 64, 64), (1, 65, 64), (3, 64, 40)], [torch.float16, BF16], ["full", "causal", "everything"], [0, 1]
+        )
+    ]
+    results = []
+    for _ in range(2):
+        for case, meaning, shift in kinds:
+            flat = [torch.cat([x.new_zeros(shift), x.flatten()])[shift:].view_as(x) for x in case.inputs(case.dtype)]
+            results.append(attention(*flat, backend=rung, **meaning))
+    for case_index, (case, meaning, _) in enumerate(kinds):
+        exact = attention(*case.inputs(torch.float64), backend="eager", **meaning)
+        for found in (results[case_index], results[case_index + len(kinds)]):
+            torch.testing.assert_close(found.double(), exact, atol=3e-2, rtol=3e-2)
