@@ -29,11 +29,21 @@ from torch import Tensor
 from kernels.jit import INTERPRET
 from kernels.launch import launch, meaning, meaning_tensors, refusal, warn_once
 from kernels.layout import heads_last
-from kernels.tile_ops import dot, interval, load_tile, move, round_to, store_tile, tanh, tile_offsets, with_distance, within
+from kernels.tile_ops import (
+    LN2,
+    LOG2E,
+    dot,
+    interval,
+    load_tile,
+    move,
+    round_to,
+    store_tile,
+    tanh,
+    tile_offsets,
+    with_distance,
+    within,
+)
 from kernels.tiles import tiles_v1
-
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:

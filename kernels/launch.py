@@ -157,7 +157,7 @@ def prepare(
         "PRECISION": products,
         "WIDE": any(max(tile.block_q, tile.block_k) * stride >= 2**31 for stride in strides[2::3]),  # offsets inside a tile
     } | constants
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    options = tile.options()
     return Launch(kernel, programs, device, (*strides, *sizes, *asked, *fixed.values()), options)
 
 

@@ -4,11 +4,17 @@ Pointers to a tile are a 64-bit scalar base, moved from tile to tile, and small 
 contiguous. BLOCK_D is head_dim rounded up to a power of two: the columns beyond HEAD_DIM are read as zero and never written.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 from kernels.jit import INTERPRET
 
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+# Which tiles of a loop are masked: none, all, or those that a bound cuts.
+NONE, ALL, SOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot takes bfloat16 for integers; the same values in float32 are right
 
 

@@ -25,7 +25,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 KERNELS = {
     "flash_v1": {"forward": flash_v1._forward_kernel, "backward": flash_v1._backward_kernel},
-    "flash_v2": {"forward": flash_v2._forward_kernel, "dq": flash_v2._dq_kernel, "dkdv": flash_v2._dkdv_kernel},
+    "flash_v2": {"forward": flash_v2._forward_kernel, "dq": flash_v2.dq_kernel, "dkdv": flash_v2.dkdv_kernel},
 }
 # What does not come in the inputs' dtype, and what a kernel of flash_v1 keeps in float32 while it works.
 POINTERS = {name: "*fp32" for name in ("LSE", "DLSE", "DELTA", "L", "M", "SLOPES")} | {"FIRST": "*i32", "LAST": "*i32"}
@@ -67,13 +67,12 @@ def compile_kernel(
             aligned[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument in ("scale", "cap") else "i32"
-            if argument.startswith("stride") and head_dim % 16 == 0:
+            if argument.startswith("stride") and head_dim % 8 == 0:  # as in a model with an even number of heads
                 aligned[(position,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in signature}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     with tensor_cores(divmod(capability, 10)) as turing:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options | turing)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tile.options() | turing)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

@@ -12,10 +12,9 @@ from tests.reference import DEVICE, documents
 
 CUTS = ((3, 4, 9), ())  # where documents start, in two batch entries
 SHAPES = [(13, 13), (6, 13), (13, 6), (1, 13)]
-CASES = [
-    (*shape, is_causal, window_size, False) for shape in SHAPES for is_causal in (False, True) for window_size in (None, 1, 4, 99)
-]
-CASES += [(13, 13, is_causal, window_size, True) for is_causal in (False, True) for window_size in (None, 1, 4)]
+WINDOWS = (None, 1, 4, 99)
+CASES = [(*shape, is_causal, window, False) for shape in SHAPES for is_causal in (False, True) for window in WINDOWS]
+CASES += [(13, 13, is_causal, window, True) for is_causal in (False, True) for window in WINDOWS]
 
 
 def sees(i: int, j: int, is_causal: bool, window_size: int | None, ids: list[int] | None, shift: int) -> bool:

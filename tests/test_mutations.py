@@ -52,6 +52,8 @@ class Fault(NamedTuple):
 
 CAUSAL, BLIND, FULL, WINDOW, CAUSAL_WINDOW, DOCUMENTS, SOFTCAP, ALIBI, PADDING = CHECKS
 
+BACKWARD = "flash_v2_backward"
+
 # What both rungs are made of; planted under flash_v2.
 SHARED = {
     "causal mask one to the right": Fault(CAUSAL, "tile_ops", "interval", "shift + ahead)", "shift + ahead + 1)"),
@@ -98,27 +100,27 @@ V2 = {
     "slope of another head": Fault(ALIBI, "flash_v2", "_forward_kernel", "SLOPES + head", "SLOPES + head // GROUP"),
     "slope in units of the scaled score": Fault(ALIBI, "flash_v2", "_forward_kernel", "SLOPES + head) / scale", "SLOPES + head)"),
     "distance aligned top-left": Fault(ALIBI, "flash_v2", "_forward_kernel", "places = rows + (seq_k - seq_q)", "places = rows"),
-    "no scale in dq": Fault(CAUSAL, "flash_v2", "_dq_kernel", "dq * scale, rows", "dq, rows"),
-    "gradient of lse dropped": Fault(CAUSAL, "flash_v2", "_dq_kernel", "delta -= tl.load(DLSE", "delta -= 0.0 * tl.load(DLSE"),
-    "gradient of lse with the wrong sign": Fault(CAUSAL, "flash_v2", "_dq_kernel", "delta -= tl.load", "delta += tl.load"),
-    "delta dropped in dq": Fault(CAUSAL, "flash_v2", "_dq_steps", "(dp - delta[:, None])", "dp"),
-    "softcap's derivative dropped in dq": Fault(SOFTCAP, "flash_v2", "_dq_steps", "ds = ds * (1.0 - bent * bent)", "ds = ds * 1.0"),
-    "distance dropped in dq": Fault(ALIBI, "flash_v2", "_dq_steps", "s = with_distance", "_ = with_distance"),
-    "window's start not masked in dq": Fault(WINDOW, "flash_v2", "_dq_steps", "first_col < all_from or ", ""),
-    "tile on the diagonal dropped in dq": Fault(CAUSAL, "flash_v2", "_dq_kernel", "last, cut, end + 1", "last, cut, cut"),
-    "documents of another batch entry in dq": Fault(DOCUMENTS, "flash_v2", "_dq_kernel", "LAST += batch * seq_q", "LAST += 0"),
-    "no scale in dk": Fault(CAUSAL, "flash_v2", "_dkdv_kernel", "dk * scale, cols", "dk, cols"),
-    "delta dropped in dk": Fault(CAUSAL, "flash_v2", "_dkdv_steps", "(dp - delta[None, :])", "dp"),
-    "softcap's derivative dropped in dk": Fault(SOFTCAP, "flash_v2", "_dkdv_steps", "(1.0 - bent * bent)", "(1.0 - 0.0 * bent)"),
-    "distance aligned top-left in dk": Fault(ALIBI, "flash_v2", "_dkdv_steps", "rows[None, :] + shift", "rows[None, :]"),
-    "slope of the key/value head in dk": Fault(ALIBI, "flash_v2", "_dkdv_kernel", "SLOPES + head", "SLOPES + kv_head"),
-    "group of one in dk": Fault(CAUSAL, "flash_v2", "_dkdv_kernel", "range(GROUP)", "range(1)"),
-    "heads swapped in dk": Fault(CAUSAL, "flash_v2", "_dkdv_kernel", "kv_head * GROUP + member", "member * n_kv_head + kv_head"),
+    "no scale in dq": Fault(CAUSAL, BACKWARD, "dq_kernel", "dq * scale, rows", "dq, rows"),
+    "gradient of lse dropped": Fault(CAUSAL, BACKWARD, "dq_kernel", "delta -= tl.load(DLSE", "delta -= 0.0 * tl.load(DLSE"),
+    "gradient of lse with the wrong sign": Fault(CAUSAL, BACKWARD, "dq_kernel", "delta -= tl.load", "delta += tl.load"),
+    "delta dropped in dq": Fault(CAUSAL, BACKWARD, "_dq_steps", "(dp - delta[:, None])", "dp"),
+    "softcap's derivative dropped in dq": Fault(SOFTCAP, BACKWARD, "_dq_steps", "ds = ds * (1.0 - bent * bent)", "ds = ds * 1.0"),
+    "distance dropped in dq": Fault(ALIBI, BACKWARD, "_dq_steps", "s = with_distance", "_ = with_distance"),
+    "window's start not masked in dq": Fault(WINDOW, BACKWARD, "_dq_steps", "first_col < all_from or ", ""),
+    "tile on the diagonal dropped in dq": Fault(CAUSAL, BACKWARD, "dq_kernel", "last, cut, end + 1", "last, cut, cut"),
+    "documents of another batch entry in dq": Fault(DOCUMENTS, BACKWARD, "dq_kernel", "LAST += batch * seq_q", "LAST += 0"),
+    "no scale in dk": Fault(CAUSAL, BACKWARD, "dkdv_kernel", "dk * scale, cols", "dk, cols"),
+    "delta dropped in dk": Fault(CAUSAL, BACKWARD, "_dkdv_steps", "(dp - delta[None, :])", "dp"),
+    "softcap's derivative dropped in dk": Fault(SOFTCAP, BACKWARD, "_dkdv_steps", "(1.0 - bent * bent)", "(1.0 - 0.0 * bent)"),
+    "distance aligned top-left in dk": Fault(ALIBI, BACKWARD, "_dkdv_steps", "rows[None, :] + shift", "rows[None, :]"),
+    "slope of the key/value head in dk": Fault(ALIBI, BACKWARD, "dkdv_kernel", "SLOPES + head", "SLOPES + kv_head"),
+    "group of one in dk": Fault(CAUSAL, BACKWARD, "dkdv_kernel", "range(GROUP)", "range(1)"),
+    "heads swapped in dk": Fault(CAUSAL, BACKWARD, "dkdv_kernel", "kv_head * GROUP + member", "member * n_kv_head + kv_head"),
     "first tile of queries skipped in dk": Fault(
-        CAUSAL, "flash_v2", "_dkdv_kernel", "start // BLOCK_Q * BLOCK_Q", "(start // BLOCK_Q + 1) * BLOCK_Q"
+        CAUSAL, BACKWARD, "dkdv_kernel", "start // BLOCK_Q * BLOCK_Q", "(start // BLOCK_Q + 1) * BLOCK_Q"
     ),
-    "window's end not masked in dk": Fault(WINDOW, "flash_v2", "_dkdv_steps", " or first_row + BLOCK_Q > all_to + 1", ""),
-    "documents of another batch entry in dk": Fault(DOCUMENTS, "flash_v2", "_dkdv_kernel", "FIRST += batch * seq_k", "FIRST += 0"),
+    "window's end not masked in dk": Fault(WINDOW, BACKWARD, "_dkdv_steps", " or first_row + BLOCK_Q > all_to + 1", ""),
+    "documents of another batch entry in dk": Fault(DOCUMENTS, BACKWARD, "dkdv_kernel", "FIRST += batch * seq_k", "FIRST += 0"),
     "ragged queries counted": Fault(CAUSAL, "flash_v2", "backward", "RAGGED=seq_q % tile.block_q != 0", "RAGGED=False"),
     "tile missing in the grid": Fault(CAUSAL, "flash_v2", "backward", "-(-seq_k // tile.block_k)", "seq_k // tile.block_k"),
 }  # fmt: skip
@@ -163,7 +165,7 @@ assert len(FAULTS["flash_v2"]) == len(SHARED) + len(V2)  # no two of one name
 
 def planted(rung: str, fault: Fault | None, folder: Path, monkeypatch) -> ModuleType:
     """A copy of a rung and of what it is made of, with a fault, as modules of their own; the rung's module."""
-    files = ("bounds", "tile_ops", "launch", rung)
+    files = ("bounds", "tile_ops", "launch", BACKWARD, rung)
     for file in files:
         source = (Path(kernels.__file__).parent / f"{file}.py").read_text()
         if fault is not None and file == fault.file:

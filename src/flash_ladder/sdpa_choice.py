@@ -159,7 +159,7 @@ def _at_full_size(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor |
         return query, key, value, None
     has_bias = "alibi_slopes" in call.features
     batch = call.batch_size if "document_ids" in call.features else 1
-    mask = torch.zeros(1, dtype=call.dtype if has_bias else torch.bool, device=call.device)
+    mask = torch.zeros(call.seq_len, dtype=call.dtype if has_bias else torch.bool, device=call.device)  # a whole row: stride 1
     return query, key, value, mask.expand(batch, call.n_head if has_bias else 1, call.seq_len, call.seq_len)
 
 

@@ -27,7 +27,7 @@ def asked(features=("is_causal",), **change):
         asked(("is_causal", "document_ids")),
         asked(("alibi_slopes",)),
     ],
-    ids=str,
+    ids=["causal", "full", "grouped heads", "float32", "float64", "head_dim 320", "documents", "alibi"],
 )
 def test_every_kernel_is_accounted_for(call):
     """Those in the order run alone; those refused fail alone, with a reason."""
