@@ -1,8 +1,8 @@
 """Tile sizes of the Triton rungs' kernels, by GPU and head_dim.
 
-Three families share a table: GPUs with 160 KiB of shared memory for a block and more (A100, B200), those with 99 KiB (A10, L4,
-RTX 30 to 50), and Hopper, whose wgmma wants at least 64 rows a warpgroup. Hopper's rows were timed on an H200 (docs/log.md); the
-others are held by tests to their limits: shared memory, no register spills in the inner loops.
+flash_v2 has four tables: GPUs with 160 KiB of shared memory for a block and more (A100, B200), those with 99 KiB (A10, L4, RTX 30
+to 50), Turing with 64 KiB, and Hopper, whose wgmma wants at least 64 rows a warpgroup. Hopper's rows were timed on an H200
+(docs/log.md); the others are held by tests to their limits: shared memory, no register spills in the inner loops.
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,16 @@ from kernels.generations import capability
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's launch: rows of queries and of keys, warps, how many tiles the loads run ahead, registers a thread may have."""
+    """One kernel's launch: rows of queries, rows of keys, warps, and how many tiles the loads run ahead."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = (
-        None  # 65,536 / threads / max_registers blocks fit on a multiprocessor; None: what the compiler likes
-    )
 
     def options(self) -> dict[str, int | bool]:
         """The options of a Triton launch."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Tiles:
 # The largest head_dim a row serves, and its tiles (queries, keys, warps, stages). Hopper's were the fastest of 4 to 8 on causal and
 # full, 1k to 16k, taken together; dkdv at 256 spills registers and is still 2.6 times as fast as the best that does not.
 HOPPER = {
-    64: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 3), dkdv=Tile(32, 64, 4, 4, 168)),
+    64: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 3), dkdv=Tile(32, 64, 4, 4)),
     128: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
     256: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(128, 32, 8, 2), dkdv=Tile(64, 64, 8, 2)),
 }

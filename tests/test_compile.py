@@ -39,12 +39,19 @@ def compiled(capability: int, dtype: str, configurations: list[str]) -> list[dic
     return results
 
 
+def allowed_spills(result: dict) -> int:
+    """None, but for one kernel that is 2.6 times as fast as with the best tile that spills nothing (docs/log.md)."""
+    return 80 if (result["kernel"], result["capability"], result["head_dim"]) == ("flash_v2 dkdv", 90, 256) else 0
+
+
 def beyond(results: list[dict]) -> list[str]:
     """Those that do not fit into shared memory, spill in an inner loop, or leave the tensor cores idle."""
     return [
         "{kernel} {meaning} {head_dim}: {shared_kib} KiB, {loop_spills} spills, {tensor_core} tensor-core products".format(**result)
         for result in results
-        if result["shared_kib"] > SHARED_KIB[result["capability"]] or result["loop_spills"] > 0 or result["tensor_core"] == 0
+        if result["shared_kib"] > SHARED_KIB[result["capability"]]
+        or result["loop_spills"] > allowed_spills(result)
+        or result["tensor_core"] == 0
     ]
 
 

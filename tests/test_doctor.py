@@ -317,7 +317,7 @@ def test_a_shape_is_asked_about_and_not_allocated():
     huge = asked(("is_causal", "document_ids", "alibi_slopes"), batch_size=10**4, seq_len=10**6)
     query, _, value, mask = sdpa_choice._at_full_size(huge)
     assert query.shape == (10**4, 4, 10**6, 16) and value.shape == (10**4, 2, 10**6, 16) and query.stride(-1) == 1
-    assert mask.shape == (10**4, 4, 10**6, 10**6) and mask.untyped_storage().nbytes() == 4 and query.requires_grad
+    assert mask.shape == (10**4, 4, 10**6, 10**6) and mask.untyped_storage().nbytes() == 4 * 10**6 and query.requires_grad
     assert ask_sdpa(huge).order == ["flash", "math"]
 
 

@@ -262,9 +262,12 @@ def test_devices_are_counted_or_refused(monkeypatch):
 def test_attention_that_cannot_run_is_refused_before_the_data_is_read(tmp_path):
     cfg = tiny_config(tmp_path)
     cfg = replace(
-        cfg, attention=replace(cfg.attention, backend="flash_v2"), data=replace(cfg.data, files="nowhere", document_ids=True)
+        cfg,
+        attention=replace(cfg.attention, backend="flash_v2"),
+        data=replace(cfg.data, files="nowhere"),
+        model=replace(cfg.model, d_model=8 * cfg.model.n_head),
     )
-    with pytest.raises(UserError, match="flash_v2 cannot run here"):
+    with pytest.raises(UserError, match="flash_v2 cannot run here: flash_v2 takes head_dim 16 to 256, not 8"):
         find_place(cfg)
     with pytest.raises(UserError, match="flash_v2 cannot run here"):
         train(cfg, tmp_path / "run")
