@@ -116,7 +116,10 @@ def test_a_prompt_is_taken_as_it_is(train, prompt):
         ("+colour=red", "colour is not a key"),
         ("+model.colour=red", "model.colour is not a key"),
         ("attention=flash", "attention=flash is not a choice (auto, eager, flash_v1, flash_v2, sdpa); did you mean flash_v2?"),
-        ("attention.backend=egaer", "attention.backend=egaer is not a choice (auto, eager, sdpa, flash_v1, flash_v2); did you mean eager?"),
+        (
+            "attention.backend=egaer",
+            "attention.backend=egaer is not a choice (auto, eager, sdpa, flash_v1, flash_v2); did you mean eager?",
+        ),
         ("model=gpt2", "did you mean gpt2_"),
         ("experiment=gpt2_124", "did you mean gpt2_124m?"),
         ("experiment=null", "experiment=None is not a choice (gpt2_124m"),
