@@ -41,7 +41,7 @@ from kernels.tile_ops import (
     with_distance,
     within,
 )
-from kernels.tiles import tiles
+from kernels.tiles import Tiles, tiles
 
 # Where row maxima start: below any score, and a power of two, so that its products are exact and exp2 of their difference is 1.
 # -inf would give NaN in rows that have seen nothing yet.
@@ -174,10 +174,11 @@ def forward(
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
+    use: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]; in `output_dtype`, by default the inputs') and lse [B, Hq, Sq] float32.
 
-    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive.
+    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the table's tiles.
     """
     if INTERPRET:
         warn_once("flash_v2")
@@ -188,7 +189,7 @@ def forward(
     if output.numel() == 0 or seq_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
     asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
-    tile = tiles(query.device, query.dtype, head_dim).forward
+    tile = (use or tiles(query.device, query.dtype, head_dim)).forward
     launch(
         _forward_kernel, tile, -(-seq_q // tile.block_q) * batch * n_head,
         (query, key, value, output, lse, *meaning_tensors(query, alibi_slopes, document_ids)), (query, key, value, output),
@@ -212,6 +213,7 @@ def backward(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
+    use: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time.
 
@@ -229,7 +231,7 @@ def backward(
     delta = torch.empty_like(lse)
     asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
     more = meaning_tensors(query, alibi_slopes, document_ids)
-    chosen, group = tiles(query.device, query.dtype, head_dim), n_head // n_kv_head
+    chosen, group = use or tiles(query.device, query.dtype, head_dim), n_head // n_kv_head
     tile = chosen.dq
     launch(
         dq_kernel, tile, -(-seq_q // tile.block_q) * batch * n_head,

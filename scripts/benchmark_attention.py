@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flash_ladder.config import front_door
-from flash_ladder.schema import BenchmarkConfig
+from flash_ladder.script_schema import BenchmarkConfig
 
 
 def main(cfg: BenchmarkConfig, output_dir: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flash_ladder.config import front_door
-from flash_ladder.schema import DoctorConfig
+from flash_ladder.script_schema import DoctorConfig
 
 
 def main(cfg: DoctorConfig, output_dir: Path) -> None:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from flash_ladder.config import EvaluateConfig, front_door
+from flash_ladder.config import front_door
+from flash_ladder.script_schema import EvaluateConfig
 
 
 def main(cfg: EvaluateConfig, output_dir: Path) -> int:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from flash_ladder.config import ExportConfig, front_door
+from flash_ladder.config import front_door
+from flash_ladder.script_schema import ExportConfig
 
 
 def main(cfg: ExportConfig, output_dir: Path) -> int:

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from flash_ladder.config import GenerateConfig, UserError, front_door
+from flash_ladder.config import UserError, front_door
+from flash_ladder.script_schema import GenerateConfig
 
 
 def main(cfg: GenerateConfig, output_dir: Path) -> None:

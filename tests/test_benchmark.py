@@ -14,7 +14,8 @@ import flash_ladder.benchmark as module
 from flash_ladder.benchmark import ON_CPU, ON_GPU, benchmark, decide, measure, measure_error, random_inputs, trouble, yardstick
 from flash_ladder.benchmark_result import Cell, Panel, growth, read
 from flash_ladder.peers import NotInstalled
-from flash_ladder.schema import BenchmarkConfig, UserError
+from flash_ladder.schema import UserError
+from flash_ladder.script_schema import BenchmarkConfig
 from kernels import BACKENDS, Unsupported
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -9,7 +9,8 @@ import torch
 
 from flash_ladder import doctor, machine, sdpa_choice
 from flash_ladder.machine import has_code_for
-from flash_ladder.schema import DoctorConfig, UserError
+from flash_ladder.schema import UserError
+from flash_ladder.script_schema import DoctorConfig
 from flash_ladder.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa, plain, reasons_under
 from kernels import BACKENDS, choose, jit
 from tests.test_scripts import call

@@ -13,7 +13,8 @@ import kernels.eager
 import kernels.sdpa
 from flash_ladder.export import export_run
 from flash_ladder.files import checksum
-from flash_ladder.schema import ExportConfig, UserError
+from flash_ladder.schema import UserError
+from flash_ladder.script_schema import ExportConfig
 from tests.made_up import STEP, made_up_run, unscaled
 
 

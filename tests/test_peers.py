@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_ladder.peers import PEERS, NotInstalled, one_line, peer, why_not_installed
-from flash_ladder.schema import BenchmarkConfig
+from flash_ladder.script_schema import BenchmarkConfig
 from kernels import Unsupported, attention
 
 CPU = torch.device("cpu")

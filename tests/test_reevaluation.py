@@ -8,7 +8,8 @@ import pytest
 import kernels.sdpa
 from flash_ladder.export import export_run
 from flash_ladder.reevaluation import evaluate_export
-from flash_ladder.schema import EvaluateConfig, ExportConfig, UserError
+from flash_ladder.schema import UserError
+from flash_ladder.script_schema import EvaluateConfig, ExportConfig
 from tests.made_up import made_up_run, unscaled
 
 

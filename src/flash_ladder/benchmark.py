@@ -30,7 +30,8 @@ from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Panel, Re
 from flash_ladder.peak_memory import peak_bytes
 from flash_ladder.peers import PEERS, Attend, NotInstalled, one_line, peer, why_not_installed
 from flash_ladder.probe import Layer, eager_may_fit
-from flash_ladder.schema import BenchmarkConfig, UserError
+from flash_ladder.schema import UserError
+from flash_ladder.script_schema import BenchmarkConfig
 from kernels import BACKENDS, Unsupported, attention
 from kernels.generations import describe
 

@@ -21,7 +21,7 @@ from flash_ladder.evaluation import pick_device
 from flash_ladder.files import write_json
 from flash_ladder.machine import Extra, Gpu, Package
 from flash_ladder.place import DTYPES, find_precision
-from flash_ladder.schema import DoctorConfig
+from flash_ladder.script_schema import DoctorConfig
 from flash_ladder.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa
 from kernels import Unsupported, choose, jit
 from kernels.attention import BACKENDS, why_not

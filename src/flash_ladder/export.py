@@ -18,7 +18,8 @@ from flash_ladder.files import read_json, replace_folder, write_json
 from flash_ladder.model import GPT
 from flash_ladder.parity import compare
 from flash_ladder.reevaluation import Windows, described, record, report, same_loss
-from flash_ladder.schema import DataConfig, ExportConfig, ModelConfig, UserError
+from flash_ladder.schema import DataConfig, ModelConfig, UserError
+from flash_ladder.script_schema import ExportConfig
 from flash_ladder.telemetry import versions
 from flash_ladder.tokenizer import Tokenizer
 from flash_ladder.weights import load_weights

@@ -17,7 +17,8 @@ from flash_ladder.exported import load_export, load_windows
 from flash_ladder.files import read_json, write_json
 from flash_ladder.parity import Check, Parity, compare, loss_limit
 from flash_ladder.place import DTYPES
-from flash_ladder.schema import EvaluateConfig, UserError
+from flash_ladder.schema import UserError
+from flash_ladder.script_schema import EvaluateConfig
 from flash_ladder.tokenizer import Tokenizer
 from kernels.generations import describe
 

@@ -7,7 +7,7 @@ import flash_ladder.benchmark as module
 from flash_ladder.benchmark import benchmark, measure, median_milliseconds
 from flash_ladder.benchmark_result import Panel, growth
 from flash_ladder.peak_memory import peak_bytes
-from flash_ladder.schema import BenchmarkConfig
+from flash_ladder.script_schema import BenchmarkConfig
 
 CAUSAL = Panel(True, 64, None)
 

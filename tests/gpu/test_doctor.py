@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import sdpa_kernel
 
 from flash_ladder import doctor
-from flash_ladder.schema import DoctorConfig
+from flash_ladder.script_schema import DoctorConfig
 from flash_ladder.sdpa_choice import KERNELS, AttentionCall, ask_sdpa
 from kernels import attention
 

@@ -1,0 +1,197 @@
+"""What a user of scripts/ may choose: one dataclass per file of scripts/conf, checked as those of flash_ladder.schema are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flash_ladder.schema import BACKENDS, PRECISIONS, UserError, at_least, one_of
+
+
+@dataclass
+class ExportConfig:
+    """scripts/conf/export.yaml: which checkpoint of which run, and how the exported model is checked."""
+
+    run: str | None = None  # the folder that train.py wrote
+    checkpoint: str = "best"  # best, last, or the path of a .ckpt file
+    out: str | None = None  # None: RUN/export
+    attention: str = "auto"  # auto: what the run trained with
+    precision: str = "auto"  # auto: what the run trained in
+    windows: int | None = None  # validation windows; None: as many as one validation of the training read
+    seq_len: int | None = None  # cut the windows to so many tokens, for eager attention to fit; None: as in training
+    batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
+    device: str = "auto"
+
+    def validate(self) -> None:
+        if not self.run:
+            raise UserError("run=RUN is missing: name the folder that train.py wrote, such as run=outputs/DATE/TIME")
+        if not self.checkpoint.endswith(".ckpt"):
+            one_of("checkpoint", self.checkpoint, ("best", "last", "PATH.ckpt"))
+        one_of("attention", self.attention, BACKENDS)
+        one_of("precision", self.precision, PRECISIONS)
+        at_least(1, windows=self.windows, seq_len=self.seq_len, batch_size=self.batch_size)
+
+
+@dataclass
+class EvaluateConfig:
+    """scripts/conf/evaluate.yaml: an exported model on a backend of this machine."""
+
+    model: str | None = None  # the folder that scripts/export.py wrote
+    attention: str = "auto"  # auto: the best one for this machine
+    against: str | None = None  # a second backend: logits are compared too
+    precision: str = "auto"  # auto: what the run trained in
+    text: str | None = None  # a text file of your own instead of the validation windows
+    windows: int | None = None  # the first so many windows; None: all
+    batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
+    device: str = "auto"
+    out: str | None = None  # a JSON file for the result
+
+    def validate(self) -> None:
+        if not self.model:
+            raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
+        one_of("attention", self.attention, BACKENDS)
+        if self.against is not None:
+            one_of("against", self.against, BACKENDS)
+        one_of("precision", self.precision, PRECISIONS)
+        at_least(1, windows=self.windows, batch_size=self.batch_size)
+
+
+@dataclass
+class GenerateConfig:
+    """scripts/conf/generate.yaml: text from an exported model."""
+
+    model: str | None = None  # the folder that scripts/export.py wrote
+    prompt: str = "def "
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int | None = 50  # draw among the k likeliest tokens; None: among all
+    seed: int = 0
+    attention: str = "auto"  # auto: the best one for this machine
+    device: str = "auto"
+
+    def validate(self) -> None:
+        if not self.model:
+            raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
+        one_of("attention", self.attention, BACKENDS)
+        at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
+        at_least(0, temperature=self.temperature)
+
+
+@dataclass
+class BenchmarkConfig:
+    """scripts/conf/benchmark_attention.yaml: the grid and the backends; flash_ladder.benchmark decides what None is, by machine."""
+
+    backends: list[str] | None = None  # None: every rung, and the peers that are installed here
+    baseline: str | None = None  # the one that ratios of speed are taken of; None: fa2 on a GPU, eager without one
+    seq_len: list[int] | None = None
+    memory_seq_len: list[int] | None = None  # further lengths, memory only
+    head_dim: list[int] | None = None
+    causal: list[bool] = field(default_factory=lambda: [True, False])
+    n_kv_head: list[int | None] = field(default_factory=lambda: [None])  # None: as many as query heads
+    tokens: int | None = None  # batch * seq_len
+    width: int | None = None  # heads * head_dim
+    dtype: str | None = None
+    error_seq_len: int | None = None  # length of the one sequence that errors are measured on
+    milliseconds: int = 100  # how long each time is measured for
+    out: str | None = None  # a JSON file for the result
+    plot: str | None = None  # a PNG file for its picture
+    read: str | None = None  # a JSON file of an earlier run, to show it again and measure nothing
+
+    def validate(self) -> None:
+        rungs = [name for name in BACKENDS if name != "auto"]
+        for backend in self.backends or ():
+            one_of("backends", backend, (*rungs, "fa2", "cudnn", "efficient", "math", "flex", "flash_attn", "fa3", "fa4"))
+        if self.baseline is not None and self.backends is not None and self.baseline not in self.backends:
+            raise UserError(f"baseline={self.baseline} is not among backends ({', '.join(self.backends)})")
+        if self.dtype is not None:
+            one_of("dtype", self.dtype, ("bfloat16", "float16", "float32"))
+        at_least(1, tokens=self.tokens, width=self.width, milliseconds=self.milliseconds, error_seq_len=self.error_seq_len)
+        for name in ("backends", "seq_len", "head_dim", "causal", "n_kv_head"):
+            if getattr(self, name) == []:
+                raise UserError(f"{name}=[] leaves nothing to measure; name one at least")
+        for name in ("seq_len", "memory_seq_len", "head_dim", "n_kv_head"):
+            for value in getattr(self, name) or ():
+                at_least(1, **{name: value})
+        for head_dim in self.head_dim or ():
+            for n_kv_head in self.n_kv_head if self.width is not None else ():
+                if self.width % head_dim or (n_kv_head and self.width // head_dim % n_kv_head):
+                    raise UserError(f"head_dim={head_dim}: width={self.width} must be whole heads, and whole groups of n_kv_head")
+        if self.plot is not None and not self.plot.endswith(".png"):
+            raise UserError(f"plot={self.plot} must end with .png")
+
+
+@dataclass
+class DoctorConfig:
+    """scripts/conf/doctor.yaml: the call of attention that this machine is asked about."""
+
+    batch_size: int = 8
+    n_head: int = 12
+    n_kv_head: int | None = None  # None: as many as query heads
+    seq_len: int = 1024
+    head_dim: int = 64
+    dtype: str = "auto"  # auto: what trainer.precision=auto takes here
+    causal: bool = True
+    window_size: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    document_ids: bool = False
+    return_lse: bool = False
+    deterministic: bool = False
+    device: str = "auto"
+    out: str | None = None  # a JSON file for the report
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The arguments of `kernels.attention` that the call uses."""
+        used = {
+            "is_causal": self.causal,
+            "window_size": self.window_size is not None,
+            "softcap": self.softcap is not None,
+            "alibi_slopes": self.alibi,
+            "document_ids": self.document_ids,
+            "return_lse": self.return_lse,
+            "deterministic": self.deterministic,
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)
+
+    def validate(self) -> None:
+        at_least(1, batch_size=self.batch_size, n_head=self.n_head, n_kv_head=self.n_kv_head, seq_len=self.seq_len)
+        at_least(1, head_dim=self.head_dim, window_size=self.window_size)
+        one_of("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32", "float64"))
+        if self.softcap is not None and not self.softcap > 0:
+            raise UserError(f"softcap={self.softcap} must be positive; null leaves the scores as they are")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise UserError(
+                f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: each key/value head serves an equal group "
+                f"of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
+            )
+
+
+@dataclass
+class TuneConfig:
+    """scripts/conf/tune_tiles.yaml: which of flash_v2's kernels, and the shapes that candidates are timed on."""
+
+    head_dim: list[int] = field(default_factory=lambda: [64, 128, 256])
+    kernels: list[str] = field(default_factory=lambda: ["forward", "dq", "dkdv"])
+    seq_len: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
+    causal: list[bool] = field(default_factory=lambda: [True, False])
+    tokens: int = 16384  # batch * seq_len
+    width: int = 2048  # heads * head_dim
+    dtype: str = "bfloat16"
+    milliseconds: int = 20  # how long each figure is measured for
+    processes: int | None = None  # that compile; None: as many as there are cores
+    out: str | None = None  # a file for the rows of kernels/tiles.py
+
+    def validate(self) -> None:
+        for kernel in self.kernels:
+            one_of("kernels", kernel, ("forward", "dq", "dkdv"))
+        one_of("dtype", self.dtype, ("bfloat16", "float16"))
+        at_least(1, tokens=self.tokens, width=self.width, milliseconds=self.milliseconds, processes=self.processes)
+        for head_dim in self.head_dim:
+            if not 16 <= head_dim <= 256 or self.width % head_dim:
+                raise UserError(f"head_dim={head_dim} must be 16 to 256, and width={self.width} a whole number of heads")
+        for seq_len in self.seq_len:
+            at_least(1, seq_len=seq_len)
+        for name in ("head_dim", "kernels", "seq_len", "causal"):
+            if not getattr(self, name):
+                raise UserError(f"{name}=[] leaves nothing to time")
