@@ -113,8 +113,7 @@ def _forward_kernel(
             l_new = l_old + tl.sum(p, 1)
             # Line 12. The paper shifts p by the tile's own maximum and multiplies it by the difference; shifted by m_new at once
             # it is the same number.
-            share = tl.where(l_new > 0, 1.0 / l_new, 0.0)
-            o = dot(round_to(p, v.dtype), v, o * l_old[:, None], PRECISION) * share[:, None]
+            o = dot(round_to(p, v.dtype), v, o * l_old[:, None], PRECISION) / tl.where(l_new > 0, l_new, 1.0)[:, None]
             store_tile(move(o_base, first_row, stride_on), o_offsets, o, rows, seq_q, HEAD_DIM, BLOCK_D)
             tl.store(L + per_head + rows, l_new, mask=inside)  # line 13
             tl.store(M + per_head + rows, m_new, mask=inside)
@@ -124,11 +123,12 @@ def _forward_kernel(
         rows = first_row + tl.arange(0, BLOCK_Q)
         inside = rows < seq_q
         o = load_tile(move(o_base, first_row, stride_on), o_offsets, rows, seq_q, HEAD_DIM, BLOCK_D, True)
-        l = tl.load(L + per_head + rows, mask=inside, other=0.0)
+        l = tl.load(L + per_head + rows, mask=inside, other=1.0)
+        l = tl.where(l > 0, l, 1.0)  # a row that saw no key: m is -inf, and so is its log-sum-exp
         m = tl.load(M + per_head + rows, mask=inside, other=0.0)
         out_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_outn, WIDE)
         store_tile(move(out_base, first_row, stride_outn), out_offsets, o, rows, seq_q, HEAD_DIM, BLOCK_D)
-        tl.store(LSE + per_head + rows, (m + tl.log2(l)) * LN2, mask=inside)  # a row that saw no key: log2(0) = -inf
+        tl.store(LSE + per_head + rows, (m + tl.log2(l)) * LN2, mask=inside)
 
 
 @triton.jit

@@ -152,7 +152,8 @@ def _forward_kernel(
             )  # fmt: skip
 
     blind = l == 0.0  # rows that see no key: output 0, log-sum-exp -inf
-    o = acc / tl.where(blind, 1.0, l)[:, None]
+    l = tl.where(blind, 1.0, l)
+    o = acc / l[:, None]
     lse = tl.where(blind, float("-inf"), (m * qk_scale + tl.log2(l)) * LN2)
     o_base = O + batch * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_on
     store_tile(o_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_on, WIDE), o, rows, seq_q, HEAD_DIM, BLOCK_D)

@@ -128,9 +128,9 @@ V2 = {
 V1 = {
     "output not rescaled": Fault(CAUSAL, "flash_v1", "_forward_kernel", "o * l_old[:, None]", "o"),
     "row sum not shifted to the new maximum": Fault(CAUSAL, "flash_v1", "_forward_kernel", "tl.exp2(m - finite) * l", "l"),
-    "output not divided": Fault(CAUSAL, "flash_v1", "_forward_kernel", " * share[:, None]", ""),
+    "output not divided": Fault(CAUSAL, "flash_v1", "_forward_kernel", " / tl.where(l_new > 0, l_new, 1.0)[:, None]", ""),
     "rows that saw nothing yet divided by zero": Fault(
-        BLIND, "flash_v1", "_forward_kernel", "tl.where(l_new > 0, 1.0 / l_new, 0.0)", "1.0 / l_new"
+        BLIND, "flash_v1", "_forward_kernel", "tl.where(l_new > 0, l_new, 1.0)", "l_new"
     ),
     "stale maximum": Fault(CAUSAL, "flash_v1", "_forward_kernel", "M + per_head + rows, m_new", "M + per_head + rows, m"),
     "stale row sum": Fault(CAUSAL, "flash_v1", "_forward_kernel", "L + per_head + rows, l_new", "L + per_head + rows, l"),
