@@ -88,10 +88,12 @@ def attention(
         ValueError: shapes, dtypes or devices that do not fit together.
         Unsupported: the backend asked for by name cannot run this; it is never replaced silently.
     """
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+    if torch.is_autocast_enabled(query.device.type) and query.dtype.is_floating_point and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_inputs(query, key, value, window_size, softcap, alibi_slopes, document_ids)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.detach()
     asked = (is_causal, window_size, softcap, alibi_slopes, document_ids, return_lse, deterministic)
     used = tuple([feature is not None and feature is not False for feature in asked])
     compiling = torch.compiler.is_compiling()  # a compiler follows the code itself and wants no cache in its way
@@ -208,11 +210,16 @@ def check_inputs(
         raise ValueError(f"window_size={window_size} must be at least 1: a query sees itself")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap} must be positive")
-    if alibi_slopes is not None and alibi_slopes.shape != (n_head,):
-        raise ValueError(f"alibi_slopes must be [Hq] = [{n_head}], not {tuple(alibi_slopes.shape)}")
-    if document_ids is not None and (document_ids.shape != (batch, seq_q) or seq_q != seq_k or document_ids.is_floating_point()):
+    if alibi_slopes is not None and (alibi_slopes.shape != (n_head,) or not alibi_slopes.is_floating_point()):
+        raise ValueError(f"alibi_slopes must be floating [Hq] = [{n_head}], not {alibi_slopes.dtype} {tuple(alibi_slopes.shape)}")
+    for name, x in (("alibi_slopes", alibi_slopes), ("document_ids", document_ids)):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"{name} must be on the query's device, {query.device}, not {x.device}")
+    if document_ids is not None and (
+        document_ids.shape != (batch, seq_q) or seq_q != seq_k or document_ids.dtype not in (torch.int32, torch.int64)
+    ):
         given = f"{document_ids.dtype} {tuple(document_ids.shape)}"
-        raise ValueError(f"document_ids must be integers [B, S] with Sq == Sk, not {given}")
+        raise ValueError(f"document_ids must be int32 or int64 [B, S] with Sq == Sk, not {given}")
 
 
 # ---- the operators behind the Triton rungs ----
@@ -270,7 +277,12 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
     return *grads, None, None, None, None, None, None, None
 
 
+def _differentiate_again(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError("the flash rungs have no second derivative; attention's eager and sdpa backends have one")
+
+
 torch.library.register_autograd("flash_ladder::attention_forward", _differentiate, setup_context=_save)
+torch.library.register_autograd("flash_ladder::attention_backward", _differentiate_again)
 
 
 class _Attention(torch.autograd.Function):

@@ -45,7 +45,7 @@ from kernels.tiles import Tiles, tiles
 
 # Where row maxima start: below any score, and a power of two, so that its products are exact and exp2 of their difference is 1.
 # -inf would give NaN in rows that have seen nothing yet.
-LOWEST = tl.constexpr(-(2.0**120))
+LOWEST = tl.constexpr(-(2.0**100))
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:

@@ -167,6 +167,6 @@ def precision(dtype: torch.dtype, head_dim: int) -> str:
     Up to head_dim 128 three TensorFloat-32 products stand for one of float32, with the same error; beyond, they lose 2.4 times as
     much as eager attention does, and plain multiply-adds it is.
     """
-    if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "tf32x3" if head_dim <= 128 else "ieee"

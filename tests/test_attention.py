@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import Choice, Unsupported, attention, choose, eager, jit
+from kernels import Choice, Unsupported, attention, choose, eager, jit, launch
 from kernels.attention import BACKENDS, attention_backward, attention_forward
 from tests.reference import DEVICE, RUNGS, documents, skip_unless_runs, slopes
 
@@ -370,3 +370,33 @@ def test_merging_the_heads_costs_no_copy(rung):
     query, key, value = (torch.randn(2, 9, 3, 16, device=DEVICE).transpose(1, 2) for _ in range(3))
     output = attention(query, key, value, backend=rung)
     assert output.transpose(1, 2).reshape(2, 9, 48).data_ptr() == output.data_ptr()
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_a_second_derivative_is_refused(rung):
+    """Uncompiled, and through the operator itself; eager has one."""
+    inputs = [torch.randn(1, 1, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    for run in (
+        lambda *x: attention(*x, backend=rung),
+        lambda *x: attention_forward(*x, 0.25, False, None, None, None, None, rung)[0],
+    ):
+        (grad,) = torch.autograd.grad(run(*inputs).square().sum(), inputs[:1], create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative; attention's eager and sdpa"):
+            torch.autograd.grad(grad.sum(), inputs[:1])
+
+
+def test_tensorfloat_32_by_either_of_pytorchs_switches():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert launch.precision(torch.float32, 64) == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert launch.precision(torch.float32, 64) == "tf32x3" and launch.precision(torch.float32, 256) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_integers_stay_refused_under_autocast():
+    query, key, value = (torch.zeros(1, 1, 4, 16, dtype=torch.int64, device=DEVICE) for _ in range(3))
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16), pytest.raises(ValueError, match="share a floating dtype"):
+        attention(query, key, value)

@@ -244,3 +244,13 @@ def test_a_batch_changes_nothing(rung):
     together = attention(*inputs, is_causal=True, backend=rung)
     alone = attention(*(x[1:2] for x in inputs), is_causal=True, backend=rung)
     assert torch.equal(together[1:2], alone)
+
+
+@pytest.mark.parametrize(("seq_q", "meaning"), [(130, {"window_size": 5}), (200, {})], ids=["window", "blind rows"])
+def test_a_scale_that_takes_scores_far_out(rung, seq_q, meaning):
+    """Rows whose first tile is hidden start from a maximum below any score, which must stay finite in the scaled units."""
+    case = make_case(1, 1, 1, seq_q, 130, 16, FP32, size=0.05)
+    results = run(case, FP32, backend=rung, is_causal=True, scale=300.0, **meaning)
+    exact = run(case, torch.float64, backend="eager", is_causal=True, scale=300.0, **meaning)
+    assert not any(x.isnan().any() for x in results)
+    torch.testing.assert_close(results[0].double(), exact[0], atol=1e-3, rtol=1e-3)
