@@ -23,7 +23,7 @@ GENERATIONS = (
     Generation("Blackwell", ((10, 0), (10, 3)), "tcgen05 tensor cores", ("flash_v2", "sdpa", "eager")),
     Generation("Blackwell", ((12, 0), (12, 1)), "bf16 tensor cores and asynchronous copies", ("flash_v2", "sdpa", "eager")),
 )
-ELSEWHERE = ("sdpa", "eager")  # no GPU, an older one, another vendor's
+ELSEWHERE = ("sdpa", "eager")  # no GPU, an older one, one newer than the table, another vendor's
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:

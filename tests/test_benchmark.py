@@ -143,8 +143,10 @@ def test_who_is_named_is_measured():
         ({"backends": []}, r"backends=\[\] leaves nothing to measure"),
         ({"seq_len": []}, r"seq_len=\[\] leaves nothing"),
         ({"baseline": "cudnn", "backends": ["fa2"]}, "baseline=cudnn is not among backends"),
-        ({"head_dim": [96], "width": 2048}, "width=2048 must be whole heads"),
-        ({"head_dim": [64], "width": 512, "n_kv_head": [None, 3]}, "and whole groups of n_kv_head"),
+        ({"head_dim": [96], "width": 2048}, "width=2048 must be a whole number of heads; width=2016 would work"),
+        ({"head_dim": [64], "width": 512, "n_kv_head": [None, 3]}, "in whole groups for n_kv_head=3; width=384 would work"),
+        ({"backends": ["fa2", "fa2"]}, "names one thing twice"),
+        ({"read": "r.json", "backends": ["fa2"]}, "backends says what to measure, and read=r.json shows a run that is done"),
         ({"seq_len": [0]}, "seq_len=0 must be at least 1"),
         ({"memory_seq_len": [0]}, "memory_seq_len=0 must be at least 1"),
         ({"n_kv_head": [0]}, "n_kv_head=0 must be at least 1"),
@@ -159,7 +161,7 @@ def test_checks(change, message):
 
 
 def test_what_the_machine_decides_is_checked_too():
-    with pytest.raises(UserError, match="width=64 must be whole heads"):
+    with pytest.raises(UserError, match="width=64 must be a whole number of heads"):
         decide(BenchmarkConfig(head_dim=[48]), CPU)
 
 

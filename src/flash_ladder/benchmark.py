@@ -8,8 +8,6 @@ CUDA events, the L2 cache flushed before each; a CPU's would say nothing about a
 from __future__ import annotations
 
 import gc
-import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -27,6 +25,7 @@ from tqdm import tqdm
 from flash_ladder.benchmark_plots import plot
 from flash_ladder.benchmark_report import header, row_lines, summary, table_head
 from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
+from flash_ladder.machine import nvidia_driver
 from flash_ladder.peak_memory import peak_bytes
 from flash_ladder.peers import PEERS, Attend, NotInstalled, one_line, peer, why_not_installed
 from flash_ladder.probe import Layer, eager_may_fit
@@ -158,7 +157,7 @@ def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
     if device.type == "cuda":
         cudnn = torch.backends.cudnn.version()
         found["cudnn"] = None if cudnn is None else f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
-        found["driver"] = driver_version()
+        found["driver"] = nvidia_driver()
         found["device_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
     return found
 
@@ -169,15 +168,6 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def driver_version() -> str | None:
-    """Of NVIDIA's driver, as nvidia-smi tells it; None where it does not."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True, timeout=30)
-    return told.stdout.split()[0] if told.returncode == 0 and told.stdout.split() else None
 
 
 # ---- one backend at one shape ----

@@ -24,10 +24,9 @@ from flash_ladder.place import DTYPES, find_precision
 from flash_ladder.script_schema import DoctorConfig
 from flash_ladder.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa
 from kernels import Unsupported, choose, jit
-from kernels.attention import BACKENDS, why_not
+from kernels.attention import BACKENDS, FEATURES, why_not
 from kernels.generations import capability
 
-FEATURES = ("is_causal", "window_size", "softcap", "alibi_slopes", "document_ids", "return_lse", "deterministic")
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = range(8, 513, 8)
 MALICIOUS_LIGHTNING = ("2.6.2", "2.6.3")

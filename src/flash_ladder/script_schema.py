@@ -76,6 +76,13 @@ class GenerateConfig:
         at_least(0, temperature=self.temperature)
 
 
+# What a benchmark measures; baseline, out and plot are for looking at a run that is done, too.
+GRID = (
+    "backends", "seq_len", "memory_seq_len", "head_dim", "causal", "n_kv_head", "tokens", "width", "dtype", "error_seq_len",
+    "milliseconds",
+)  # fmt: skip
+
+
 @dataclass
 class BenchmarkConfig:
     """scripts/conf/benchmark_attention.yaml: the grid and the backends; flash_ladder.benchmark decides what None is, by machine."""
@@ -105,6 +112,14 @@ class BenchmarkConfig:
         if self.dtype is not None:
             one_of("dtype", self.dtype, ("bfloat16", "float16", "float32"))
         at_least(1, tokens=self.tokens, width=self.width, milliseconds=self.milliseconds, error_seq_len=self.error_seq_len)
+        if self.read is not None:
+            asked = [name for name in GRID if getattr(self, name) != getattr(BenchmarkConfig(), name)]
+            if asked:
+                raise UserError(f"{asked[0]} says what to measure, and read={self.read} shows a run that is done; one of the two")
+        for name in ("backends", "seq_len", "memory_seq_len", "head_dim", "causal", "n_kv_head"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise UserError(f"{name}={values} names one thing twice")
         for name in ("backends", "seq_len", "head_dim", "causal", "n_kv_head"):
             if getattr(self, name) == []:
                 raise UserError(f"{name}=[] leaves nothing to measure; name one at least")
@@ -114,7 +129,11 @@ class BenchmarkConfig:
         for head_dim in self.head_dim or ():
             for n_kv_head in self.n_kv_head if self.width is not None else ():
                 if self.width % head_dim or (n_kv_head and self.width // head_dim % n_kv_head):
-                    raise UserError(f"head_dim={head_dim}: width={self.width} must be whole heads, and whole groups of n_kv_head")
+                    groups = f", in whole groups for n_kv_head={n_kv_head}" if n_kv_head else ""
+                    raise UserError(
+                        f"head_dim={head_dim}: width={self.width} must be a whole number of heads{groups}; "
+                        f"width={head_dim * (n_kv_head or 1) * max(1, self.width // (head_dim * (n_kv_head or 1)))} would work"
+                    )
         if self.plot is not None and not self.plot.endswith(".png"):
             raise UserError(f"plot={self.plot} must end with .png")
 
@@ -179,7 +198,7 @@ class TuneConfig:
     width: int = 2048  # heads * head_dim
     dtype: str = "bfloat16"
     milliseconds: int = 20  # how long each figure is measured for
-    processes: int | None = None  # that compile; None: as many as there are cores
+    processes: int | None = None  # that compile; None: a process a core, 8 at most (each takes some of the GPU's memory)
     out: str | None = None  # a file for the rows of kernels/tiles.py
 
     def validate(self) -> None:

@@ -61,7 +61,9 @@ def tune(cfg: TuneConfig) -> dict[int, Tiles]:
     print("TFLOP/s of the pass that a kernel is part of, geometric mean over the shapes; tiles are queries, keys, warps, stages\n")
     chosen = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cfg.processes or os.cpu_count(), mp_context=context) as pool:
+    if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
+        raise UserError(f"out={cfg.out}: there is no such folder")
+    with ProcessPoolExecutor(cfg.processes or min(8, os.cpu_count() or 1), mp_context=context) as pool:
         for head_dim in cfg.head_dim:
             row = tiles_for(found, getattr(torch, cfg.dtype), head_dim)
             for kernel in cfg.kernels:
@@ -113,9 +115,11 @@ def inputs(cfg: TuneConfig, head_dim: int, seq_len: int, device: torch.device) -
 
 
 def compiles(job: tuple[TuneConfig, int, Tiles, int]) -> bool:
-    """Whether all masks of one candidate compile, fit and give what the table's tiles give; in a process of its own."""
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
+    """Whether all masks of one candidate compile, fit and give what the table's tiles give; in a process of its own.
+
+    A GPU error (an illegal address, say) ends that process's GPU context, and with it every later candidate it is given.
+    """
+    from triton.errors import TritonError
 
     cfg, head_dim, row, index = job
     device = torch.device("cuda", index)
@@ -130,7 +134,7 @@ def compiles(job: tuple[TuneConfig, int, Tiles, int]) -> bool:
                 results.append((output, lse, *flash_v2.backward(grad, None, query, key, value, output, lse, **meaning)))
             for expected, found in zip(*results, strict=True):
                 torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
-    except (OutOfResources, CompilationError, AssertionError):
+    except (TritonError, RuntimeError, AssertionError):  # too large, refused by a compiler, out of memory, or wrong
         return False
     return True
 
