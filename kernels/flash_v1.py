@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.jit import INTERPRET
-from kernels.launch import launch, meaning, meaning_tensors, refusal, warn_once
+from kernels.launch import launch, meaning, meaning_tensors, refusal, upstream, warn_once
 from kernels.layout import heads_last
 from kernels.tile_ops import (
     LN2,
@@ -278,10 +278,7 @@ def backward(
     dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)
     if query.numel() == 0 or seq_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    if grad_output.stride(-1) != 1:  # expanded, as .sum() sends it back
-        grad_output = grad_output.contiguous()
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
+    grad_output, grad_lse = upstream(grad_output, grad_lse)
     asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
     running = torch.zeros(query.shape, device=query.device, dtype=torch.float32)  # line 5
     tile = tiles_v1(query.device, query.dtype, head_dim).backward

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.flash_v2_backward import dkdv_kernel, dq_kernel
 from kernels.jit import INTERPRET
-from kernels.launch import launch, meaning, meaning_tensors, refusal, warn_once
+from kernels.launch import launch, meaning, meaning_tensors, refusal, upstream, warn_once
 from kernels.layout import heads_last
 from kernels.tile_ops import (
     ALL,
@@ -225,10 +225,7 @@ def backward(
     dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)
     if query.numel() == 0 or seq_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    if grad_output.stride(-1) != 1:  # expanded, as .sum() sends it back
-        grad_output = grad_output.contiguous()
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
+    grad_output, grad_lse = upstream(grad_output, grad_lse)
     delta = torch.empty_like(lse)
     asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
     more = meaning_tensors(query, alibi_slopes, document_ids)

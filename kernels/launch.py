@@ -70,6 +70,13 @@ def meaning_tensors(query: Tensor, alibi_slopes: Tensor | None, document_ids: Te
     return first, last, None if alibi_slopes is None else alibi_slopes.to(query.device, torch.float32).contiguous()
 
 
+def upstream(grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The upstream gradients as the kernels read them; `.sum()` sends back an expanded one, with a last stride of 0."""
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    return grad_output, None if grad_lse is None else grad_lse.contiguous()
+
+
 def launch(
     kernel: Any,
     tile: Tile,

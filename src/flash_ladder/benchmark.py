@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +24,8 @@ from tqdm import tqdm
 from flash_ladder.benchmark_plots import plot
 from flash_ladder.benchmark_report import header, row_lines, summary, table_head
 from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
-from flash_ladder.machine import nvidia_driver
+from flash_ladder.flops import BACKWARD, forward_flops
+from flash_ladder.machine import cudnn_version, nvidia_driver, version_of
 from flash_ladder.peak_memory import peak_bytes
 from flash_ladder.peers import PEERS, Attend, NotInstalled, one_line, peer, why_not_installed
 from flash_ladder.probe import Layer, eager_may_fit
@@ -150,24 +150,15 @@ def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
     found = {
         "device": describe(device),
         "torch": torch.__version__,
-        "triton": installed_version("triton"),
+        "triton": version_of("triton"),
         "date": date.today().isoformat(),
         "config": {key: value for key, value in asdict(cfg).items() if key not in ("out", "plot", "read")},
     }
     if device.type == "cuda":
-        cudnn = torch.backends.cudnn.version()
-        found["cudnn"] = None if cudnn is None else f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+        found["cudnn"] = cudnn_version()
         found["driver"] = nvidia_driver()
         found["device_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
     return found
-
-
-def installed_version(package: str) -> str | None:
-    """Version of an installed package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 # ---- one backend at one shape ----
@@ -225,7 +216,7 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
     cell = Cell(backend, panel.head_dim, seq_len, panel.causal, n_kv_head=panel.n_kv_head)
     batch = batch_size(cfg.tokens, seq_len)
     n_head = cfg.width // panel.head_dim
-    flops = 4 * batch * n_head * seq_len**2 * panel.head_dim * (0.5 if panel.causal else 1.0)
+    flops = forward_flops(batch, n_head, seq_len, panel.head_dim, panel.causal)
     if device.type == "cpu" and backend.startswith("flash_v") and seq_len not in cfg.seq_len:
         cell.note = "not measured: too slow in Triton's interpreter"
         return cell
@@ -256,7 +247,7 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
             cell.forward_tflops = flops / milliseconds / 1e9
             if not cell.note:
                 milliseconds = median_milliseconds(lambda: attend(*inputs), backward, cfg.milliseconds)
-                cell.backward_tflops = 2.5 * flops / milliseconds / 1e9
+                cell.backward_tflops = BACKWARD * flops / milliseconds / 1e9
 
     cell.note = trouble(work) or cell.note
     return cell

@@ -10,9 +10,9 @@ from statistics import geometric_mean
 
 from flash_ladder.files import write_json
 from flash_ladder.flops import peak_tflops
+from flash_ladder.probe import GIB
 from flash_ladder.schema import UserError
 
-GIB = 2**30
 PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32"}  # a dtype's column in the table of peaks
 GRADIENTS = ("dq", "dk", "dv")
 

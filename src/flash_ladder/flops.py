@@ -109,6 +109,14 @@ def flops_per_token(n_params_matmul: int, n_layer: int, d_model: int, seq_len: i
     return TokenFlops(full=matmul + per_key * seq_len, causal=matmul + per_key * (seq_len + 1) / 2)
 
 
+BACKWARD = 2.5  # times the forward's FLOPs: five matrix products to two
+
+
+def forward_flops(batch_size: int, n_head: int, seq_len: int, head_dim: int, is_causal: bool) -> float:
+    """FLOPs of attention's forward, how kernels are compared: 4·B·H·S²·D, half of it under causality, whatever they recompute."""
+    return 4.0 * batch_size * n_head * seq_len**2 * head_dim * (0.5 if is_causal else 1.0)
+
+
 def attention_flops(batch_size: int, n_head: int, seq_len: int, head_dim: int) -> float:
-    """FLOPs of one causal attention layer, forward 2·B·H·S²·D and backward 2.5 times that: how kernels are compared."""
-    return 3.5 * 2.0 * batch_size * n_head * seq_len**2 * head_dim
+    """FLOPs of one causal attention layer, forward and backward."""
+    return (1 + BACKWARD) * forward_flops(batch_size, n_head, seq_len, head_dim, is_causal=True)

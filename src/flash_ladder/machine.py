@@ -19,10 +19,10 @@ import torch
 from packaging.requirements import Requirement
 
 from flash_ladder.flops import peak_tflops
+from flash_ladder.probe import GIB
 from kernels.generations import GENERATIONS, capability, generation
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
-GIB = 2**30
 
 
 # ---- GPUs ----
@@ -214,14 +214,19 @@ def _installed(module: str, distributions: tuple[str, ...]) -> str | None:
     return version_of(*distributions) or "installed"
 
 
+def cudnn_version() -> str | None:
+    """Of the cuDNN that PyTorch is built with, "9.15.1"; None where it is built without."""
+    number = torch.backends.cudnn.version()  # 91501
+    return number and f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
 def versions() -> dict[str, str | None]:
     """Python, PyTorch and what it is built with."""
     built_for = f"ROCm {torch.version.hip}" if torch.version.hip else torch.version.cuda and f"CUDA {torch.version.cuda}"
-    cudnn = torch.backends.cudnn.version()
     return {
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built for {built_for or 'the CPU alone'})",
-        "cudnn": cudnn and f"{cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}",  # 91501 is 9.15.1
+        "cudnn": cudnn_version(),
     }
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flash_ladder.sdpa_choice import is_a_refusal
 from kernels import Unsupported
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,7 +69,7 @@ def sdpa(kernel: SDPBackend, is_causal: bool) -> Attend:
             with sdpa_kernel(kernel):
                 return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=grouped)
         except RuntimeError as error:
-            if "No available kernel" in str(error) or "No viable backend" in str(error):
+            if is_a_refusal(error):
                 raise Unsupported(f"PyTorch has no {kernel.name} kernel for this") from None
             raise
 

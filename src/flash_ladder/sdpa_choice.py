@@ -130,7 +130,7 @@ def _kernel_that_runs(call: AttentionCall, kernels: list[str]) -> str | None:
             warnings.simplefilter("ignore")
             output = attention(query, key, value, is_causal="is_causal" in call.features, backend="sdpa", **used)
     except RuntimeError as error:
-        if _is_a_refusal(error):
+        if is_a_refusal(error):
             return None
         raise
     return _kernel_behind(output)
@@ -174,13 +174,14 @@ def _reasons(call: AttentionCall, kernel: str) -> str:
                 query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=call.n_head != call.n_kv_head
             )
         except RuntimeError as error:
-            if not _is_a_refusal(error):
+            if not is_a_refusal(error):
                 raise
             said = [str(warning.message) for warning in caught] + str(error).splitlines()
     return "; ".join(reasons_under(HEADINGS[kernel], said)) or "PyTorch gives no reason"
 
 
-def _is_a_refusal(error: RuntimeError) -> bool:
+def is_a_refusal(error: RuntimeError) -> bool:
+    """Whether PyTorch says with this error that none of the kernels it may use takes the call."""
     return "No available kernel" in str(error) or "No viable backend" in str(error)
 
 

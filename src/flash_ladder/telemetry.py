@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from flash_ladder.probe import GIB
 from flash_ladder.schema import LoggerConfig
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
 FINISH_TIMEOUT = 30  # seconds that it may take at the end to send what is left
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "safetensors", "wandb", "flash-ladder")
-GIB = 2**30
 
 
 class MetricsFile(Logger):

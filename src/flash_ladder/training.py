@@ -30,9 +30,9 @@ from flash_ladder.generation import generate
 from flash_ladder.model import GPT
 from flash_ladder.module import GPTModule, NotFinite
 from flash_ladder.place import Place, find_place
-from flash_ladder.probe import Layer, probe_attention
+from flash_ladder.probe import GIB, Layer, probe_attention
 from flash_ladder.schema import Config, UserError
-from flash_ladder.telemetry import GIB, MetricsFile, WandbCopy, environment, open_wandb, peak_memory_gib
+from flash_ladder.telemetry import MetricsFile, WandbCopy, environment, open_wandb, peak_memory_gib
 from flash_ladder.tokenizer import Tokenizer
 from flash_ladder.weights import load_weights
 

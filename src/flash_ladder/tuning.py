@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flash_ladder.benchmark_result import batch_size
+from flash_ladder.flops import BACKWARD, forward_flops
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import TuneConfig
 from kernels import flash_v2
@@ -110,7 +112,7 @@ def candidates(kernel: str, head_dim: int, shared: int, stages: tuple[int, ...])
 
 def inputs(cfg: TuneConfig, head_dim: int, seq_len: int, device: torch.device) -> list[Tensor]:
     """Query, key, value and the output's gradient, [B, H, S, D] in memory [B, S, H, D]."""
-    shape = (max(1, cfg.tokens // seq_len), seq_len, cfg.width // head_dim, head_dim)
+    shape = (batch_size(cfg.tokens, seq_len), seq_len, cfg.width // head_dim, head_dim)
     return [torch.randn(shape, device=device, dtype=getattr(torch, cfg.dtype)).transpose(1, 2) for _ in range(4)]
 
 
@@ -149,14 +151,14 @@ def time_all(cfg: TuneConfig, head_dim: int, kernel: str, row: Tiles, able: list
             query, key, value, grad = inputs(cfg, head_dim, seq_len, device)
             meaning = {"scale": head_dim**-0.5, "is_causal": causal}
             output, lse = flash_v2.forward(query, key, value, **meaning)
-            work = 4 * query.shape[0] * query.shape[1] * seq_len**2 * head_dim * (0.5 if causal else 1.0)
+            work = forward_flops(*query.shape, is_causal=causal)
             for candidate in able:
                 use = replace(row, **{kernel: candidate.tile})
                 if kernel == "forward":
                     run = partial(flash_v2.forward, query, key, value, use=use, **meaning)
                 else:
                     run = partial(flash_v2.backward, grad, None, query, key, value, output, lse, use=use, **meaning)
-                flops = work if kernel == "forward" else 2.5 * work
+                flops = work if kernel == "forward" else BACKWARD * work
                 milliseconds = do_bench(run, warmup=cfg.milliseconds // 4, rep=cfg.milliseconds, return_mode="median")
                 candidate.speeds[causal, seq_len] = flops / milliseconds / 1e9
                 bar.update()
