@@ -9,9 +9,9 @@ name. A backend is a module with
     backward(grad_output, grad_lse, query, key, value, output, lse, **meaning) -> dq, dk, dv
     unsupported(device, dtype, head_dim, features)              -> None, or the reason
 
-and those made of torch operations (eager, sdpa) also have `attend`, which torch differentiates by itself. The Triton rungs go
-through the two operators registered below, so that torch.compile, autocast, activation checkpointing and the FLOP counter know
-them.
+and those made of torch operations (eager, sdpa) also have `attend`, which torch differentiates by itself. The flash rungs, in
+Triton (flash_v1, flash_v2) and in Gluon (flash_v3), go through the two operators registered below, so that torch.compile,
+autocast, activation checkpointing and the FLOP counter know them.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ from kernels import eager, sdpa
 from kernels.generations import ELSEWHERE, describe, generation
 from kernels.layout import heads_last
 
-BACKENDS: dict[str, ModuleType | None] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None}
+BACKENDS: dict[str, ModuleType | None] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None, "flash_v3": None}
 if find_spec("triton") is not None:  # a machine that only evaluates may have torch alone
-    from kernels import flash_v1, flash_v2
+    from kernels import flash_v1, flash_v2, flash_v3
 
-    BACKENDS |= {"flash_v1": flash_v1, "flash_v2": flash_v2}
+    BACKENDS |= {"flash_v1": flash_v1, "flash_v2": flash_v2, "flash_v3": flash_v3}
 
 
 class Unsupported(ValueError):
@@ -78,7 +78,7 @@ def attention(
         document_ids: [B, S] integers, non-decreasing; positions see their own document only (asks for Sq == Sk).
         return_lse: also return the log-sum-exp of each row's scores, natural log, float32 [B, Hq, Sq], differentiable.
         deterministic: the backward gives the same bits every time.
-        backend: "eager", "sdpa", "flash_v1", "flash_v2", or "auto", which takes the best one for this GPU (`choose` says which).
+        backend: "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3", or "auto": the best one for this GPU (`choose` says which).
 
     Returns:
         The output [B, Hq, Sq, D] in the inputs' dtype, and the log-sum-exp if asked for. Sums are kept in float32. A row that
@@ -164,7 +164,7 @@ def choose(
     for name in here.order if here else ELSEWHERE:
         reason = why_not(name, device, dtype, head_dim, features)
         if reason is None:
-            because = [where] + ([here.brings] if here and name.startswith("flash") else []) + passed_over
+            because = [where] + ([here.brings] if here and name == here.order[0] else []) + passed_over
             return Choice(name, "; ".join(because))
         passed_over.append(f"not {name}: {reason}")
     raise Unsupported(f"no attention backend can run here: {'; '.join(passed_over)}")
@@ -222,7 +222,7 @@ def check_inputs(
         raise ValueError(f"document_ids must be int32 or int64 [B, S] with Sq == Sk, not {given}")
 
 
-# ---- the operators behind the Triton rungs ----
+# ---- the operators behind the flash rungs ----
 # Registered through torch.library.Library: torch.library.custom_op does the same with 15 µs more on the host for every call.
 
 _MEANING = (

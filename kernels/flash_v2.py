@@ -153,7 +153,7 @@ def _forward_kernel(
 
     blind = l == 0.0  # rows that see no key: output 0, log-sum-exp -inf
     l = tl.where(blind, 1.0, l)
-    o = acc / l[:, None]
+    o = acc * (1.0 / l)[:, None]
     lse = tl.where(blind, float("-inf"), (m * qk_scale + tl.log2(l)) * LN2)
     o_base = O + batch * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_on
     store_tile(o_base, tile_offsets(BLOCK_Q, BLOCK_D, stride_on, WIDE), o, rows, seq_q, HEAD_DIM, BLOCK_D)

@@ -19,7 +19,7 @@ GENERATIONS = (
     Generation("Turing", ((7, 5),), "fp16 tensor cores, 64 KB of shared memory", ("flash_v2", "sdpa", "eager")),
     Generation("Ampere", ((8, 0), (8, 6), (8, 7)), "bf16 tensor cores and asynchronous copies", ("flash_v2", "sdpa", "eager")),
     Generation("Ada", ((8, 9),), "bf16 tensor cores and asynchronous copies", ("flash_v2", "sdpa", "eager")),
-    Generation("Hopper", ((9, 0),), "wgmma tensor cores", ("flash_v2", "sdpa", "eager")),
+    Generation("Hopper", ((9, 0),), "TMA and asynchronous wgmma tensor cores", ("flash_v3", "flash_v2", "sdpa", "eager")),
     Generation("Blackwell", ((10, 0), (10, 3)), "tcgen05 tensor cores", ("flash_v2", "sdpa", "eager")),
     Generation("Blackwell", ((12, 0), (12, 1)), "bf16 tensor cores and asynchronous copies", ("flash_v2", "sdpa", "eager")),
 )

@@ -1,4 +1,4 @@
-"""Compiles the Triton rungs' kernels for a GPU that need not be here, and reads what came out.
+"""Compiles the rungs' kernels for a GPU that need not be here, and reads what came out.
 
 `python -m tests.aot CAPABILITY DTYPE RUNG/MEANING/HEAD_DIM...` prints one JSON line for each kernel of each of these, as in
 `python -m tests.aot 90 bfloat16 flash_v2/causal/64 flash_v1/everything/128`. Run it with TRITON_INTERPRET=0: a process that
@@ -11,13 +11,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import flash_v1, flash_v2, launch
+from kernels import flash_v1, flash_v2, flash_v3, launch
 from kernels.tiles import Tile, tiles_for, tiles_v1_for
 from kernels.turing import tensor_cores
 
@@ -27,6 +30,7 @@ KERNELS = {
     "flash_v1": {"forward": flash_v1._forward_kernel, "backward": flash_v1._backward_kernel},
     "flash_v2": {"forward": flash_v2._forward_kernel, "dq": flash_v2.dq_kernel, "dkdv": flash_v2.dkdv_kernel},
 }
+SPILL = r"\b(LDL|STL)\b"
 # What does not come in the inputs' dtype, and what a kernel of flash_v1 keeps in float32 while it works.
 POINTERS = {name: "*fp32" for name in ("LSE", "DLSE", "DELTA", "L", "M", "SLOPES")} | {"FIRST": "*i32", "LAST": "*i32"}
 RUNNING = {("flash_v1", "forward"): {"O": "*fp32"}, ("flash_v1", "backward"): {"DQ": "*fp32"}}
@@ -73,27 +77,83 @@ def compile_kernel(
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     with tensor_cores(divmod(capability, 10)) as turing:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tile.options() | turing)
+    return {"kernel": f"{rung} {name}"} | read(compiled)
+
+
+def compile_flash_v3(
+    name: str, dtype: torch.dtype, block_d: int, setting: NamedTuple, meaning: str = "causal", group: int = 1
+) -> dict:
+    """The same of a kernel of flash_v3, for Hopper."""
+
+    def descriptor(*block: int, of: torch.dtype = dtype, layout: NVMMASharedLayout | None = None) -> str:
+        return f"tensordesc<{TYPES[of]}[{','.join(map(str, block))}],{layout or flash_v3._layout(block, of)!r}>"
+
+    cut_twice = meaning not in ("full", "causal")
+    if name == "forward":
+        kernel = flash_v3.forward_kernel
+        rows, keys = descriptor(1, 1, 64, block_d), descriptor(1, 1, 128, block_d)
+        pointers = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "o_desc": rows}
+        consumer, producer, average = setting.registers()
+        values = (group, setting.warpgroups, 128, block_d, setting.buffers, setting.q_in_registers, cut_twice, consumer, producer)
+    else:
+        kernel, average = flash_v3.backward_kernel, 168
+        rows = descriptor(1, 1, 64, block_d)
+        pointers = dict.fromkeys(("q_desc", "do_desc", "k_desc", "v_desc", "dk_desc", "dv_desc"), rows) | {
+            "half_desc": descriptor(1, 1, 64, 32) if block_d == 64 else rows,
+            "stats_desc": descriptor(1, 128, of=torch.float32, layout=flash_v3.FLAT),
+            "dq_desc": descriptor(block_d, 32, of=torch.float32),
+        }
+        values = (group, block_d, *setting[:4], meaning != "full", cut_twice)
+    pointers |= {"lse_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "slopes_ptr": "*fp32", "counter": "*i32"}
+    left_out = {{"FIRST": "first_ptr", "LAST": "last_ptr", "SLOPES": "slopes_ptr"}.get(x, x) for x in MEANINGS[meaning]}
+    constants = dict.fromkeys(left_out) | dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else pointers.get(argument, "fp32" if argument in ("scale", "cap") else "i32")
+        for argument in kernel.arg_names
+    }
+    source = GluonASTSource(kernel, signature=signature, constexprs=constants, attrs={})
+    options = {"num_warps": 4, "maxnreg": average}
+    return {"kernel": f"flash_v3 {name}"} | read(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
+
+
+def read(compiled: Any) -> dict:
+    """What the machine code says."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         sass = _run("cuobjdump", "-sass", cubin.name)
         usage = _run("cuobjdump", "-res-usage", cubin.name)
     return {
-        "kernel": f"{rung} {name}",
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_kib": compiled.metadata.shared / 1024,
         "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass)),
+        "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
+        "register_moves": [int(n, 16) for n in re.findall(r"\bUSETMAXREG\S* (?:UP\d, )?0x([0-9a-f]+)", sass)],
         "loop_spills": loop_spills(sass),
+        "steady_spills": steady_spills(sass),
     }
+
+
+def settings(block_d: int, meaning: str) -> list[tuple[str, NamedTuple]]:
+    """Every setting that flash_v3 may take for a head_dim, with its kernel's name."""
+    cut = meaning not in ("full", "causal")
+    forward = dict.fromkeys(flash_v3.forward_setting(block_d, seq_q, cut) for seq_q in (1024, 4096))
+    bent = meaning == "everything"
+    backward = [
+        flash_v3.backward_setting(block_d, 1024, meaning != "full", bent)
+    ]  # the length changes only how many blocks there are
+    return [*(("forward", x) for x in forward), *(("backward", x) for x in backward)]
 
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([BINARIES / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def loop_spills(sass: str) -> int:
-    """Local-memory loads and stores inside the innermost loops that multiply matrices."""
+def matrix_loops(sass: str) -> list[list[str]]:
+    """The instructions of each innermost loop that multiplies matrices."""
     code = {int(m[1], 16): m[2] for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)}
     loops = []
     for address, instruction in code.items():
@@ -101,18 +161,35 @@ def loop_spills(sass: str) -> int:
         if jump and int(jump[1], 16) < address:
             loops.append((int(jump[1], 16), address))
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    spills = 0
-    for first, last in innermost:
-        body = [instruction for address, instruction in code.items() if first <= address <= last]
-        if any(re.search(r"\b(HMMA|HGMMA|UTCHMMA|FFMA)\b", instruction) for instruction in body):
-            spills += sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for instruction in body)
-    return spills
+    bodies = [[instruction for address, instruction in code.items() if first <= address <= last] for first, last in innermost]
+    return [body for body in bodies if _count(r"\b(HMMA|HGMMA|UTCHMMA|FFMA)\b", body)]
+
+
+def loop_spills(sass: str) -> int:
+    """Local-memory loads and stores inside those loops."""
+    return sum(_count(SPILL, body) for body in matrix_loops(sass))
+
+
+def steady_spills(sass: str) -> int:
+    """The same in the loop that flash_v3 spends its time in: the shortest of those with most products, since others also mask."""
+    products = max((_count(r"\bHGMMA\b", body) for body in matrix_loops(sass)), default=0)
+    steady = [body for body in matrix_loops(sass) if _count(r"\bHGMMA\b", body) == products]
+    return _count(SPILL, min(steady, key=len, default=[]))
+
+
+def _count(pattern: str, instructions: list[str]) -> int:
+    return sum(bool(re.search(pattern, instruction)) for instruction in instructions)
 
 
 if __name__ == "__main__":
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     for rung, meaning, head_dim in (asked.split("/") for asked in sys.argv[3:]):
         size = int(head_dim)
+        if rung == "flash_v3":
+            for name, setting in settings(size, meaning):
+                result = compile_flash_v3(name, dtype, size, setting, meaning)
+                print(json.dumps({"capability": 90, "head_dim": size, "meaning": meaning} | result), flush=True)
+            continue
         chosen = tiles_v1_for(dtype, size) if rung == "flash_v1" else tiles_for(divmod(capability, 10), dtype, size)
         for name in KERNELS[rung]:
             result = compile_kernel(rung, name, capability, dtype, size, getattr(chosen, name), meaning)

@@ -1,6 +1,6 @@
 """A benchmark's result with round figures, as if from a GPU with a known peak."""
 
-from flash_ladder.benchmark_result import GIB, Cell, Error, Result
+from flash_ladder.benchmark_result import GIB, Cell, Error, Masked, Result
 
 CONFIG = {"dtype": "bfloat16", "tokens": 4096, "width": 128, "baseline": "fa2", "seq_len": [1024, 4096], "error_seq_len": 512}
 SPEED = {"eager": 50.0, "flash_v2": 400.0, "fa2": 200.0}
@@ -39,6 +39,11 @@ def made_up(**changes) -> Result:
             Error("flash_v2", 64, causal, output=1e-3, dq=3e-3, dk=6e-3, dv=2e-3),
             Error("fa3", 64, causal, output=4e-3, note="no backward"),
         ]
+    result.masks += [
+        Masked("window_1024", "flash_v2", 64, 16384, 0.125, 1.0, 3.0, dense_forward_ms=8.0, dense_backward_ms=20.0),
+        Masked("ragged_2048", "flash_v2", 64, 16384, 0.25, 3.0, 5.0, dense_forward_ms=8.0, dense_backward_ms=20.0),
+        Masked("window_1024", "eager", 64, 16384, 0.125, 8.0, None, 8.0, None, "out of memory"),
+    ]
     for name, value in changes.items():
         setattr(result, name, value)
     return result

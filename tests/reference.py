@@ -11,7 +11,9 @@ from kernels import attention, eager
 from kernels.attention import why_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RUNGS = ("flash_v1", "flash_v2")
+TRITON_RUNGS = ("flash_v1", "flash_v2")  # which run without a GPU too, in Triton's interpreter
+HOPPER = why_not("flash_v3", DEVICE, torch.float16, 64, frozenset()) is None
+RUNGS = (*TRITON_RUNGS, "flash_v3") if HOPPER else TRITON_RUNGS
 NAMES = ("output", "lse", "dq", "dk", "dv")
 
 
@@ -79,6 +81,11 @@ MEANINGS = {
 }
 
 
+def finest(backend: str) -> torch.dtype:
+    """The most precise dtype up to float32 that a backend takes: tests that are not about a dtype take it."""
+    return torch.float16 if backend == "flash_v3" else torch.float32
+
+
 def skip_unless_runs(backend: str, dtype: torch.dtype, head_dim: int, **meaning) -> None:
     """Skips the test, with the backend's own reason, where it cannot run this."""
     used = frozenset(name for name, value in meaning.items() if name != "scale" and value is not None and value is not False)
@@ -93,6 +100,24 @@ def run(case: Case, dtype: torch.dtype, **meaning) -> tuple[Tensor, ...]:
     output, lse = attention(*inputs, return_lse=True, **meaning)
     grads = torch.autograd.grad((output, lse), inputs, (case.grad_output.to(output.dtype), case.grad_lse.to(lse.dtype)))
     return output, lse, *grads
+
+
+def n_unlike(backend: str, found: tuple[Tensor, ...], again: tuple[Tensor, ...], names: tuple[str, ...] = NAMES) -> Tensor:
+    """How many elements two runs of a backend do not share, on the device: equal bits are asked of all results but flash_v3's dq.
+
+    That is added up in float32 in an order that changes from run to run: after rounding it may be the neighbouring value, or off
+    by what float32 loses where large terms cancel. A term lost or added twice moves it by far more.
+    """
+    unlike = torch.zeros((), dtype=torch.int64, device=found[0].device)
+    for name, a, b in zip(names, found, again, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        if backend == "flash_v3" and name == "dq":
+            a, b = a.detach().float(), b.detach().float()
+            limit = torch.finfo(found[0].dtype).eps * torch.maximum(a.abs(), b.abs()) + 2**-16 * b.abs().max()
+            unlike += (~((a - b).abs() <= limit)).sum()
+        else:
+            unlike += (a != b).sum()
+    return unlike
 
 
 class Error(NamedTuple):

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import Choice, Unsupported, attention, choose, eager, jit, launch
-from kernels.attention import BACKENDS, attention_backward, attention_forward
-from tests.reference import DEVICE, RUNGS, documents, skip_unless_runs, slopes
+from kernels.attention import BACKENDS, FEATURES, attention_backward, attention_forward, why_not
+from tests.reference import DEVICE, RUNGS, TRITON_RUNGS, documents, finest, skip_unless_runs, slopes
 
 pytestmark = pytest.mark.filterwarnings("ignore:flash_v")
 
@@ -89,8 +89,9 @@ def test_rows_that_see_nothing(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("seq_q", "seq_k"), [(0, 5), (5, 0), (0, 0)])
 def test_empty(backend, seq_q, seq_k):
-    skip_unless_runs(backend, torch.float32, 16)
-    query, key, value = (torch.randn(1, 2, s, 16, device=DEVICE, requires_grad=True) for s in (seq_q, seq_k, seq_k))
+    dtype = finest(backend)
+    skip_unless_runs(backend, dtype, 16)
+    query, key, value = (torch.randn(1, 2, s, 16, dtype=dtype, device=DEVICE, requires_grad=True) for s in (seq_q, seq_k, seq_k))
     output = attention(query, key, value, is_causal=True, window_size=3, backend=backend)
     assert output.shape == query.shape and (output == 0).all()
     for grad, x in zip(torch.autograd.grad(output.sum(), (query, key, value)), (query, key, value), strict=True):
@@ -133,7 +134,7 @@ def tensors(**change):
         ({}, {"softcap": -1.0}, "softcap=-1.0"),
         ({}, {"alibi_slopes": torch.ones(3)}, "alibi_slopes must be"),
         ({}, {"document_ids": torch.zeros(1, 7, dtype=torch.int32)}, "document_ids must be"),
-        ({}, {"backend": "flash_v9"}, "'flash_v9' is not one of auto, eager, sdpa, flash_v1, flash_v2"),
+        ({}, {"backend": "flash_v9"}, "'flash_v9' is not one of auto, eager, sdpa, flash_v1, flash_v2, flash_v3"),
     ],
 )
 def test_inputs_without_a_meaning(change, options, message):
@@ -151,7 +152,7 @@ def test_mixed_dtypes_and_strided_last_dimension():
 
 def test_refusal_names_who_can():
     query, key, value = (x.to(DEVICE) for x in tensors())
-    able = " and ".join(["eager", *RUNGS])
+    able = " and ".join(["eager", *TRITON_RUNGS])  # flash_v3 takes no float32
     with pytest.raises(Unsupported, match=f"sdpa cannot run here: F.scaled_dot_product_attention has no softcap; {able} can"):
         attention(query, key, value, backend="sdpa", softcap=1.0)
     for rung in RUNGS:
@@ -159,13 +160,68 @@ def test_refusal_names_who_can():
             attention(query.double(), key.double(), value.double(), backend=rung)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", TRITON_RUNGS)
 def test_refusals_of_dtype_and_head_dim(rung):
     with pytest.raises(Unsupported, match="not float64"):
         choose(DEVICE, torch.float64, 64, backend=rung)
     for head_dim in (8, 272):
         with pytest.raises(Unsupported, match=f"head_dim 16 to 256, not {head_dim}"):
             choose(DEVICE, torch.float16, head_dim, backend=rung)
+
+
+NO_INTERPRETER = "flash_v3 is written in Gluon, which has no interpreter: it needs a Hopper GPU"
+
+
+def test_flash_v3_on_a_cpu():
+    cpu = torch.device("cpu")
+    for dtype, head_dim in ((torch.float16, 64), (torch.float32, 300)):
+        assert why_not("flash_v3", cpu, dtype, head_dim, frozenset()) == NO_INTERPRETER
+    with pytest.raises(Unsupported) as refused:
+        attention(*(x.half() for x in tensors()), backend="flash_v3")
+    assert f"flash_v3 cannot run here: {NO_INTERPRETER}; eager and sdpa" in str(refused.value)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)])
+def test_flash_v3_on_other_gpus(pretend_gpu, capability):
+    pretend_gpu("Some GPU", capability)
+    expected = f"flash_v3 needs a Hopper GPU (compute capability 9.0), not {capability[0]}.{capability[1]}"
+    assert why_not("flash_v3", torch.device("cuda"), torch.float16, 64, frozenset()) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "features", "expected"),
+    [
+        (torch.float32, 64, (), "flash_v3 takes float16 and bfloat16, not float32"),
+        (torch.float64, 64, (), "flash_v3 takes float16 and bfloat16, not float64"),
+        (torch.bfloat16, 256, (), "flash_v3 takes head_dim 16 to 128 in steps of 8, not 256"),
+        (torch.bfloat16, 100, (), "flash_v3 takes head_dim 16 to 128 in steps of 8, not 100"),
+        (
+            torch.bfloat16, 64, ("is_causal", "deterministic"),
+            "flash_v3 adds up dq in an order that changes from run to run; deterministic=true needs flash_v2",
+        ),
+    ],
+)  # fmt: skip
+def test_what_flash_v3_refuses_on_hopper(pretend_gpu, dtype, head_dim, features, expected):
+    """`auto` takes flash_v2 then, where that can run it, and says why."""
+    pretend_gpu("NVIDIA H200", (9, 0))
+    cuda, features = torch.device("cuda"), frozenset(features)
+    assert why_not("flash_v3", cuda, dtype, head_dim, features) == expected
+    choice = choose(cuda, dtype, head_dim, features=features)
+    assert choice.backend == ("sdpa" if dtype == torch.float64 else "flash_v2")
+    where = f"NVIDIA H200, Hopper sm_90, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
+    assert choice.reason.startswith(f"{where}; not flash_v3: {expected}")
+
+
+def test_what_flash_v3_takes_on_hopper(pretend_gpu):
+    """float16 and bfloat16, head_dim 16 to 128 in steps of 8, and every argument of attention but deterministic."""
+    pretend_gpu("NVIDIA H200", (9, 0))
+    cuda, features = torch.device("cuda"), frozenset(FEATURES) - {"deterministic"}
+    for dtype in (torch.float16, torch.bfloat16):
+        taken = [d for d in range(1, 300) if why_not("flash_v3", cuda, dtype, d, features) is None]
+        assert taken == list(range(16, 129, 8))
+    assert str(choose(cuda, torch.bfloat16, 64, features=features)) == (
+        "flash_v3 (NVIDIA H200, Hopper sm_90, bfloat16, head_dim 64; TMA and asynchronous wgmma tensor cores)"
+    )
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="about the interpreter, which runs where there is no GPU")
@@ -188,6 +244,20 @@ def test_an_interpreter_that_cannot_run(monkeypatch, change, message):
 # ---- the choice ----
 
 
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """Puts a GPU into the machine: pretend_gpu(name, capability)."""
+
+    def pretend(gpu_name: str, capability: tuple[int, int]) -> None:
+        class Properties:
+            name = gpu_name
+            major, minor = capability
+
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+
+    return pretend
+
+
 def test_choice_on_a_cpu():
     cpu = torch.device("cpu")
     assert str(choose(cpu, torch.float32, 64)) == "sdpa (CPU, float32, head_dim 64)"
@@ -203,34 +273,30 @@ def test_choice_on_a_cpu():
         ("NVIDIA A100-SXM4-80GB", (8, 0), torch.bfloat16, "flash_v2"),
         ("NVIDIA GeForce RTX 3090", (8, 6), torch.bfloat16, "flash_v2"),
         ("NVIDIA L4", (8, 9), torch.bfloat16, "flash_v2"),
-        ("NVIDIA H200", (9, 0), torch.bfloat16, "flash_v2"),
+        ("NVIDIA H200", (9, 0), torch.bfloat16, "flash_v3"),
+        ("NVIDIA H200", (9, 0), torch.float16, "flash_v3"),
+        ("NVIDIA H200", (9, 0), torch.float32, "flash_v2"),
         ("NVIDIA B200", (10, 0), torch.bfloat16, "flash_v2"),
         ("NVIDIA GeForce RTX 5090", (12, 0), torch.bfloat16, "flash_v2"),
         ("NVIDIA H200", (9, 0), torch.float64, "sdpa"),
         ("Tesla P100", (6, 0), torch.float16, "sdpa"),
     ],
 )
-def test_choice_by_generation(monkeypatch, name, capability, dtype, expected):
-    class Properties:
-        major, minor = capability
-
-    Properties.name = name
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+def test_choice_by_generation(pretend_gpu, name, capability, dtype, expected):
+    pretend_gpu(name, capability)
     choice = choose(torch.device("cuda"), dtype, 64)
     assert choice.backend == expected
     assert name in choice.reason and "head_dim 64" in choice.reason
 
 
-def test_choice_says_what_it_passed_over(monkeypatch):
-    class Properties:
-        major, minor, name = 9, 0, "NVIDIA H200"
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    everything = frozenset({"is_causal", "window_size", "softcap", "alibi_slopes", "document_ids", "return_lse", "deterministic"})
-    assert choose(torch.device("cuda"), torch.bfloat16, 64, features=everything).backend == "flash_v2"
+def test_choice_says_what_it_passed_over(pretend_gpu):
+    pretend_gpu("NVIDIA H200", (9, 0))
+    assert choose(torch.device("cuda"), torch.bfloat16, 64, features=frozenset(FEATURES)).backend == "flash_v2"
     choice = choose(torch.device("cuda"), torch.bfloat16, 300, features=frozenset({"is_causal", "document_ids"}))
     assert choice == Choice(
-        "sdpa", "NVIDIA H200, Hopper sm_90, bfloat16, head_dim 300; not flash_v2: flash_v2 takes head_dim 16 to 256, not 300"
+        "sdpa",
+        "NVIDIA H200, Hopper sm_90, bfloat16, head_dim 300; not flash_v3: flash_v3 takes head_dim 16 to 128 in steps of 8, not 300"
+        "; not flash_v2: flash_v2 takes head_dim 16 to 256, not 300",
     )
 
 
@@ -268,10 +334,11 @@ def test_gradients_through_the_operator(meaning):
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("meaning", [ALONE, everything(1, 2, 7)], ids=["causal", "everything"])
 def test_opcheck(rung, meaning):
-    skip_unless_runs(rung, torch.float32, 16, **meaning)
+    dtype = finest(rung)
+    skip_unless_runs(rung, dtype, 16, **meaning)
     torch.manual_seed(0)
-    query = torch.randn(1, 7, 2, 16, device=DEVICE).transpose(1, 2).requires_grad_()
-    key, value = (torch.randn(1, 1, 7, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    query = torch.randn(1, 7, 2, 16, dtype=dtype, device=DEVICE).transpose(1, 2).requires_grad_()
+    key, value = (torch.randn(1, 1, 7, 16, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
     asked = (0.25, *meaning.values(), rung)
     torch.library.opcheck(attention_forward, (query, key, value, *asked))
     output, lse = attention_forward(query, key, value, *asked)
@@ -306,12 +373,12 @@ def block(query, key, value, backend, **meaning):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_compile(rung, name, dynamic):
-    skip_unless_runs(rung, torch.float32, 16)
+    skip_unless_runs(rung, finest(rung), 16)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
     for seq in (33, 20):
         meaning = {"is_causal": True} if name == "causal" else everything(1, 2, seq)
-        inputs = [torch.randn(1, 2, seq, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+        inputs = [torch.randn(1, 2, seq, 16, dtype=finest(rung), device=DEVICE, requires_grad=True) for _ in range(3)]
         expected = torch.autograd.grad(block(*inputs, rung, **meaning), inputs)
         found = torch.autograd.grad(compiled(*inputs, rung, **meaning), inputs)
         for a, b in zip(found, expected, strict=True):
@@ -320,10 +387,10 @@ def test_compile(rung, name, dynamic):
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_one_graph_for_every_length_and_window(rung):
-    skip_unless_runs(rung, torch.float32, 16)
+    skip_unless_runs(rung, finest(rung), 16)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=True)
-    inputs = {seq: [torch.randn(1, 2, seq, 16, device=DEVICE) for _ in range(3)] for seq in (33, 20, 27)}
+    inputs = {seq: [torch.randn(1, 2, seq, 16, dtype=finest(rung), device=DEVICE) for _ in range(3)] for seq in (33, 20, 27)}
     compiled(*inputs[33], rung, window_size=5)
     compiled(*inputs[20], rung, window_size=7)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -333,8 +400,8 @@ def test_one_graph_for_every_length_and_window(rung):
 @pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(rung, use_reentrant):
-    skip_unless_runs(rung, torch.float32, 16)
-    inputs = [torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    skip_unless_runs(rung, finest(rung), 16)
+    inputs = [torch.randn(1, 2, 20, 16, dtype=finest(rung), device=DEVICE, requires_grad=True) for _ in range(3)]
     meaning = everything(1, 2, 20)
     expected = torch.autograd.grad(block(*inputs, rung, **meaning), inputs)
     checkpoint(lambda *x: block(*x, rung, **meaning), *inputs, use_reentrant=use_reentrant).backward()
@@ -356,9 +423,9 @@ def test_autocast_casts_the_inputs(backend):
 @pytest.mark.parametrize("rung", RUNGS)
 def test_flop_counter_agrees_with_torch(rung):
     """Two products forward and five backward, as torch counts its own attention on a GPU."""
-    skip_unless_runs(rung, torch.float32, 16)
+    skip_unless_runs(rung, finest(rung), 16)
     batch, n_head, seq, head_dim = 2, 4, 32, 16
-    inputs = [torch.randn(batch, n_head, seq, head_dim, device=DEVICE, requires_grad=True) for _ in range(3)]
+    inputs = [torch.randn(batch, n_head, seq, head_dim, dtype=finest(rung), device=DEVICE, requires_grad=True) for _ in range(3)]
     with FlopCounterMode(display=False) as counter:
         attention(*inputs, backend=rung).sum().backward()
     assert counter.get_total_flops() == (4 + 10) * batch * n_head * seq * seq * head_dim
@@ -366,8 +433,8 @@ def test_flop_counter_agrees_with_torch(rung):
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_merging_the_heads_costs_no_copy(rung):
-    skip_unless_runs(rung, torch.float32, 16)
-    query, key, value = (torch.randn(2, 9, 3, 16, device=DEVICE).transpose(1, 2) for _ in range(3))
+    skip_unless_runs(rung, finest(rung), 16)
+    query, key, value = (torch.randn(2, 9, 3, 16, dtype=finest(rung), device=DEVICE).transpose(1, 2) for _ in range(3))
     output = attention(query, key, value, backend=rung)
     assert output.transpose(1, 2).reshape(2, 9, 48).data_ptr() == output.data_ptr()
 
@@ -375,7 +442,8 @@ def test_merging_the_heads_costs_no_copy(rung):
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_second_derivative_is_refused(rung):
     """Uncompiled, and through the operator itself; eager has one."""
-    inputs = [torch.randn(1, 1, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    skip_unless_runs(rung, finest(rung), 16)
+    inputs = [torch.randn(1, 1, 20, 16, dtype=finest(rung), device=DEVICE, requires_grad=True) for _ in range(3)]
     for run in (
         lambda *x: attention(*x, backend=rung),
         lambda *x: attention_forward(*x, 0.25, False, None, None, None, None, rung)[0],

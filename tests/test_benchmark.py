@@ -4,19 +4,18 @@ import contextlib
 import io
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import flash_ladder.benchmark as module
-from flash_ladder.benchmark import ON_CPU, ON_GPU, benchmark, decide, measure, measure_error, random_inputs, trouble, yardstick
-from flash_ladder.benchmark_result import Cell, Panel, growth, read
-from flash_ladder.peers import NotInstalled
+from flash_ladder.benchmark import ON_CPU, ON_GPU, benchmark, decide, measure, measure_error, yardstick
+from flash_ladder.benchmark_result import Cell, Masked, Panel, growth, read
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import BenchmarkConfig
-from kernels import BACKENDS, Unsupported
+from kernels import BACKENDS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CAUSAL = Panel(True, 32, None)
@@ -66,6 +65,7 @@ def test_what_it_says_and_writes(run):
     assert (folder / "r_memory.png").is_file() and (folder / "r_error.png").is_file() and not (folder / "r.png").exists()
     assert "no GPU: speed is not measured" in printed and "too slow in Triton's interpreter" in printed
     assert f"figures in {folder / 'r.json'}" in printed and "r_memory.png" in printed
+    assert result.config["masks"] and not result.masks and not result.host_us  # a CPU's times are not taken
     assert result.device == "CPU" and result.torch == torch.__version__ and result.date
     assert str(folder) not in (folder / "r.json").read_text()
 
@@ -89,6 +89,34 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path, capsys):
     kept = read(tmp_path / "r.json")
     assert [cell.backend for cell in kept.cells] == ["eager", "flash_v2"] and not kept.finished
     assert "figures so far in" in capsys.readouterr().out
+
+
+def test_a_run_interrupted_among_the_masks_keeps_them(monkeypatch, tmp_path, capsys):
+    def interrupted(cfg, device, next_is):
+        next_is("window_8")
+        yield Masked("window_8", "flash_v2", 32, 64, 0.5, 1.0, 2.0, 1.0, 2.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "decide", lambda cfg, device: (decide(cfg, GPU)[0], {}))
+    monkeypatch.setattr(module, "measure_masks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(small(seq_len=[], memory_seq_len=[], head_dim=[16], width=16, dtype="float32", out=str(tmp_path / "r.json")))
+    kept = read(tmp_path / "r.json")
+    assert [masked.mask for masked in kept.masks] == ["window_8"] and not kept.finished
+    assert "figures so far in" in capsys.readouterr().out
+
+
+def test_masks_alone(monkeypatch, tmp_path, capsys):
+    """No cell and no error: nothing of the grid is measured, and what is shown has no empty table."""
+    found = Masked("window_8", "flash_v2", 32, 64, 0.5, 1.0, 2.0, 1.0, 2.0)
+    monkeypatch.setattr(module, "decide", lambda cfg, device: (decide(cfg, GPU)[0], {}))
+    monkeypatch.setattr(module, "measure_masks", lambda cfg, device, next_is: iter([found]))
+    files = dict(out=str(tmp_path / "r.json"), plot=str(tmp_path / "r.png"))
+    result = benchmark(small(seq_len=[], memory_seq_len=[], head_dim=[16], width=16, dtype="float32", **files))
+    assert result.masks == [found] and not result.cells and not result.errors and read(tmp_path / "r.json") == result
+    benchmark(BenchmarkConfig(read=files["out"]))
+    printed = capsys.readouterr().out
+    assert printed.count("window_8") == 2 and "shape" not in printed and "pictures: none" in printed
 
 
 def test_a_folder_that_is_not_there(tmp_path):
@@ -141,7 +169,19 @@ def test_who_is_named_is_measured():
         ({"backends": ["flash_v9"]}, "backends=flash_v9 is not a choice"),
         ({"backends": ["auto"]}, "backends=auto is not a choice"),
         ({"backends": []}, r"backends=\[\] leaves nothing to measure"),
-        ({"seq_len": []}, r"seq_len=\[\] leaves nothing"),
+        ({"seq_len": [], "memory_seq_len": [], "masks": []}, r"seq_len=\[\], memory_seq_len=\[\] and masks=\[\] leave nothing"),
+        (
+            {"seq_len": [], "memory_seq_len": [], "backends": ["fa2"]},
+            "masks alone, and no backend takes them; name eager",
+        ),
+        ({"masks": ["windw_3"]}, r"masks=windw_3 is not a choice \(window_N, documents_N, ragged_N\); did you mean window_3\?"),
+        ({"masks": ["window"]}, r"masks=window is not a choice .*; did you mean window_N\?"),
+        ({"masks": ["window_1.5"]}, "masks=window_1.5 is not a choice"),
+        ({"masks": ["window_0"]}, "masks=window_0: its length must be at least 1"),
+        ({"masks": ["documents_-1"]}, "masks=documents_-1: its length must be at least 1"),
+        ({"masks": ["ragged_8", "ragged_8"]}, "names one thing twice"),
+        ({"mask_seq_len": 0}, "mask_seq_len=0 must be at least 1"),
+        ({"read": "r.json", "masks": []}, "masks says what to measure, and read=r.json shows a run that is done"),
         ({"baseline": "cudnn", "backends": ["fa2"]}, "baseline=cudnn is not among backends"),
         ({"head_dim": [96], "width": 2048}, "width=2048 must be a whole number of heads; width=2016 would work"),
         ({"head_dim": [64], "width": 512, "n_kv_head": [None, 3]}, "in whole groups for n_kv_head=3; width=384 would work"),
@@ -160,6 +200,18 @@ def test_checks(change, message):
         BenchmarkConfig(**change).validate()
 
 
+def test_the_command_and_its_dataclass_have_the_same_masks():
+    """read=... takes what differs from the dataclass for asked for."""
+    values = OmegaConf.load(SCRIPTS / "conf" / "benchmark_attention.yaml")
+    assert values.masks == BenchmarkConfig().masks and values.mask_seq_len == BenchmarkConfig().mask_seq_len
+
+
+def test_masks_alone_are_nothing_on_a_cpu():
+    with pytest.raises(UserError, match="leave the masks alone, which are timed on a GPU"):
+        decide(BenchmarkConfig(seq_len=[], memory_seq_len=[]), CPU)
+    assert decide(BenchmarkConfig(seq_len=[], memory_seq_len=[]), GPU)[0].seq_len == []
+
+
 def test_what_the_machine_decides_is_checked_too():
     with pytest.raises(UserError, match="width=64 must be a whole number of heads"):
         decide(BenchmarkConfig(head_dim=[48]), CPU)
@@ -173,10 +225,6 @@ def decided(**changes) -> BenchmarkConfig:
 
 
 def test_grouped_heads():
-    inputs, grad_output = random_inputs(decided(), Panel(True, 16, 2), 3, 8, CPU)
-    assert [tuple(x.shape) for x in inputs] == [(3, 4, 8, 16), (3, 2, 8, 16), (3, 2, 8, 16)] and grad_output.shape == inputs[
-        0
-    ].shape
     cell = measure(decided(), "eager", Panel(True, 16, 2), 64, CPU)
     assert cell.n_kv_head == 2 and cell.peak_gib > 0 and not cell.note
 
@@ -199,44 +247,6 @@ def test_no_backward(monkeypatch):
     monkeypatch.setattr(module, "attend_with", lambda *_: lambda query, key, value: query.detach() * 1.0)
     cell = measure(decided(), "fa3", CAUSAL, 64, CPU)
     assert cell.note == "no backward" and cell.peak_gib is None
-
-
-@pytest.mark.parametrize(
-    ("error", "note"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
-        (NotInstalled("not installed"), "not installed"),
-        (Unsupported("no such head_dim"), "refused: no such head_dim"),
-        (RuntimeError("two\nlines"), "failed: RuntimeError: two lines"),
-        (AssertionError(), "failed: AssertionError:"),
-    ],
-)
-def test_trouble_in_words(error, note):
-    def work():
-        raise error
-
-    assert trouble(work) == note
-    assert trouble(lambda: None) == ""
-
-
-def test_trouble_gives_the_memory_back():
-    left = []
-
-    def work():
-        held = torch.empty(10)
-        left.append(weakref.ref(held))
-        raise torch.OutOfMemoryError("none left")
-
-    trouble(work)
-    assert left[0]() is None
-
-
-def test_an_interruption_is_no_trouble():
-    def work():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        trouble(work)
 
 
 # ---- errors ----

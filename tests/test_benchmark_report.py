@@ -65,8 +65,24 @@ def test_summary():
     assert "µs: eager 57, flash_v2 18, fa2 -" in text
 
 
+def test_masks():
+    """A mask's lines stand together, its name on the first."""
+    lines = summary(made_up())
+    start = next(number for number, line in enumerate(lines) if line.startswith("mask "))
+    assert "causal, one sequence, S=16384" in lines[start - 1]
+    assert [words(line) for line in lines[start : start + 4]] == [
+        words("mask backend D area forward backward"),
+        words("window_1024 flash_v2 64 12.5 % 1.00 1.20"),
+        words("eager 64 12.5 % 8.00 - out of memory"),
+        words("ragged_2048 flash_v2 64 25.0 % 1.50 1.00"),
+    ]
+    assert lines[start].index("backward") + 8 == lines[start + 1].index("1.20") + 4
+    assert lines[start].index("area") + 4 == lines[start + 1].index("12.5 %") + 6
+    assert "mask" not in "\n".join(summary(made_up(masks=[])))
+
+
 def test_without_a_gpu():
-    result = made_up(device="CPU", config={**CONFIG, "baseline": "eager", "dtype": "float32"}, host_us={})
+    result = made_up(device="CPU", config={**CONFIG, "baseline": "eager", "dtype": "float32"}, host_us={}, masks=[])
     for cell in result.cells:
         cell.forward_tflops = cell.backward_tflops = None
     assert "no GPU: speed is not measured" in "\n".join(header(result))
@@ -76,10 +92,11 @@ def test_without_a_gpu():
 
 def test_an_interrupted_run_says_so():
     assert "interrupted" in "\n".join(header(made_up(finished=False)))
+    assert "interrupted" in "\n".join(header(made_up(finished=False, cells=[])))  # among the masks
     assert "interrupted" not in "\n".join(header(made_up()))
 
 
-@pytest.mark.parametrize("empty", [{"cells": []}, {"errors": []}, {"cells": [], "errors": [], "host_us": {}}])
+@pytest.mark.parametrize("empty", [{"cells": []}, {"errors": []}, {"cells": [], "errors": [], "host_us": {}, "masks": []}])
 def test_what_is_missing_leaves_its_table_out(empty):
     result = made_up(**empty)
     assert [*header(result), *table_head(result)]

@@ -49,6 +49,13 @@ def test_mean_speedup():
     assert mean_speedup(result, "flash_v2", "fa2", "forward_tflops") == pytest.approx(4)
 
 
+def test_time_over_the_share_of_the_dense_time():
+    window, ragged, eager = made_up().masks
+    assert (window.forward, window.backward) == pytest.approx((1, 1.2))
+    assert (ragged.forward, ragged.backward) == pytest.approx((1.5, 1))
+    assert eager.forward == pytest.approx(8) and eager.backward is None
+
+
 def test_peak_is_of_the_gpu_and_the_dtype():
     assert made_up().peak == 989
     assert made_up(device="A GPU, sm_70").peak is None
@@ -62,7 +69,7 @@ def test_written_and_read(tmp_path):
 
 def test_a_file_of_the_first_version_of_this_command():
     found = read(Path(__file__).parents[1] / "docs" / "attention_h200.json")
-    assert found.backends[0].startswith(("eager", "flash")) and found.peak == 989
+    assert found.backends[0].startswith(("eager", "flash")) and found.peak == 989 and found.masks == []
     assert growth(found.sequence_bytes(CAUSAL, "flash_v2")).exponent == pytest.approx(1, abs=0.05)
 
 

@@ -115,10 +115,13 @@ def test_a_prompt_is_taken_as_it_is(train, prompt):
         ("zzzzz=1", "zzzzz is not a key; --help lists them"),
         ("+colour=red", "colour is not a key"),
         ("+model.colour=red", "model.colour is not a key"),
-        ("attention=flash", "attention=flash is not a choice (auto, eager, flash_v1, flash_v2, sdpa); did you mean flash_v2?"),
+        (
+            "attention=flash",
+            "attention=flash is not a choice (auto, eager, flash_v1, flash_v2, flash_v3, sdpa); did you mean flash_v3?",
+        ),
         (
             "attention.backend=egaer",
-            "attention.backend=egaer is not a choice (auto, eager, sdpa, flash_v1, flash_v2); did you mean eager?",
+            "attention.backend=egaer is not a choice (auto, eager, sdpa, flash_v1, flash_v2, flash_v3); did you mean eager?",
         ),
         ("model=gpt2", "did you mean gpt2_"),
         ("experiment=gpt2_124", "did you mean gpt2_124m?"),
@@ -266,6 +269,7 @@ def test_help_lists_the_choices(train, capsys, monkeypatch, flag):
     said = "".join(written)
     assert code == 0 and given == []
     if flag == "--help":
-        assert "attention: auto, eager, flash_v1, flash_v2, sdpa" in said and "model: gpt2_124m, gpt2_350m, llama_1b, tiny" in said
+        assert "attention: auto, eager, flash_v1, flash_v2, flash_v3, sdpa" in said
+        assert "model: gpt2_124m, gpt2_350m, llama_1b, tiny" in said
         assert "python train.py resume=outputs/DATE/TIME" in said
     assert f"seq_len: {DataConfig(**yaml.safe_load((CONF / 'data' / 'stdlib.yaml').read_text())).seq_len}" in said

@@ -157,6 +157,26 @@ def test_what_to_type_fits_the_gpu(gpu, memory_gib, capability, command):
     assert doctor.diagnose(DoctorConfig()).next[0] == command
 
 
+def test_what_the_rungs_lack_on_hopper(gpu):
+    """Asked for deterministic gradients, which flash_v3 has not, `auto` takes flash_v2 and says why."""
+    gpu(("NVIDIA H200", (9, 0)))
+    found = doctor.diagnose(DoctorConfig())
+    rungs = {rung.name: rung for rung in found.rungs}
+    spans = {"float16": "16 to 128", "bfloat16": "16 to 128"}
+    assert rungs["flash_v3"] == doctor.Rung("flash_v3", None, spans, ["deterministic"])
+    assert found.auto.startswith("flash_v3 (") and rungs["flash_v2"].refusal is None
+    text = " ".join(doctor.report(found).split())
+    assert "flash_v3 runs the call takes float16, bfloat16 with head_dim 16 to 128 lacks deterministic" in text
+    found = doctor.diagnose(DoctorConfig(deterministic=True))
+    assert found.auto.startswith("flash_v2 (") and "not flash_v3: flash_v3 adds up dq in an order" in found.auto
+
+
+def test_flash_v3_on_a_cpu_takes_nothing():
+    text = " ".join(doctor.report(doctor.diagnose(DoctorConfig(device="cpu"))).split())
+    assert "flash_v3 does not run the call: flash_v3 is written in Gluon, which has no interpreter" in text
+    assert "on the CPU flash_v1 and flash_v2 run in Triton's interpreter" in text
+
+
 def test_several_gpus(gpu):
     gpu(("NVIDIA H200", (9, 0)), ("NVIDIA L4", (8, 9)))
     text = doctor.report(doctor.diagnose(DoctorConfig(device="cuda:1")))

@@ -100,6 +100,14 @@ def test_a_flash_run_from_a_gpu_is_not_interpreted_unasked(tmp_path, capsys):
     assert parity(tmp_path)["backend"] == "flash_v2"
 
 
+def test_a_rung_that_no_cpu_interprets_is_not_promised(tmp_path, capsys):
+    run = made_up_run(tmp_path, attention="flash_v3", gpu="NVIDIA H200")
+    assert export(run, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "not compared here: attention backend flash_v3 cannot run here: flash_v3 is written in Gluon" in said
+    assert "does so all the same" not in said and parity(tmp_path)["backend"] == "eager"
+
+
 def test_a_backend_that_cannot_run_here_is_said_or_refused(tmp_path, capsys):
     run = made_up_run(tmp_path, attention="flash_v2", n_head=4)  # head_dim 8
     assert export(run, tmp_path) == 0

@@ -1,4 +1,4 @@
-"""What the Triton rungs touch: strides, padding, alignment, tiles nobody sees, and nothing outside their outputs."""
+"""What the flash rungs touch: strides, padding, alignment, tiles nobody sees, and nothing outside their outputs."""
 
 import pytest
 import torch
@@ -8,11 +8,12 @@ from kernels.attention import BACKENDS
 from kernels.bounds import key_bounds
 from kernels.jit import INTERPRET
 from kernels.tiles import Tile, Tiles, TilesV1
-from tests.reference import DEVICE, MEANINGS, RUNGS, check, documents, make_case, run, skip_unless_runs
+from tests.reference import DEVICE, MEANINGS, NAMES, RUNGS, check, documents, finest, make_case, n_unlike, run, skip_unless_runs
 
 pytestmark = [pytest.mark.filterwarnings("ignore:flash_v"), pytest.mark.parametrize("rung", RUNGS)]
 
 FP16, FP32 = torch.float16, torch.float32
+GRADIENTS = ("output", "dq", "dk", "dv")
 
 
 # ---- strides and alignment ----
@@ -45,21 +46,20 @@ def views_of(base: str, batch, heads, seq, head_dim, dtype):
 )
 def test_strides(rung, base, head_dim, name):
     """Any strides with a contiguous last dimension: nothing outside the tensors is read into the result."""
-    skip_unless_runs(rung, FP32, head_dim, **MEANINGS[name])
-    inputs = [views_of(base, 1, 2, 45, head_dim, FP32).requires_grad_() for _ in range(3)]
+    skip_unless_runs(rung, finest(rung), head_dim, **MEANINGS[name])
+    inputs = [views_of(base, 1, 2, 45, head_dim, finest(rung)).requires_grad_() for _ in range(3)]
     plain = [x.detach().contiguous().requires_grad_() for x in inputs]
     results = []
     for tensors in (inputs, plain):
         output = attention(*tensors, backend=rung, **MEANINGS[name])
         results.append((output, *torch.autograd.grad((output * output).sum(), tensors)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert n_unlike(rung, *results, GRADIENTS) == 0
 
 
 @pytest.mark.parametrize("upstream", ["sum", "transposed", "half precision sum"])
 def test_upstream_gradient_strides(rung, upstream):
     """.sum() sends back a gradient with stride 0 everywhere; a transpose sends back a transposed one."""
-    dtype = FP16 if "half" in upstream else FP32
+    dtype = FP16 if "half" in upstream else finest(rung)
     skip_unless_runs(rung, dtype, 16)
     inputs = [torch.randn(1, 2, 40, 16, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(3)]
     output = attention(*inputs, backend=rung)
@@ -84,8 +84,8 @@ def test_strides_of_the_small_tensors(rung, what):
         dtype = torch.float64 if "float64" in what else FP32
         plain = {"alibi_slopes": torch.tensor([0.5, 0.125], device=DEVICE)}
         meaning = {"alibi_slopes": torch.tensor([0.5, 9.0, 0.125, 9.0], dtype=dtype, device=DEVICE)[::2]}
-    skip_unless_runs(rung, FP32, 16, **plain)
-    inputs = [torch.randn(2, 2, 40, 16, device=DEVICE) for _ in range(3)]
+    skip_unless_runs(rung, finest(rung), 16, **plain)
+    inputs = [torch.randn(2, 2, 40, 16, dtype=finest(rung), device=DEVICE) for _ in range(3)]
     assert torch.equal(attention(*inputs, backend=rung, **meaning), attention(*inputs, backend=rung, **plain))
 
 
@@ -99,8 +99,7 @@ def test_strides_that_need_64_bits_inside_a_tile(rung):
         tensors = [x.requires_grad_() for x in (query, key, value)]
         output = attention(*tensors, is_causal=True, backend=rung)
         results.append((output, *torch.autograd.grad(output, tensors, grad_output)))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert n_unlike(rung, *results, GRADIENTS) == 0
 
 
 # ---- outputs ----
@@ -108,34 +107,41 @@ def test_strides_that_need_64_bits_inside_a_tile(rung):
 
 @pytest.mark.parametrize("name", ["causal", "window of one", "everything"])
 def test_writes_nothing_outside_its_outputs(rung, monkeypatch, name):
-    """Outputs are slices of a larger buffer of canaries; every element inside is written, none outside is touched."""
-    skip_unless_runs(rung, FP32, 24, **MEANINGS[name])
+    """Outputs are slices of a larger buffer of canaries; every element inside is written, none outside is touched.
+
+    The slices begin at multiples of 16 bytes, as all that `heads_last` makes for flash_v3 does.
+    """
+    skip_unless_runs(rung, finest(rung), 24, **MEANINGS[name])
     buffers = []
 
     def guarded(x, dtype=None):
         batch, heads, seq, head_dim = x.shape
-        buffer = torch.full((batch, seq + 2, heads, head_dim + 8), -7.0, dtype=dtype or x.dtype, device=x.device)
-        inside = buffer[:, 1:-1, :, 4:-4]
+        buffer = torch.full((batch, seq + 2, heads, head_dim + 16), -7.0, dtype=dtype or x.dtype, device=x.device)
+        inside = buffer[:, 1:-1, :, 8:-8]
         inside.fill_(float("nan"))
         buffers.append(buffer)
         return inside.transpose(1, 2)
 
     module = BACKENDS[rung]
     monkeypatch.setattr(module, "heads_last", guarded)
-    inputs = [torch.randn(2, 2, 37, 24, device=DEVICE) for _ in range(3)]
+    inputs = [torch.randn(2, 2, 37, 24, dtype=finest(rung), device=DEVICE) for _ in range(3)]
     meaning = MEANINGS[name] | {"scale": 0.2}
     output, lse = module.forward(*inputs, **meaning)
     module.backward(torch.randn_like(output), None, *inputs, output, lse, **meaning)
     assert len(buffers) == 4
     for buffer in buffers:
-        assert buffer[:, 1:-1, :, 4:-4].isfinite().all()
+        assert buffer[:, 1:-1, :, 8:-8].isfinite().all()
         outside = buffer.clone()
-        outside[:, 1:-1, :, 4:-4] = -7.0
+        outside[:, 1:-1, :, 8:-8] = -7.0
         assert (outside == -7.0).all()
 
 
 def test_float32_output_for_ring_steps(rung):
     skip_unless_runs(rung, FP16, 32)
+    if rung == "flash_v3":
+        pytest.skip(
+            "flash_v3 writes its output in the inputs' dtype; its backward takes a float32 one (tests/gpu/test_flash_v3.py)"
+        )
     case, module = make_case(1, 2, 1, 50, 50, 32, FP16), BACKENDS[rung]
     query, key, value = case.inputs(FP16)
     output, lse = module.forward(query, key, value, scale=0.2, is_causal=True, output_dtype=FP32)
@@ -147,26 +153,29 @@ def test_float32_output_for_ring_steps(rung):
 
 # ---- tiles ----
 
-SEQ, FAR = 300, 260  # beyond FAR no tile of up to 128 positions shares a query or a key with one that holds the poison below
+# Beyond FAR, no tile of queries or keys shares anything with one that the poison below reaches: tiles are of up to 64 positions in
+# the interpreter and up to 128 on a GPU.
+SEQ, FAR = (300, 260) if INTERPRET else (450, 390)
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "causal window", "documents"])
 def test_keys_that_nobody_sees_may_be_nan(rung, name):
     """Tiles of which no query sees anything are not visited: NaN times a probability of zero would be NaN."""
     meaning = MEANINGS.get(name) or {"is_causal": "causal" in name, "document_ids": documents(SEQ, (30, 130, 256))}
-    skip_unless_runs(rung, FP32, 16, **meaning)
-    case = make_case(1, 1, 1, SEQ, SEQ, 16, FP32)
-    clean = run(case, FP32, backend=rung, **meaning)
+    dtype = finest(rung)
+    skip_unless_runs(rung, dtype, 16, **meaning)
+    case = make_case(1, 1, 1, SEQ, SEQ, 16, dtype)
+    clean = run(case, dtype, backend=rung, **meaning)
     if name == "causal":  # the last keys are poisoned, and the first queries see none of them
         poisoned, intact = slice(FAR, None), {"output": slice(0, 200), "lse": slice(0, 200), "dq": slice(0, 200)}
     else:
-        poisoned, intact = slice(0, 30), dict.fromkeys(("output", "lse", "dq", "dk", "dv"), slice(FAR, None))
+        poisoned, intact = slice(0, 30), dict.fromkeys(NAMES, slice(FAR, None))
     case.key[:, :, poisoned] = case.value[:, :, poisoned] = float("nan")
-    dirty = run(case, FP32, backend=rung, **meaning)
+    dirty = run(case, dtype, backend=rung, **meaning)
     assert dirty[0].isnan().any()
-    for name, a, b in zip(("output", "lse", "dq", "dk", "dv"), clean, dirty, strict=True):
+    for name, a, b in zip(NAMES, clean, dirty, strict=True):
         if name in intact:
-            assert torch.equal(a[:, :, intact[name]], b[:, :, intact[name]]), name
+            assert n_unlike(rung, (a[:, :, intact[name]],), (b[:, :, intact[name]],), (name,)) == 0, name
 
 
 @pytest.mark.skipif(not INTERPRET, reason="counts the interpreter's calls")
@@ -217,6 +226,8 @@ COUNTS = {"flash_v1": count_v1, "flash_v2": count_v2}
 
 @pytest.mark.parametrize("tile", [(64, 16), (16, 128), (128, 32)])
 def test_every_tile_shape_means_the_same(rung, monkeypatch, tile):
+    if rung == "flash_v3":
+        pytest.skip("its tiles are always of one shape")
     chosen = Tile(*tile, 4, 1)
     if rung == "flash_v1":
         monkeypatch.setattr(BACKENDS[rung], "tiles_v1", lambda *a: TilesV1(chosen, chosen))

@@ -15,6 +15,7 @@ from flash_ladder.config import UserError
 from flash_ladder.place import find_devices, find_place, find_precision
 from flash_ladder.schema import AttentionConfig, TrainerConfig
 from flash_ladder.training import printable, train
+from kernels import Choice
 from tests.tiny import metrics, overrides, tiny_config, values
 
 ROOT = Path(__file__).parents[1]
@@ -272,6 +273,29 @@ def test_attention_that_cannot_run_is_refused_before_the_data_is_read(tmp_path):
     with pytest.raises(UserError, match="flash_v2 cannot run here"):
         train(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_deterministic_training_on_hopper_takes_a_rung_that_is(tmp_path, monkeypatch):
+    """And PyTorch's own attention, which the switch that Lightning turns makes so, stays there for who names it."""
+
+    class Properties:
+        major, minor, name = 9, 0, "NVIDIA H200"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def chosen(backend: str, deterministic: bool) -> Choice:
+        cfg = tiny_config(tmp_path, deterministic=deterministic, accelerator="gpu", precision="bf16-mixed")
+        return find_place(replace(cfg, attention=replace(cfg.attention, backend=backend))).attention
+
+    assert chosen("auto", False).backend == chosen("flash_v3", False).backend == "flash_v3"
+    choice = chosen("auto", True)
+    assert choice.backend == "flash_v2" and "not flash_v3: flash_v3 adds up dq in an order" in choice.reason
+    assert chosen("sdpa", True).backend == "sdpa"
+    with pytest.raises(UserError, match="flash_v3 cannot run here: flash_v3 adds up dq in an order"):
+        chosen("flash_v3", True)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):

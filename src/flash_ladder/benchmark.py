@@ -7,11 +7,8 @@ CUDA events, the L2 cache flushed before each; a CPU's would say nothing about a
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -21,17 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flash_ladder.benchmark_call import backward_milliseconds, forward_milliseconds, random_inputs, trouble
+from flash_ladder.benchmark_masks import measure_masks, takers
 from flash_ladder.benchmark_plots import plot
 from flash_ladder.benchmark_report import header, row_lines, summary, table_head
 from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
 from flash_ladder.flops import BACKWARD, forward_flops
 from flash_ladder.machine import cudnn_version, nvidia_driver, version_of
 from flash_ladder.peak_memory import peak_bytes
-from flash_ladder.peers import PEERS, Attend, NotInstalled, one_line, peer, why_not_installed
+from flash_ladder.peers import PEERS, Attend, peer, why_not_installed
 from flash_ladder.probe import Layer, eager_may_fit
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import BenchmarkConfig
-from kernels import BACKENDS, Unsupported, attention
+from kernels import BACKENDS, attention
 from kernels.generations import describe
 
 # What a null in the configuration stands for.
@@ -54,7 +53,6 @@ ON_CPU = {
     "error_seq_len": 128,
 }
 ON_A_CPU_TOO = ("math",)  # the one peer that is the same algorithm on a CPU
-L2_FLUSH_BYTES = 256 * 2**20  # beyond any GPU's L2 cache
 
 
 def benchmark(cfg: BenchmarkConfig) -> Result:
@@ -64,7 +62,7 @@ def benchmark(cfg: BenchmarkConfig) -> Result:
     """
     if cfg.read:
         result = read(Path(cfg.read))
-        print("\n".join([*header(result), *table_head(result)]))
+        print("\n".join([*header(result), *(table_head(result) if result.cells else [])]))
         for row in result.rows():
             print("\n".join(row_lines(row, result)))
     else:
@@ -78,12 +76,12 @@ def benchmark(cfg: BenchmarkConfig) -> Result:
             pictures = plot(result, Path(cfg.plot))
         except OSError as error:
             raise UserError(f"plot={cfg.plot} cannot be written ({error.strerror}); name another file") from None
-        print(f"\npictures in {', '.join(map(str, pictures))}")
+        print(f"\npictures: {', '.join(map(str, pictures)) or 'none, as no speed, memory or error was measured'}")
     return result
 
 
 def measure_grid(cfg: BenchmarkConfig) -> Result:
-    """Every backend at every shape, printed as it goes and kept in cfg.out after every shape."""
+    """Every backend at every shape, printed as it goes and kept in cfg.out after every shape; then under every mask."""
     for path in (cfg.out, cfg.plot):
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it, or name another")
@@ -91,11 +89,14 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     cfg, left_out = decide(cfg, device)
     result = Result(left_out=left_out, finished=False, **surroundings(cfg, device))
-    panels = [Panel(causal, head_dim, heads) for heads in cfg.n_kv_head for causal in cfg.causal for head_dim in cfg.head_dim]
     lengths = sorted({*cfg.seq_len, *cfg.memory_seq_len})
+    panels = [Panel(causal, head_dim, heads) for heads in cfg.n_kv_head for causal in cfg.causal for head_dim in cfg.head_dim]
+    panels = panels if lengths else []  # no length: the masks alone
     compared = [*cfg.backends, *(["eager"] if "eager" not in cfg.backends else [])]  # eager's error is everyone's yardstick
-    print("\n".join([*header(result), *table_head(result)]), flush=True)
-    with tqdm(total=len(panels) * (len(lengths) * len(cfg.backends) + len(compared)), leave=False, disable=None) as bar:
+    print("\n".join([*header(result), *(table_head(result) if panels else [])]), flush=True)
+    steps = len(panels) * (len(lengths) * len(cfg.backends) + len(compared))
+    steps += len(cfg.head_dim) * len(takers(cfg.backends)) * (1 + len(cfg.masks)) if on_gpu and cfg.masks else 0
+    with tqdm(total=steps, leave=False, disable=None) as bar:
 
         def next_is(what: str) -> None:
             bar.update()
@@ -115,12 +116,16 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
                 for backend in compared:
                     next_is(f"error of {backend}, {panel}")
                     result.errors.append(measure_error(cfg, backend, panel, right, device))
-            if on_gpu:
+            if on_gpu and panels:
                 for backend in cfg.backends:
                     result.host_us[backend] = measure_host_us(cfg, backend, device)
+            for masked in measure_masks(cfg, device, next_is):
+                result.masks.append(masked)
+                if cfg.out:
+                    save(result, Path(cfg.out))
             result.finished = True
         finally:
-            if cfg.out and result.cells:
+            if cfg.out and (result.cells or result.masks):
                 save(result, Path(cfg.out))
                 if not result.finished:
                     print(f"\nfigures so far in {cfg.out}")
@@ -142,6 +147,8 @@ def decide(cfg: BenchmarkConfig, device: torch.device) -> tuple[BenchmarkConfig,
         usual = "fa2" if device.type == "cuda" else "eager"
         cfg = replace(cfg, baseline=usual if usual in cfg.backends else cfg.backends[0])
     cfg.validate()
+    if device.type == "cpu" and not cfg.seq_len and not cfg.memory_seq_len:
+        raise UserError("seq_len=[] and memory_seq_len=[] leave the masks alone, which are timed on a GPU; name a length")
     return cfg, left_out
 
 
@@ -171,46 +178,6 @@ def attend_with(backend: str, panel: Panel, seq_len: int, device: torch.device) 
     return lambda query, key, value: attention(query, key, value, is_causal=panel.causal, backend=backend)
 
 
-def random_inputs(
-    cfg: BenchmarkConfig, panel: Panel, batch: int, seq_len: int, device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """Query, key and value, which ask for gradients, and the gradient of the output: [B, H, S, D], random normal, seeded."""
-    n_head = cfg.width // panel.head_dim
-    generator = torch.Generator(device).manual_seed(0)
-    heads = (n_head, panel.n_kv_head or n_head, panel.n_kv_head or n_head, n_head)
-    query, key, value, grad_output = (
-        torch.randn(batch, h, seq_len, panel.head_dim, device=device, dtype=getattr(torch, cfg.dtype), generator=generator)
-        for h in heads
-    )
-    return [x.requires_grad_() for x in (query, key, value)], grad_output
-
-
-def trouble(work: Callable[[], None]) -> str:
-    """Does `work`; returns "", or in one line why it came to no end.
-
-    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The memory that the failed call
-    held is free again on return, which is why the error itself is not passed on: its traceback keeps the tensors.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PyTorch explains over many lines why it passed a kernel over
-            work()
-        note = ""
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        note = "out of memory" + (f": {error}" if isinstance(error, MemoryError) else "")
-    except NotInstalled as error:
-        note = str(error)
-    except Unsupported as error:
-        note = f"refused: {error}"
-    except Exception as error:
-        note = f"failed: {one_line(error)}"
-    if note:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return note
-
-
 def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, device: torch.device) -> Cell:
     """One backend at one shape: memory, and on a GPU speed where seq_len is of the grid. A refusal is a result."""
     cell = Cell(backend, panel.head_dim, seq_len, panel.causal, n_kv_head=panel.n_kv_head)
@@ -227,13 +194,10 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
         attend = attend_with(backend, panel, seq_len, device)
         inputs, grad_output = random_inputs(cfg, panel, batch, seq_len, device)
 
-        def backward(output: Tensor) -> None:
-            torch.autograd.grad(output, inputs, grad_output)
-
         def forward_and_backward() -> None:
             output = attend(*inputs)
             if output.requires_grad:
-                backward(output)
+                torch.autograd.grad(output, inputs, grad_output)
             else:
                 cell.note = "no backward"
 
@@ -242,11 +206,9 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
         peak = peak_bytes(forward_and_backward, device)
         cell.peak_gib = None if cell.note else peak / GIB
         if device.type == "cuda" and seq_len in cfg.seq_len:
-            with torch.no_grad():
-                milliseconds = median_milliseconds(lambda: None, lambda _: attend(*inputs), cfg.milliseconds)
-            cell.forward_tflops = flops / milliseconds / 1e9
+            cell.forward_tflops = flops / forward_milliseconds(attend, inputs, cfg.milliseconds) / 1e9
             if not cell.note:
-                milliseconds = median_milliseconds(lambda: attend(*inputs), backward, cfg.milliseconds)
+                milliseconds = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
                 cell.backward_tflops = BACKWARD * flops / milliseconds / 1e9
 
     cell.note = trouble(work) or cell.note
@@ -259,29 +221,6 @@ def refuse_what_cannot_fit(cfg: BenchmarkConfig, panel: Panel, batch: int, seq_l
     layer = Layer(batch, n_head, n_head, seq_len, panel.head_dim, getattr(torch, cfg.dtype), torch.device("cpu"))
     if not eager_may_fit(layer):
         raise MemoryError(f"the scores alone take {layer.score_bytes / GIB:.1f} GiB")
-
-
-def median_milliseconds(prepare: Callable[[], object], call: Callable[[object], object], budget: float) -> float:
-    """Median milliseconds of call(prepare()) on the GPU, `prepare` not timed, over about `budget` milliseconds of calls.
-
-    A backward pass is timed on a new graph each time: compiled ones (FlexAttention) free what they saved and cannot run twice.
-    """
-    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-    def timed(repeats: int) -> list[float]:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in events:
-            prepared = prepare()
-            flush.zero_()
-            start.record()
-            call(prepared)
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in events]
-
-    timed(3)  # warms up
-    estimate = median(timed(5))
-    return median(timed(max(5, min(1000, int(budget / max(estimate, 1e-3))))))
 
 
 def measure_host_us(cfg: BenchmarkConfig, backend: str, device: torch.device) -> float | None:

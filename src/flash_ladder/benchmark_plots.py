@@ -19,6 +19,7 @@ LOOKS = {  # colour, marker; the rungs have the loud ones
     "sdpa": ("#8a8a8a", "o"),
     "flash_v1": ("#f2a100", "o"),
     "flash_v2": ("#d7191c", "o"),
+    "flash_v3": ("#8e1bd1", "o"),
     "fa2": ("#1f77b4", "s"),
     "cudnn": ("#2e9e3f", "^"),
     "efficient": ("#8c564b", "v"),

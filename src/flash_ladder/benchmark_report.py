@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textwrap import wrap
 
-from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Result, batch_size, growth, mean_speedup
+from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Masked, Result, batch_size, growth, mean_speedup
 from flash_ladder.probe import size
 
 SHAPE, BACKEND, WIDTH = 31, 11, 146  # widths of a table's first columns, and of all of it
@@ -23,7 +23,7 @@ def header(result: Result) -> list[str]:
         lines += wrap("left out: " + ", ".join(f"{name} ({reason})" for name, reason in result.left_out.items()), WIDTH)
     if not result.on_gpu:
         lines.append("no GPU: speed is not measured; Triton rungs run in the interpreter, and memory and error are real")
-    if not result.finished and result.cells:
+    if not result.finished and (result.cells or result.masks):
         lines.append("the run was interrupted: this is what it had measured")
     lines += ["", "Memory is the peak of a forward and backward pass above the inputs."]
     if result.on_gpu:
@@ -89,8 +89,8 @@ def shorten(note: str, width: int) -> str:
 
 
 def summary(result: Result) -> list[str]:
-    """What follows from the grid: growth of memory, errors, means over the shapes, host time."""
-    sections = (growth_lines(result), error_lines(result), mean_lines(result), host_lines(result))
+    """What follows the grid: growth of memory, errors, means over the shapes, time under masks, host time."""
+    sections = (growth_lines(result), error_lines(result), mean_lines(result), mask_lines(result.masks), host_lines(result))
     return [line for lines in sections if lines for line in ("", *lines)]
 
 
@@ -156,6 +156,26 @@ def mean_lines(result: Result) -> list[str]:
             text = " / ".join("-" if mean is None else f"{mean:.2f}" for mean in means)
             line += f"{'' if other == rung else text:>17}"
         lines.append(line.rstrip())
+    return lines
+
+
+def mask_lines(masks: list[Masked]) -> list[str]:
+    """Time under a mask over the visible area's share of the dense time, mask by mask."""
+    if not masks:
+        return []
+    where = f"causal, one sequence, S={masks[0].seq_len}"
+    lines = [
+        f"Time / (area x time without the mask): 1.00 where time follows the visible area ({where})",
+        f"{'mask':<{SHAPE}}{'backend':<{BACKEND}}{'D':>5}{'area':>9}{'forward':>10}{'backward':>10}",
+    ]
+    for name in dict.fromkeys(masked.mask for masked in masks):
+        of_name = [masked for masked in masks if masked.mask == name]
+        for masked in of_name:
+            line = f"{name if masked is of_name[0] else '':<{SHAPE}}{masked.backend:<{BACKEND}}{masked.head_dim:>5}"
+            line += f"{100 * masked.area:>7.1f} %"
+            for ratio in (masked.forward, masked.backward):
+                line += f"{'-' if ratio is None else f'{ratio:.2f}':>10}"
+            lines.append(f"{line}  {shorten(masked.note, WIDTH - len(line) - 2)}".rstrip())
     return lines
 
 

@@ -75,6 +75,37 @@ class Error:
 
 
 @dataclass
+class Masked:
+    """One backend under one causal mask and without it: median milliseconds. None: not measured, `note` says why."""
+
+    mask: str  # as in BenchmarkConfig.masks
+    backend: str
+    head_dim: int
+    seq_len: int
+    area: float  # pairs of query and key that the mask leaves visible, over those that causality alone does
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    dense_forward_ms: float | None = None
+    dense_backward_ms: float | None = None
+    note: str = ""
+
+    @property
+    def forward(self) -> float | None:
+        """The forward's time over the area's share of the dense time: 1 where time follows the area."""
+        return over_share(self.forward_ms, self.area, self.dense_forward_ms)
+
+    @property
+    def backward(self) -> float | None:
+        """The same of the backward."""
+        return over_share(self.backward_ms, self.area, self.dense_backward_ms)
+
+
+def over_share(milliseconds: float | None, area: float, dense: float | None) -> float | None:
+    """Time over `area` times the dense time; None where one of them is missing."""
+    return None if milliseconds is None or dense is None else milliseconds / (area * dense)
+
+
+@dataclass
 class Result:
     """A grid measured, and where. `config` is BenchmarkConfig as a dict, every value decided."""
 
@@ -83,6 +114,7 @@ class Result:
     config: dict
     cells: list[Cell] = field(default_factory=list)
     errors: list[Error] = field(default_factory=list)
+    masks: list[Masked] = field(default_factory=list)
     host_us: dict[str, float | None] = field(default_factory=dict)  # host time of one tiny forward call, by backend
     left_out: dict[str, str] = field(default_factory=dict)  # backends that the default list did not take, and why
     device_gib: float | None = None
@@ -186,6 +218,7 @@ def read(path: Path) -> Result:
         found = json.loads(path.read_text(encoding="utf-8"))
         found["cells"] = [Cell(**cell) for cell in found["cells"]]
         found["errors"] = [Error(**error) for error in found.get("errors", [])]
+        found["masks"] = [Masked(**masked) for masked in found.get("masks", [])]
         if not {"dtype", "tokens", "width", "seq_len", "baseline"} <= found["config"].keys():
             raise KeyError("config")
         return Result(**found)

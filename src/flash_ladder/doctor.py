@@ -160,13 +160,13 @@ def find_warnings(call: AttentionCall, gpus: list[Gpu], packages: list[Package])
     if call.device.type == "cpu":
         trouble = jit.interpreter_trouble() if machine.version_of("triton") else None
         if trouble:
-            yield f"the flash rungs cannot run on this CPU: {trouble}"
+            yield f"flash_v1 and flash_v2 cannot run on this CPU: {trouble}"
         return
     found = capability(call.device)
     if found and found < (8, 0) and call.dtype == torch.bfloat16:
         yield f"compute capability {found[0]}.{found[1]} has no bf16: take dtype=float16 (trainer.precision=16-mixed)"
     if jit.INTERPRET:
-        yield "TRITON_INTERPRET=1 is set: flash rungs would run in Triton's interpreter, not on the GPU; unset it"
+        yield "TRITON_INTERPRET=1 is set: flash_v1 and flash_v2 would run in Triton's interpreter, not on the GPU; unset it"
     elif trouble := machine.compiler_trouble():
         yield trouble
 
@@ -249,7 +249,7 @@ def _machine(found: Diagnosis) -> Rows:
     if found.no_gpu:
         yield "GPU", f"none: {found.no_gpu}"
     if found.call.device.type == "cpu" and any(rung.head_dims for rung in found.rungs if rung.name.startswith("flash")):
-        yield "", "on the CPU the flash rungs run in Triton's interpreter: for checking a kernel, far too slow to train with"
+        yield "", "on the CPU flash_v1 and flash_v2 run in Triton's interpreter: for checking a kernel, far too slow to train with"
     if found.driver or found.gpus:
         yield "driver", found.driver or "unknown (nvidia-smi does not answer)"
     yield "versions", ", ".join(f"{name} {version}" for name, version in found.versions.items() if version)

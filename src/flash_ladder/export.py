@@ -93,16 +93,14 @@ def training_backend(
     if cfg.attention != "auto":
         return pick_backend(cfg.attention, model, device, precision, documents).backend
     trained = training["attention"]
-    why_not = None
-    if device.type == "cpu" and training["device"] != "CPU" and trained.startswith("flash"):
-        why_not = f"a CPU would only interpret it, which takes hours; attention={trained} does so all the same"
+    try:
+        pick_backend(trained, model, device, precision, documents)
+    except UserError as error:
+        why_not = str(error)
     else:
-        try:
-            pick_backend(trained, model, device, precision, documents)
-        except UserError as error:
-            why_not = str(error)
-    if why_not is None:
-        return trained
+        if device.type != "cpu" or training["device"] == "CPU" or not trained.startswith("flash"):
+            return trained
+        why_not = f"a CPU would only interpret it, which takes hours; attention={trained} does so all the same"
     print(f"note: the model was trained with {trained} on {training['device']}, and that is not compared here: {why_not}")
     return "eager"
 

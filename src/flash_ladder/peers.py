@@ -18,6 +18,7 @@ from flash_ladder.sdpa_choice import is_a_refusal
 from kernels import Unsupported
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query i and key j: whether i sees j
 
 SDPA = {
     "fa2": SDPBackend.FLASH_ATTENTION,
@@ -46,7 +47,7 @@ def peer(name: str, *, is_causal: bool, seq_len: int, device: torch.device) -> A
     if name in SDPA:
         return sdpa(SDPA[name], is_causal)
     if name == "flex":
-        return flex(is_causal, seq_len, device)
+        return flex((lambda batch, head, i, j: i >= j) if is_causal else None, seq_len, device)
     return package(PACKAGES[name], is_causal)
 
 
@@ -76,16 +77,14 @@ def sdpa(kernel: SDPBackend, is_causal: bool) -> Attend:
     return attend
 
 
-def flex(is_causal: bool, seq_len: int, device: torch.device) -> Attend:
-    """Compiled FlexAttention; its block mask lets it skip the tiles that causality hides."""
+def flex(sees: Sees | None, seq_len: int, device: torch.device) -> Attend:
+    """Compiled FlexAttention; its block mask lets it skip the tiles that `sees` hides. None: every query sees every key."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # A graph compiled for every shape: the count of earlier ones must not reach the limit beyond which it would run uncompiled.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    mask = None
-    if is_causal:
-        mask = create_block_mask(lambda batch, head, i, j: i >= j, None, None, seq_len, seq_len, device=device)
+    mask = None if sees is None else create_block_mask(sees, None, None, seq_len, seq_len, device=device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return compiled(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])

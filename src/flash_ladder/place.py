@@ -34,6 +34,8 @@ def find_place(cfg: Config) -> Place:
     device, n_devices = find_devices(cfg.trainer)
     precision, reason = find_precision(cfg.trainer.precision, device)
     features = {"is_causal", "document_ids"} if cfg.data.document_ids else {"is_causal"}
+    if cfg.trainer.deterministic and cfg.attention.backend != "sdpa":  # sdpa follows PyTorch's own switch, which Lightning turns
+        features.add("deterministic")
     try:
         choice = choose(device, DTYPES[precision], cfg.model.head_dim, backend=cfg.attention.backend, features=frozenset(features))
     except Unsupported as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-BACKENDS = ("auto", "eager", "sdpa", "flash_v1", "flash_v2")
+BACKENDS = ("auto", "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3")
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
-from flash_ladder.schema import BACKENDS, PRECISIONS, UserError, at_least, one_of
+from flash_ladder.schema import BACKENDS, PRECISIONS, UserError, at_least, nearest, one_of
 
 
 @dataclass
@@ -79,8 +80,20 @@ class GenerateConfig:
 # What a benchmark measures; baseline, out and plot are for looking at a run that is done, too.
 GRID = (
     "backends", "seq_len", "memory_seq_len", "head_dim", "causal", "n_kv_head", "tokens", "width", "dtype", "error_seq_len",
-    "milliseconds",
+    "milliseconds", "masks", "mask_seq_len",
 )  # fmt: skip
+MASKS = ("window", "documents", "ragged")
+
+
+def split_mask(name: str) -> tuple[str, int]:
+    """The mask "window_1024" as ("window", 1024); raises UserError for a name that is none."""
+    kind, _, length = name.rpartition("_")
+    if kind not in MASKS or not re.fullmatch("-?[0-9]+", length):
+        close = nearest(name, [f"{one}_{length if length.isdigit() else 'N'}" for one in MASKS])
+        raise UserError(f"masks={name} is not a choice ({', '.join(f'{one}_N' for one in MASKS)}){close}")
+    if int(length) < 1:
+        raise UserError(f"masks={name}: its length must be at least 1")
+    return kind, int(length)
 
 
 @dataclass
@@ -99,6 +112,8 @@ class BenchmarkConfig:
     dtype: str | None = None
     error_seq_len: int | None = None  # length of the one sequence that errors are measured on
     milliseconds: int = 100  # how long each time is measured for
+    masks: list[str] = field(default_factory=lambda: ["window_1024", "window_4096", "documents_2048", "ragged_2048"])
+    mask_seq_len: int = 16384  # length of the one sequence that masks are timed on
     out: str | None = None  # a JSON file for the result
     plot: str | None = None  # a PNG file for its picture
     read: str | None = None  # a JSON file of an earlier run, to show it again and measure nothing
@@ -111,18 +126,27 @@ class BenchmarkConfig:
             raise UserError(f"baseline={self.baseline} is not among backends ({', '.join(self.backends)})")
         if self.dtype is not None:
             one_of("dtype", self.dtype, ("bfloat16", "float16", "float32"))
-        at_least(1, tokens=self.tokens, width=self.width, milliseconds=self.milliseconds, error_seq_len=self.error_seq_len)
+        at_least(1, tokens=self.tokens, width=self.width, milliseconds=self.milliseconds)
+        at_least(1, error_seq_len=self.error_seq_len, mask_seq_len=self.mask_seq_len)
+        for mask in self.masks:
+            split_mask(mask)
         if self.read is not None:
             asked = [name for name in GRID if getattr(self, name) != getattr(BenchmarkConfig(), name)]
             if asked:
                 raise UserError(f"{asked[0]} says what to measure, and read={self.read} shows a run that is done; one of the two")
-        for name in ("backends", "seq_len", "memory_seq_len", "head_dim", "causal", "n_kv_head"):
+        for name in ("backends", "seq_len", "memory_seq_len", "head_dim", "causal", "n_kv_head", "masks"):
             values = getattr(self, name) or []
             if len(set(values)) < len(values):
                 raise UserError(f"{name}={values} names one thing twice")
-        for name in ("backends", "seq_len", "head_dim", "causal", "n_kv_head"):
+        for name in ("backends", "head_dim", "causal", "n_kv_head"):
             if getattr(self, name) == []:
                 raise UserError(f"{name}=[] leaves nothing to measure; name one at least")
+        if self.seq_len == [] and self.memory_seq_len == []:  # the masks alone
+            if not self.masks:
+                raise UserError("seq_len=[], memory_seq_len=[] and masks=[] leave nothing to measure; name one at least")
+            if self.backends is not None and not {*self.backends} & {*rungs, "flex"}:
+                takers = f"{', '.join(rungs)} or flex"
+                raise UserError(f"seq_len=[] and memory_seq_len=[] leave the masks alone, and no backend takes them; name {takers}")
         for name in ("seq_len", "memory_seq_len", "head_dim", "n_kv_head"):
             for value in getattr(self, name) or ():
                 at_least(1, **{name: value})

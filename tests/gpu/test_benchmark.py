@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import flash_ladder.benchmark as module
-from flash_ladder.benchmark import benchmark, measure, median_milliseconds
+from flash_ladder.benchmark import benchmark, measure
+from flash_ladder.benchmark_call import median_milliseconds
 from flash_ladder.benchmark_result import Panel, growth
 from flash_ladder.peak_memory import peak_bytes
 from flash_ladder.script_schema import BenchmarkConfig
@@ -13,7 +14,9 @@ CAUSAL = Panel(True, 64, None)
 
 
 def small(**changes) -> BenchmarkConfig:
-    values = dict(backends=["eager", "flash_v2", "fa2", "flex"], seq_len=[1024, 2048], memory_seq_len=[4096], head_dim=[64])
+    values = dict(
+        backends=["eager", "flash_v2", "fa2", "flex"], seq_len=[1024, 2048], memory_seq_len=[4096], head_dim=[64], masks=[]
+    )
     return BenchmarkConfig(
         **{**values, **dict(causal=[True], tokens=4096, width=256, milliseconds=5, error_seq_len=256), **changes}
     )
@@ -31,6 +34,18 @@ def test_a_grid(tmp_path):
     assert all(1 < value < 1e5 for value in result.host_us.values()) and len(result.host_us) == 4
     assert result.cudnn and result.device_gib > 1
     assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.png", "r_memory.png", "r_error.png"}
+
+
+def test_masks():
+    """A kernel that skips what a mask hides takes its share of the time, and eager attention all of it."""
+    masks = ["window_2048", "documents_2048", "ragged_2048"]
+    shapes = dict(seq_len=[], memory_seq_len=[], masks=masks, mask_seq_len=16384)
+    skipping = benchmark(small(**shapes, backends=["flash_v2", "flex"], width=2048))
+    assert not skipping.cells and not skipping.host_us and [masked.note for masked in skipping.masks] == [""] * 6
+    for masked in skipping.masks:
+        assert masked.area < 0.35 and 0.8 < masked.forward < 2 and 0.8 < masked.backward < 2
+    for masked in benchmark(small(**shapes, backends=["eager"])).masks:
+        assert 0.8 < masked.forward * masked.area < 1.3 and 0.8 < masked.backward * masked.area < 1.3
 
 
 def test_out_of_memory_is_a_result():

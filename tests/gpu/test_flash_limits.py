@@ -1,4 +1,4 @@
-"""The Triton rungs at their limits: 2³¹ elements, 65,535 heads, 131,072 positions, streams, graphs, devices, a thousand runs."""
+"""The flash rungs at their limits: 2³¹ elements, 65,535 heads, 131,072 positions, streams, graphs, devices, a thousand runs."""
 
 import itertools
 
@@ -7,9 +7,10 @@ import torch
 
 from kernels import attention
 from kernels.attention import BACKENDS
-from tests.reference import FLOOR, MEANINGS, NAMES, RUNGS, Case, errors, make_case, run, slopes
+from tests.reference import FLOOR, MEANINGS, NAMES, RUNGS, Case, errors, make_case, n_unlike, run, slopes
 
 BF16 = torch.bfloat16
+GRADIENTS = ("output", "dq", "dk", "dv")
 each_rung = pytest.mark.parametrize("rung", RUNGS)
 
 
@@ -22,15 +23,15 @@ def test_more_than_two_to_the_31_elements():
     for rung in RUNGS:
         query = torch.randn(1, seq, n_head, head_dim, device="cuda", dtype=BF16).expand(5, -1, -1, -1).contiguous().transpose(1, 2)
         assert query.numel() > 2**31
-        query.requires_grad_()
-        output = attention(query, query, query, is_causal=True, backend=rung)
-        alone = query[4:].detach()[:, -2:].requires_grad_()
-        expected = attention(alone, alone, alone, is_causal=True, backend=rung)
+        inputs = [query.detach().requires_grad_() for _ in range(3)]
+        output = attention(*inputs, is_causal=True, backend=rung)
+        alone = [query[4:, -2:].detach().requires_grad_() for _ in range(3)]
+        expected = attention(*alone, is_causal=True, backend=rung)
         assert torch.equal(output[4:, -2:], expected), rung
-        output.backward(torch.ones_like(output))
-        expected.backward(torch.ones_like(expected))
-        torch.testing.assert_close(query.grad[4:, -2:], alone.grad)
-        del query, output
+        grads = torch.autograd.grad(output, inputs, torch.ones_like(output))
+        for a, b in zip(grads, torch.autograd.grad(expected, alone, torch.ones_like(expected)), strict=True):
+            torch.testing.assert_close(a[4:, -2:], b)
+        del query, inputs, output, grads, a
         torch.cuda.empty_cache()
 
 
@@ -50,12 +51,11 @@ def test_strides_beyond_two_to_the_31(stride):
     near = [x.contiguous() for x in far]
     for rung in RUNGS:
         results = []
-        for query, key, value, grad_output in (far, near):
+        for query, key, value, grad_output in (near, far):  # near first: what was compiled for small strides must not serve these
             tensors = [x.detach().requires_grad_() for x in (query, key, value)]
             output = attention(*tensors, is_causal=True, backend=rung)
             results.append((output, *torch.autograd.grad(output, tensors, grad_output)))
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b), rung
+        assert n_unlike(rung, *results, GRADIENTS) == 0, rung
 
 
 @each_rung
@@ -65,9 +65,8 @@ def test_more_than_65535_heads(rung):
     grads = torch.autograd.grad(output.sum(), inputs)
     last = [x[-1:].detach().requires_grad_() for x in inputs]
     expected = attention(*last, backend=rung)
-    assert torch.equal(output[-1:], expected)
-    for a, b in zip(grads, torch.autograd.grad(expected.sum(), last), strict=True):
-        assert torch.equal(a[-1:], b)
+    found = (output[-1:], *(x[-1:] for x in grads))
+    assert n_unlike(rung, found, (expected, *torch.autograd.grad(expected.sum(), last)), GRADIENTS) == 0
 
 
 def in_chunks(case: Case, dtype: torch.dtype, chunk: int, **meaning) -> tuple[torch.Tensor, ...]:
@@ -84,7 +83,7 @@ def in_chunks(case: Case, dtype: torch.dtype, chunk: int, **meaning) -> tuple[to
 
 
 # flash_v1 gives a whole head to one multiprocessor, so its sequence is a quarter as long.
-@pytest.mark.parametrize(("rung", "seq"), [("flash_v1", 32_768), ("flash_v2", 131_072)])
+@pytest.mark.parametrize(("rung", "seq"), [(rung, 32_768 if rung == "flash_v1" else 131_072) for rung in RUNGS])
 @pytest.mark.parametrize("window_size", [None, 5_000])
 def test_long_sequences(rung, seq, window_size):
     """One head against float64 and eager attention in chunks. A window makes most tiles invisible."""
@@ -115,6 +114,20 @@ def test_memory_grows_with_length_not_its_square(rung):
 
 @each_rung
 @pytest.mark.parametrize("name", ["causal", "everything"])
+def test_what_memory_held_before_does_not_matter(rung, name):
+    """Lengths that no tile divides, with NaN in all memory that the allocator hands out."""
+    case = make_case(2, 2, 1, 333, 333, 40, BF16)
+    meaning = MEANINGS[name] | {"backend": rung}
+    clean = run(case, BF16, **meaning)
+    for _ in range(3):
+        torch.cuda.empty_cache()
+        room = [torch.full((n,), float("nan"), device="cuda") for n in [2**26, *[2**22] * 16, *[2**17] * 64, *[2**10] * 256]]
+        del room
+        assert n_unlike(rung, clean, run(case, BF16, **meaning)) == 0
+
+
+@each_rung
+@pytest.mark.parametrize("name", ["causal", "everything"])
 def test_same_bits_a_thousand_times_under_load(rung, name):
     """Another stream keeps the GPU's multiprocessors busy, so that programs start and end in another order every time."""
     case = make_case(2, 2, 1, 500, 500, 64, BF16)
@@ -127,8 +140,7 @@ def test_same_bits_a_thousand_times_under_load(rung, name):
     for i in range(1000):
         with torch.cuda.stream(other):
             torch.mm(a[: 64 + 64 * (i % 31)], a, out=b[: 64 + 64 * (i % 31)])
-        for x, y in zip(first, run(case, BF16, **meaning), strict=True):
-            wrong += (x != y).sum()
+        wrong += n_unlike(rung, first, run(case, BF16, **meaning))
     assert wrong.item() == 0
 
 
@@ -149,8 +161,26 @@ def test_side_stream(rung):
         found = attention(*late, is_causal=True, backend=rung)
         found_grads = torch.autograd.grad(found.sum(), late)
     stream.synchronize()
-    for a, b in zip((expected, *grads), (found, *found_grads), strict=True):
-        assert torch.equal(a, b)
+    assert n_unlike(rung, (expected, *grads), (found, *found_grads), GRADIENTS) == 0
+
+
+@each_rung
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_two_streams_at_once(rung, head_dim):
+    """Launches of one kernel on two streams share the GPU, and nothing else: each stream finds what it finds alone."""
+    cases = [make_case(2, 8, 4, 700 + 500 * i, 700 + 500 * i, head_dim, BF16, seed=i) for i in range(2)]
+    meanings = [{"is_causal": True, "backend": rung}, {"window_size": 300, "backend": rung}]
+    alone = [run(case, BF16, **meaning) for case, meaning in zip(cases, meanings, strict=True)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    wrong = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                wrong[i] += n_unlike(rung, alone[i], run(cases[i], BF16, **meanings[i]))
+    torch.cuda.synchronize()
+    assert [x.item() for x in wrong] == [0, 0]
 
 
 @each_rung
@@ -170,9 +200,9 @@ def test_cuda_graph(rung, name):
         captured = both_ways()
     for x in inputs:
         x.normal_()
-    graph.replay()
-    for a, b in zip(captured, both_ways(), strict=True):
-        assert torch.equal(a, b)
+    for _ in range(2):  # a second replay finds what the first has left
+        graph.replay()
+        assert n_unlike(rung, captured, both_ways()) == 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,4 +1,4 @@
-"""The Triton rungs read and write inside their tensors, without a race in shared memory: NVIDIA's compute-sanitizer watches."""
+"""The flash rungs read and write inside their tensors, without a race in shared memory: NVIDIA's compute-sanitizer watches."""
 
 import os
 import shutil
@@ -19,8 +19,8 @@ def compute_sanitizer() -> str | None:
     )
 
 
-# Ours, and none of PyTorch's, which would cost time.
-KERNELS = [f"kns={name}" for name in ("_forward_kernel", "_backward_kernel", "_dq_kernel", "_dkdv_kernel")]
+# Ours, by a part of their names, and none of PyTorch's, which would cost time.
+KERNELS = [f"kns={name}_kernel" for name in ("forward", "backward", "dq", "dkdv", "prepare", "finish")]
 
 
 @pytest.mark.skipif(compute_sanitizer() is None, reason="compute-sanitizer is neither on PATH nor in CUDA_HOME")

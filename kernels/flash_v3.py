@@ -1,0 +1,312 @@
+"""FlashAttention-3 for Hopper, in Gluon: TMA, asynchronous wgmma and warps with different work.
+
+Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024). The mathematics is that of
+flash_v2; what changes is who does what when, which `flash_v3_forward.py` and `flash_v3_backward.py` say for each kernel. The
+backward is five matrix products in one kernel (flash_v2: seven in two), because dQ is added up in memory, in float32, by all blocks
+of keys that see a query. The order of these additions changes from run to run, and with it the last bits of dq; dk, dv and the
+forward are always the same.
+
+This file is the host's side: which inputs these kernels take, how TMA is told where the tensors lie, and how many warps do what.
+"""
+
+import math
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.flash_v3_backward import backward_kernel
+from kernels.flash_v3_ends import finish_kernel, prepare_kernel
+from kernels.flash_v3_forward import forward_kernel
+from kernels.generations import capability
+from kernels.launch import Meaning, meaning, meaning_tensors, upstream
+from kernels.layout import heads_last
+
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
+QUERIES, KEYS = 64, 128  # rows of a warpgroup's tile of queries and of a block of keys
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
+    """Why this rung cannot run, or None."""
+    if device.type == "cpu":
+        return "flash_v3 is written in Gluon, which has no interpreter: it needs a Hopper GPU"
+    found = capability(device)
+    if found != (9, 0):
+        there = f"{found[0]}.{found[1]}" if found else device.type
+        return f"flash_v3 needs a Hopper GPU (compute capability 9.0), not {there}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash_v3 takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if not 16 <= head_dim <= 128 or head_dim % 8:  # TMA reads rows of a multiple of 16 bytes
+        return f"flash_v3 takes head_dim 16 to 128 in steps of 8, not {head_dim}"
+    if "deterministic" in features:
+        return "flash_v3 adds up dq in an order that changes from run to run; deterministic=true needs flash_v2"
+    return None
+
+
+# ---- how the kernels are set up ----
+
+
+class Forward(NamedTuple):
+    """A setting of the forward: 64 queries a warpgroup, and how many blocks of keys and of values TMA may bring ahead."""
+
+    warpgroups: int
+    buffers: int
+    q_in_registers: bool
+
+    def registers(self) -> tuple[int, int, int]:
+        """Registers of a consumer's thread, of a producer's, and of the average thread, which the launch asks for."""
+        return (240, 24, 168) if self.warpgroups == 2 else (160, 32, 128)
+
+
+class Backward(NamedTuple):
+    """A setting of the backward: tiles of queries that TMA may bring ahead, and how the products are ordered.
+
+    `in_registers` keeps K and V in registers; `early` starts the next tile's scores before this one's dQ is written; `late`
+    computes a tile's dQ in the step after it; `stay` keeps one block per multiprocessor for the whole launch.
+    """
+
+    buffers: int
+    in_registers: bool
+    early: bool
+    late: bool
+    stay: bool
+
+
+def forward_setting(block_d: int, seq_q: int, cut: bool) -> Forward:
+    """The fastest of those timed on an H200 (docs/log.md). `cut`: something but causality bends or cuts the scores."""
+    if block_d == 128:
+        return Forward(warpgroups=2, buffers=2, q_in_registers=False)
+    if seq_q < 2048 or cut:  # three warpgroups would spill registers where scores are bent or cut at both ends
+        return Forward(warpgroups=2, buffers=3, q_in_registers=True)
+    return Forward(warpgroups=3, buffers=2, q_in_registers=False)
+
+
+def backward_setting(block_d: int, seq_q: int, is_causal: bool, bent: bool) -> Backward:
+    """The fastest of those timed on an H200 (docs/log.md). `bent`: a softcap or ALiBi, with which late dQ would spill registers."""
+    if block_d == 128:
+        return Backward(buffers=2, in_registers=False, early=False, late=False, stay=seq_q < 2048)
+    if is_causal and not bent:
+        return Backward(buffers=2, in_registers=True, early=True, late=True, stay=True)
+    return Backward(buffers=3, in_registers=True, early=True, late=False, stay=True)
+
+
+# ---- what TMA is told ----
+
+
+@cache
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(shape), DTYPES[dtype])
+
+
+FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+def _descriptor(x: Tensor, *block: int, layout: gl.NVMMASharedLayout | None = None) -> TensorDescriptor:
+    """Where x lies, for TMA to move blocks of it."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout or _layout(block, x.dtype))
+
+
+def reachable(x: Tensor) -> Tensor:
+    """x [B, H, S, D], or a copy where TMA cannot reach it: it wants multiples of 16 bytes everywhere, and no memory seen twice."""
+    b, h, n, d = x.stride()
+    if d == 1 and min(b, h, n) > 0 and (b | h | n) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return heads_last(x).copy_(x)
+
+
+# ---- launching ----
+
+
+class Ready:
+    """A kernel on inputs of one kind. What Triton compiled is kept and launched directly, as in `kernels.launch`.
+
+    The kernels take integers unspecialised and ask for no alignment that TMA does not, so one compilation serves all lengths.
+    """
+
+    def __init__(self, kernel: Any, options: dict[str, int]) -> None:
+        self.kernel, self.options, self.compiled = kernel, options, None
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        if self.compiled is None:
+            self.compiled = self.kernel[(programs,)](*arguments, **self.options)
+        else:
+            self.compiled[(programs, 1, 1)](*arguments)
+
+
+@cache
+def ready(kernel: Any, average_registers: int | None, *kind: Any) -> Ready:
+    """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on."""
+    return Ready(kernel, {"num_warps": 4} | ({"maxnreg": average_registers} if average_registers else {}))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has: a persistent launch has as many blocks."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Plan(NamedTuple):
+    """All of a kernel's launch but the tensors, for inputs of one shape."""
+
+    run: Ready
+    programs: int
+    block_d: int  # head_dim, rounded up to what the kernels have
+    numbers: tuple[Any, ...]  # the arguments after the tensors
+
+
+class Inputs(NamedTuple):
+    """What a plan is made of: the tensors' device, dtype and sizes, and what is asked of attention."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]  # the query's
+    n_kv_head: int
+    seq_k: int
+    asked: Meaning
+    documents: bool
+    slopes: bool
+
+    def kind(self) -> tuple[Any, ...]:
+        """What a compilation depends on, beside its constants."""
+        return self.device, self.dtype, *[x is None for x in self.asked], self.documents, self.slopes
+
+    def bent(self) -> bool:
+        """Whether something but a mask changes the scores."""
+        return self.asked.cap is not None or self.slopes
+
+
+@lru_cache(maxsize=4096)
+def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
+    """The forward's launch."""
+    (batch, n_head, seq_q, head_dim), asked, group = inputs.shape, inputs.asked, inputs.shape[1] // inputs.n_kv_head
+    block_d = 64 if head_dim <= 64 else 128
+    cut_twice = asked.behind is not None or inputs.documents
+    chosen = use or forward_setting(block_d, seq_q, cut_twice or inputs.bent())
+    # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
+    between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
+    n_tile = -(-seq_q // (QUERIES * chosen.warpgroups))
+    n_tiles = n_tile * batch * n_head
+    at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * group)
+    consumer, producer, average = chosen.registers()
+    constants = (group, chosen.warpgroups, KEYS, block_d, chosen.buffers, chosen.q_in_registers, between, consumer, producer)
+    sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
+    run = ready(forward_kernel, average, *inputs.kind(), constants)
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, (*asked, *sizes, *constants))
+
+
+@lru_cache(maxsize=4096)
+def backward_plan(inputs: Inputs, is_causal: bool, use: Backward | None) -> Plan:
+    """The launch of the backward's main kernel."""
+    (batch, _, seq_q, head_dim), asked, group = inputs.shape, inputs.asked, inputs.shape[1] // inputs.n_kv_head
+    block_d = 64 if head_dim <= 64 else 128
+    chosen = use or backward_setting(block_d, seq_q, is_causal, inputs.bent())
+    batch_heads = batch * inputs.n_kv_head
+    n_tile = -(-inputs.seq_k // KEYS)
+    n_tiles = n_tile * batch_heads
+    at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * group)))
+    cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
+    constants = (group, block_d, *chosen[:4], cut_from, cut_to)
+    sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
+    run = ready(backward_kernel, 168, *inputs.kind(), constants)
+    programs = min(multiprocessors(inputs.device), n_tiles) if chosen.stay else n_tiles
+    return Plan(run, programs, block_d, (*asked, *sizes, *constants))
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    use: Forward | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D], in the inputs' dtype) and lse [B, Hq, Sq] float32.
+
+    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the setting.
+    """
+    output = heads_last(query)
+    lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
+    if output.numel() == 0 or key.shape[2] == 0:
+        return output.zero_(), lse.fill_(-math.inf)
+    asked = meaning(query.shape[2], key.shape[2], scale, is_causal, window_size, softcap)
+    inputs = _inputs(query, key, asked, alibi_slopes, document_ids)
+    plan = forward_plan(inputs, is_causal, use)
+    d = plan.block_d
+    with torch.cuda.device(query.device):
+        query, key, value = reachable(query), reachable(key), reachable(value)
+        counter = torch.zeros(1, device=query.device, dtype=torch.int32)
+        plan.run(
+            plan.programs,
+            _descriptor(query, 1, 1, QUERIES, d), _descriptor(key, 1, 1, KEYS, d), _descriptor(value, 1, 1, KEYS, d),
+            _descriptor(output, 1, 1, QUERIES, d), lse, *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+        )  # fmt: skip
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    use: Backward | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value in their dtypes, in memory [B, S, H, D].
+
+    `output` and `lse` may come from several forwards merged (ring attention): only delta and the probabilities are made of them.
+    """
+    batch, n_head, seq_q, head_dim = query.shape
+    dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)
+    if query.numel() == 0 or key.shape[2] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
+    plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), is_causal, use)
+    d, half = plan.block_d, KEYS // 2
+    with torch.cuda.device(query.device):
+        grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
+        query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))
+        tiles = batch * n_head * -(-seq_q // QUERIES)
+        stats = torch.empty((tiles, 2 * QUERIES), device=query.device, dtype=torch.float32)
+        dq_sum = torch.empty((tiles * 2 * d, 32), device=query.device, dtype=torch.float32)
+        counter = torch.empty(1, device=query.device, dtype=torch.int32)
+        constants = (head_dim, d, QUERIES)
+        kind = (query.device, query.dtype, constants)
+        ready(prepare_kernel, None, *kind, output.dtype, grad_lse is None)(
+            tiles, output, grad_output, lse, grad_lse, stats, dq_sum, counter,
+            *output.stride()[:3], *grad_output.stride()[:3], n_head, seq_q, *constants,
+        )  # fmt: skip
+        plan.run(
+            plan.programs,
+            _descriptor(query, 1, 1, QUERIES, d), _descriptor(grad_output, 1, 1, QUERIES, d),
+            _descriptor(key, 1, 1, half, d), _descriptor(value, 1, 1, half, d), _descriptor(key, 1, 1, half, 32 if d == 64 else d),
+            _descriptor(stats, 1, 2 * QUERIES, layout=FLAT), _descriptor(dq_sum, d, 32),
+            _descriptor(dk, 1, 1, half, d), _descriptor(dv, 1, 1, half, d),
+            *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+        )  # fmt: skip
+        ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)
+    return dq, dk, dv
+
+
+def _inputs(query: Tensor, key: Tensor, asked: Meaning, alibi_slopes: Tensor | None, document_ids: Tensor | None) -> Inputs:
+    shape = tuple(query.shape)
+    return Inputs(
+        query.device, query.dtype, shape, key.shape[1], key.shape[2], asked, document_ids is not None, alibi_slopes is not None
+    )

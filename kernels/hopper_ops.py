@@ -1,0 +1,111 @@
+"""What flash_v3's two kernels share: words that Gluon lacks, and the dynamic schedule of a persistent grid.
+
+Named barriers are an inline instruction; TMA's names changed from Triton 3.6 to 3.9 and are brought to one here.
+"""
+
+import math
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+LOG2E = gl.constexpr(math.log2(math.e))
+LN2 = gl.constexpr(math.log(2))
+
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+if hasattr(tma, "async_atomic_add"):
+    tma_add = tma.async_atomic_add
+else:  # Triton 3.6 and 3.7 have the instruction and no word for it
+
+    @builtin
+    def tma_add(descriptor, coordinates, source, _semantic=None):
+        """Adds shared memory to a block of the tensor."""
+        coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, source.handle)
+
+
+@builtin
+def seen_as(buffer, dtype, head_dim, layout, _semantic=None):
+    """The same shared memory as [1, 1, 64, head_dim] of another dtype (the method lost its underscore after Triton 3.6)."""
+    reinterpret = getattr(buffer, "reinterpret", None) or buffer._reinterpret
+    dtype, head_dim, layout = (getattr(x, "value", x) for x in (dtype, head_dim, layout))
+    return reinterpret(dtype, [1, 1, 64, head_dim], layout, _semantic=_semantic)
+
+
+@gluon.constexpr_function
+def _barrier_text(operation: str, number: object) -> str:
+    return f"bar.{operation} {number}, 256; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def barrier(OPERATION: gl.constexpr, number):
+    """bar.sync or bar.arrive by the 128 threads of a warpgroup, on a named barrier that two warpgroups share (5 to 15 are free)."""
+    TEXT: gl.constexpr = _barrier_text(OPERATION, "$1")
+    numbers = gl.full([128], number, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(TEXT, "=r,r", [numbers], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def barrier_at(OPERATION: gl.constexpr, NUMBER: gl.constexpr):
+    """`barrier` with its number in the instruction."""
+    TEXT: gl.constexpr = _barrier_text(OPERATION, NUMBER)
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(TEXT, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def interval(index, batch, n_own, n_other, behind, ahead, first_ptr, last_ptr):
+    """First and last partner of each position: kernels.tile_ops.interval, with the positions aligned at their ends."""
+    index = gl.minimum(index, n_own - 1)
+    first = index * 0
+    last = first + (n_other - 1)
+    if behind is not None:
+        first = gl.maximum(first, index + (n_other - n_own) - behind)
+    if ahead is not None:
+        last = gl.minimum(last, index + (n_other - n_own) + ahead)
+    if first_ptr is not None:
+        first = gl.maximum(first, gl.load(first_ptr + batch * n_own + index))
+        last = gl.minimum(last, gl.load(last_ptr + batch * n_own + index))
+    return first, last
+
+
+@gluon.jit
+def locate(tile, n_tile, n_head, heads_at_once, batch_heads):
+    """Tile number -> (place, batch, head): heads in groups that share L2, and in a group place by place, over all its heads."""
+    in_group = heads_at_once * n_tile
+    group = tile // in_group
+    rest = tile - group * in_group
+    heads = gl.minimum(heads_at_once, batch_heads - group * heads_at_once)
+    place = rest // heads
+    head = group * heads_at_once + rest - place * heads
+    return place, head // n_head, head % n_head
+
+
+@gluon.jit
+def draw(schedule, n):
+    """For the producer: the block's n-th tile, drawn from the counter and published to the consumers through a ring of two."""
+    drawn, published, taken, counter = schedule
+    slot = n % 2
+    tile = gl.program_id(0)
+    if n > 0:
+        tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    mbarrier.wait(taken.index(slot), ((n // 2) & 1) ^ 1)
+    drawn.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(published.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
+def take(schedule, n):
+    """For a consumer: the n-th tile that the producer has published."""
+    drawn, published, taken, _ = schedule
+    slot = n % 2
+    mbarrier.wait(published.index(slot), (n // 2) & 1)
+    tile = drawn.index(slot).load(gl.BlockedLayout([1], [32], [4], [0]))
+    # Every thread has read the number; lane 0's copy, so that the compiler may take it for one number of the warp.
+    tile = gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [tile], dtype=gl.int32, is_pure=False, pack=1)
+    mbarrier.arrive(taken.index(slot), count=1)
+    return gl.max(tile, 0)

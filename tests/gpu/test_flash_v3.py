@@ -1,0 +1,97 @@
+"""What only flash_v3 has: barriers that could hang, a dq that is added up in memory, launches remembered for all sizes of a kind.
+
+What every rung must do is in test_flash.py, test_flash_limits.py and the tests that run here again.
+"""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from kernels import attention, choose, flash_v3
+from tests.reference import HOPPER, MEANINGS, NAMES, make_case, n_unlike, run
+
+BF16 = torch.bfloat16
+pytestmark = pytest.mark.skipif(not HOPPER, reason="flash_v3 needs a Hopper GPU")
+
+
+def repeat(head_dim: int, times: int = 1000) -> int:
+    """How many elements of output, lse and gradients differ from the first run's in `times` runs of 64 heads of 4,096 positions.
+
+    Another stream keeps some multiprocessors busy, so that blocks start and end in another order every time.
+    """
+    inputs = [torch.randn(4, 16, 4096, head_dim, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn_like(inputs[0]), torch.randn(4, 16, 4096, device="cuda")
+
+    def results(backend: str) -> tuple[torch.Tensor, ...]:
+        output, lse = attention(*inputs, is_causal=True, return_lse=True, backend=backend)
+        return output, lse, *torch.autograd.grad((output, lse), inputs, upstream)
+
+    first = results("flash_v3")
+    for name, a, b in zip(NAMES, first, results("flash_v2"), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2 * b.abs().max().item(), rtol=2e-2, msg=name)
+    other, a = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=BF16)
+    b = torch.empty_like(a)
+    unlike = torch.zeros((), dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for i in range(times):
+        with torch.cuda.stream(other):
+            torch.mm(a[: 64 + 64 * (i % 31)], a, out=b[: 64 + 64 * (i % 31)])
+        unlike += n_unlike("flash_v3", first, results("flash_v3"))
+    return int(unlike.item())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_thousand_times_without_a_hang_or_a_race(head_dim):
+    """In a process of its own, which can be ended: a barrier that nobody arrives at would wait for ever."""
+    command = [sys.executable, "-m", "tests.gpu.test_flash_v3", str(head_dim)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.split() == ["unlike", "0"]
+
+
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_float32_output_in_the_backward(name):
+    """Outputs merged from several forwards are float32; the launch remembered for half precision must not serve them."""
+    case = make_case(1, 2, 1, 300, 300, 64, BF16)
+    query, key, value = case.inputs(BF16)
+    meaning = MEANINGS[name] | {"scale": 0.125}
+    output, lse = flash_v3.forward(query, key, value, **meaning)
+    grads = []
+    for dtype in (BF16, torch.float32, BF16):
+        upstream = case.grad_output.to(BF16).to(dtype), case.grad_lse.float()
+        grads.append(flash_v3.backward(*upstream, query, key, value, output.to(dtype), lse, **meaning))
+        assert all(x.dtype == BF16 for x in grads[-1])
+        assert n_unlike("flash_v3", grads[0], grads[-1], ("dq", "dk", "dv")) == 0
+
+
+def test_deterministic_gradients_are_flash_v2s():
+    """Asked for, `auto` gives the same bits every time; flash_v3's name is refused."""
+    cuda, asked = torch.device("cuda"), frozenset({"is_causal", "deterministic"})
+    assert choose(cuda, BF16, 64, features=asked).backend == "flash_v2"
+    case = make_case(1, 2, 1, 1000, 1000, 64, BF16)
+    first, again = (run(case, BF16, is_causal=True, deterministic=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with pytest.raises(ValueError, match="deterministic=true needs flash_v2"):
+        run(case, BF16, is_causal=True, deterministic=True, backend="flash_v3")
+
+
+def test_a_call_waits_for_nothing():
+    """The host queues forward and backward and goes on: nothing is read back from the GPU."""
+    inputs = [torch.randn(1, 4, 512, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn_like(inputs[0])
+    for busy in (False, True):
+        torch.cuda.synchronize()
+        if busy:
+            torch.cuda._sleep(2_000_000_000)  # a second and more
+        start = time.perf_counter()
+        torch.autograd.grad(attention(*inputs, is_causal=True, backend="flash_v3"), inputs, upstream)
+        queued = time.perf_counter() - start
+    torch.cuda.synchronize()
+    assert queued < 0.5
+
+
+if __name__ == "__main__":
+    print("unlike", repeat(int(sys.argv[1])))

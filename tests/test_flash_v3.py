@@ -1,0 +1,83 @@
+"""flash_v3's parts that run without a Hopper GPU: the small kernels before and after its backward, and its settings.
+
+The Gluon kernels themselves are compiled in test_compile.py and run in tests/gpu.
+"""
+
+import math
+
+import pytest
+import torch
+
+from kernels import flash_v3
+from kernels.flash_v3_ends import finish_kernel, prepare_kernel
+
+TILE = flash_v3.QUERIES
+CASES = [(64, 128), (80, 1), (128, 100), (16, 65)]
+
+
+def padded(x: torch.Tensor, block_d: int) -> torch.Tensor:
+    """[B, H, S, D] with zeros up to whole tiles and block_d columns: [B, H, tiles, 64, block_d]."""
+    batch, n_head, seq, head_dim = x.shape
+    tiles = -(-seq // TILE)
+    whole = x.new_zeros(batch, n_head, tiles * TILE, block_d)
+    whole[:, :, :seq, :head_dim] = x
+    return whole.unflatten(2, (tiles, TILE))
+
+
+@pytest.mark.parametrize(("head_dim", "seq"), CASES)
+def test_prepare(head_dim, seq):
+    """Row statistics, infinite for rows that see nothing and rows beyond the end; a cleared sum and counter."""
+    block_d = 64 if head_dim <= 64 else 128
+    output, grad = torch.randn(2, 2, 3, seq, head_dim).unbind()
+    lse, grad_lse = torch.randn(2, 2, 3, seq).unbind()
+    lse = lse.clone()
+    lse[:, :, 0] = -math.inf
+    tiles = 6 * -(-seq // TILE)
+    stats, sums = torch.full((tiles, 2, TILE), 7.0), torch.full((tiles, TILE * block_d), 7.0)
+    counter = torch.full((1,), 7, dtype=torch.int32)
+    sizes = (*output.stride()[:3], *grad.stride()[:3], 3, seq, head_dim, block_d, TILE)
+    prepare_kernel[(tiles,)](output, grad, lse, grad_lse, stats, sums, counter, *sizes)
+    expected = torch.full((2, 3, -(-seq // TILE) * TILE), math.inf)
+    expected[:, :, :seq] = torch.where(lse.isinf(), math.inf, lse / math.log(2))
+    torch.testing.assert_close(stats[:, 0].flatten(), expected.flatten())
+    delta = padded(((output * grad).sum(-1) - grad_lse)[..., None], 1)
+    torch.testing.assert_close(stats[:, 1].flatten(), delta.flatten())
+    assert not sums.any() and not counter.any()
+
+
+@pytest.mark.parametrize(("head_dim", "seq"), CASES)
+def test_finish(head_dim, seq):
+    """The sum as the threads of two warpgroups hold it, back in order, scaled, and nothing written beside it."""
+    block_d = 64 if head_dim <= 64 else 128
+    dq = torch.randn(2, 3, seq, head_dim)
+    # [tile, row / 16, row / 8 % 2, row % 8, half, column / 8, column % 8 / 2, column % 2], as wgmma spreads a tile over threads.
+    spread = padded(dq, block_d).flatten(0, 2).reshape(-1, 4, 2, 8, 2, block_d // 16, 4, 2)
+    held = spread.permute(0, 4, 5, 1, 3, 6, 2, 7).contiguous()
+    room = torch.full((2, seq + 2, 3, head_dim + 8), 5.0, dtype=torch.bfloat16)
+    found = room[:, 1:-1, :, :head_dim].transpose(1, 2)
+    sizes = (*found.stride()[:3], 3, seq, 0.5, head_dim, block_d, TILE)
+    finish_kernel[(held.shape[0],)](held, found, *sizes)
+    torch.testing.assert_close(found, (dq * 0.5).bfloat16())
+    found.fill_(5.0)
+    assert (room == 5.0).all()
+
+
+def test_reachable_copies_what_tma_cannot_reach():
+    whole = torch.randn(2, 3, 16, 64).bfloat16()
+    assert flash_v3.reachable(whole) is whole
+    for x in (
+        whole[..., 4:20],
+        whole[:1].expand(2, -1, -1, -1),
+        whole[..., :44:].contiguous(),
+        whole.flatten()[1:-63].view(2, 1, 16, -1)[..., :40],
+    ):
+        copy = flash_v3.reachable(x)
+        assert copy is not x and torch.equal(copy, x)
+
+
+def test_settings_fit_every_case():
+    """Three warpgroups only where nothing but causality cuts; late dQ only where scores are not bent."""
+    assert flash_v3.forward_setting(64, 4096, False).warpgroups == 3
+    assert flash_v3.forward_setting(64, 4096, True).warpgroups == flash_v3.forward_setting(64, 1024, False).warpgroups == 2
+    assert flash_v3.backward_setting(64, 4096, True, False).late and not flash_v3.backward_setting(64, 4096, True, True).late
+    assert not flash_v3.backward_setting(128, 4096, True, False).stay and flash_v3.backward_setting(128, 1024, True, False).stay
