@@ -10,6 +10,7 @@ This file is the host's side: which inputs these kernels take, how TMA is told w
 """
 
 import math
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -106,8 +107,14 @@ FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 def _descriptor(x: Tensor, *block: int, layout: gl.NVMMASharedLayout | None = None) -> TensorDescriptor:
-    """Where x lies, for TMA to move blocks of it."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), layout or _layout(block, x.dtype))
+    """Where x lies, for TMA to move blocks of it.
+
+    Built without TensorDescriptor's own checks: a backward has nine, at 2 µs each, and `reachable` has seen to what they look at.
+    """
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())
+    descriptor.block_shape, descriptor.layout = list(block), layout or _layout(block, x.dtype)
+    return descriptor
 
 
 def reachable(x: Tensor) -> Tensor:
@@ -141,6 +148,11 @@ class Ready:
 def ready(kernel: Any, average_registers: int | None, *kind: Any) -> Ready:
     """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on."""
     return Ready(kernel, {"num_warps": 4} | ({"maxnreg": average_registers} if average_registers else {}))
+
+
+def on(device: torch.device) -> Any:
+    """A context in which kernels are launched on `device`: Triton takes the current one."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 @cache
@@ -241,7 +253,7 @@ def forward(
     inputs = _inputs(query, key, asked, alibi_slopes, document_ids)
     plan = forward_plan(inputs, is_causal, use)
     d = plan.block_d
-    with torch.cuda.device(query.device):
+    with on(query.device):
         query, key, value = reachable(query), reachable(key), reachable(value)
         counter = torch.zeros(1, device=query.device, dtype=torch.int32)
         plan.run(
@@ -280,7 +292,7 @@ def backward(
     asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
     plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), is_causal, use)
     d, half = plan.block_d, KEYS // 2
-    with torch.cuda.device(query.device):
+    with on(query.device):
         grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
         query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))
         tiles = batch * n_head * -(-seq_q // QUERIES)

@@ -3,10 +3,13 @@
 The Gluon kernels themselves are compiled in test_compile.py and run in tests/gpu.
 """
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import flash_v3
 from kernels.flash_v3_ends import finish_kernel, prepare_kernel
@@ -73,6 +76,18 @@ def test_reachable_copies_what_tma_cannot_reach():
     ):
         copy = flash_v3.reachable(x)
         assert copy is not x and torch.equal(copy, x)
+
+
+def test_a_descriptor_is_what_triton_makes():
+    """Built without its checks, which its own constructor makes here."""
+    x = torch.randn(2, 16, 3, 64).bfloat16().transpose(1, 2)
+    found = flash_v3._descriptor(x, 1, 1, 16, 64)
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, 16, 64], gl.bfloat16)
+    expected = TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 16, 64], layout)
+    assert type(found) is TensorDescriptor and found.base is x
+    for field in dataclasses.fields(TensorDescriptor)[1:]:
+        value = getattr(expected, field.name)
+        assert getattr(found, field.name) == value and type(getattr(found, field.name)) is type(value)
 
 
 def test_settings_fit_every_case():
