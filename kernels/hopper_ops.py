@@ -5,7 +5,6 @@ Named barriers are an inline instruction; TMA's names changed from Triton 3.6 to
 
 import math
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
@@ -19,6 +18,7 @@ tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_s
 if hasattr(tma, "async_atomic_add"):
     tma_add = tma.async_atomic_add
 else:  # Triton 3.6 and 3.7 have the instruction and no word for it
+    from triton._C.libtriton import ir
 
     @builtin
     def tma_add(descriptor, coordinates, source, _semantic=None):
