@@ -76,7 +76,9 @@ def _forward_steps(
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = m_new * qk_scale
         p = tl.exp2(s * qk_scale - shift[:, None])
-        rescale = tl.exp2(m * qk_scale - shift)
+        # Of the difference, which is zero where m stays: the difference of two products, one of them fused, would leave a rounding
+        # error, the same in every tile, and a thousand tiles would multiply it up.
+        rescale = tl.exp2((m - m_new) * qk_scale)
         l = l * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         v = load_tile(move(v_base, first_col, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, CHECK)

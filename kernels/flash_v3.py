@@ -301,7 +301,7 @@ def backward(
         counter = torch.empty(1, device=query.device, dtype=torch.int32)
         constants = (head_dim, d, QUERIES)
         kind = (query.device, query.dtype, constants)
-        ready(prepare_kernel, None, *kind, output.dtype, grad_lse is None)(
+        ready(prepare_kernel, None, *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
             tiles, output, grad_output, lse, grad_lse, stats, dq_sum, counter,
             *output.stride()[:3], *grad_output.stride()[:3], n_head, seq_q, *constants,
         )  # fmt: skip

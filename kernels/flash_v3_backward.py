@@ -94,7 +94,7 @@ def _hand_over_ds(W: gl.constexpr, ds, step, memory):
     The barriers' numbers alternate with the step: with one number a warpgroup could arrive twice before the other has waited.
     """
     _, _, _, _, _, _, ds_s, _ = memory
-    turn = step & 1
+    turn = step % 2
     ds_s.index(turn * 2 + W).store(ds)
     fence_async_shared()
     barrier("arrive", 6 + turn * 2 + W)
@@ -103,7 +103,7 @@ def _hand_over_ds(W: gl.constexpr, ds, step, memory):
 @gluon.jit
 def _await_ds(W: gl.constexpr, step):
     """Waits for the other warpgroup's dS."""
-    barrier("sync", 7 - W + (step & 1) * 2)
+    barrier("sync", 7 - W + step % 2 * 2)
 
 
 @gluon.jit
@@ -116,7 +116,7 @@ def _half_of_dq(W: gl.constexpr, step, nought, memory, zero, HEAD_DIM: gl.conste
     else:
         k0 = half_s.index(W + nought).reshape([64, 32])
         k1 = half_s.index(2 + W + nought).reshape([64, 32])
-    turn = step & 1
+    turn = step % 2
     dq = warpgroup_mma(ds_s.index(turn * 2).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
     return warpgroup_mma(ds_s.index(turn * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
 
@@ -199,10 +199,10 @@ def _seen(
             s_later = warpgroup_mma(k_now, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
         mbarrier.wait(do_full.index(slot), phase)
         dp_later = warpgroup_mma(v_now, do.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        if LATE:  # the tile before; before the first one (step - 1 may be -1) a product that nobody reads
+        if LATE:  # the tile before; before the first one a product that nobody reads. step + 1 has step - 1's parity, and no sign
             if tile > all_lowest:
                 _await_ds(W, step - 1)
-            dq_later = _half_of_dq(W, step - 1, nought, memory, zero_dq, HEAD_DIM)
+            dq_later = _half_of_dq(W, step + 1, nought, memory, zero_dq, HEAD_DIM)
         lse = stats_s.index(slot).slice(0, QUERIES, dim=1).load(s_layout)
         if not EARLY:
             s = warpgroup_mma_wait(3 if LATE else 1, deps=(s_later,))
@@ -281,6 +281,11 @@ def _consume(
             place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
         lowest, highest, whole_from, whole_to = _tiles(key, 64, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
+        if (
+            first_ptr is not None
+        ):  # document_ids that are not sorted give wrong results; they must not give a barrier that waits for ever
+            all_highest = gl.maximum(all_highest, all_lowest - 1)
+            lowest = gl.maximum(lowest, all_lowest)
         lowest = gl.minimum(lowest, all_highest + 1)
         highest = gl.maximum(gl.minimum(highest, all_highest), lowest - 1)
         cut = gl.minimum(gl.maximum(whole_from, lowest), highest + 1)

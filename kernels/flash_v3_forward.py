@@ -176,7 +176,7 @@ def _steps(
         m_new = gl.maximum(m, gl.max(s, 1))
         shift = m_new * qk_scale
         p = gl.exp2(s * qk_scale - shift[:, None])
-        rescale = gl.exp2(m * qk_scale - shift)
+        rescale = gl.exp2((m - m_new) * qk_scale)  # of the difference, as in flash_v2
         m = m_new
         l = l * gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None] + _row_sums(p, BLOCK_K)
         acc = warpgroup_mma_wait(0, deps=(o_later,))
@@ -222,6 +222,11 @@ def _consume(
             q_tile * ROWS, ROWS, BLOCK_K, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
         lowest, highest, whole_from, whole_to = _blocks(row, 64, BLOCK_K, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
+        if (
+            first_ptr is not None
+        ):  # document_ids that are not sorted give wrong results; they must not give a barrier that waits for ever
+            lowest = gl.minimum(gl.maximum(lowest, tile_lowest), tile_highest)
+            highest = gl.maximum(gl.minimum(highest, tile_highest), lowest)
         index = row + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
         first, last = interval(index, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
         rows = index + (seq_k - seq_q)
@@ -279,7 +284,7 @@ def _consume(
         sums = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, s_layout))
         blind = sums == 0.0
         lse = gl.where(blind, float("-inf"), (m * qk_scale + gl.log2(sums)) * LN2)
-        gl.store(lse_ptr + (batch * n_head + head) * seq_q + index, lse, mask=index < seq_q)
+        gl.store(lse_ptr + (batch.to(gl.int64) * n_head + head) * seq_q + index, lse, mask=index < seq_q)
         share = gl.where(blind, 0.0, 1.0 / sums)
         tma.store_wait(0)
         acc = warpgroup_mma_wait(0, deps=(acc,))

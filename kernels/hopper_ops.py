@@ -67,8 +67,8 @@ def interval(index, batch, n_own, n_other, behind, ahead, first_ptr, last_ptr):
     if ahead is not None:
         last = gl.minimum(last, index + (n_other - n_own) + ahead)
     if first_ptr is not None:
-        first = gl.maximum(first, gl.load(first_ptr + batch * n_own + index))
-        last = gl.minimum(last, gl.load(last_ptr + batch * n_own + index))
+        first = gl.maximum(first, gl.load(first_ptr + (batch.to(gl.int64) * n_own + index)))
+        last = gl.minimum(last, gl.load(last_ptr + (batch.to(gl.int64) * n_own + index)))
     return first, last
 
 

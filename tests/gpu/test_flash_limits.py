@@ -98,6 +98,22 @@ def test_long_sequences(rung, seq, window_size):
 
 
 @each_rung
+def test_lse_does_not_drift_where_the_maximum_stays(rung):
+    """The first tile a kernel visits, at either end, has the maximum: a factor that is nearly one would be applied once a tile.
+
+    64 rows with scores of 40 to 72 at both ends and small ones between, in the rung's finest half precision; against float64.
+    """
+    seq, scale = 65_536, 0.125
+    query = torch.zeros(1, 1, 64, 64, device="cuda", dtype=BF16)
+    query[..., 0] = torch.linspace(20, 36, 64, device="cuda")
+    key = torch.randn(1, 1, seq, 64, device="cuda", dtype=BF16) * 0.25
+    key[:, :, [0, -1], 0] = 16.0
+    exact = torch.logsumexp(scale * query.double() @ key.double().mT, -1)
+    _, lse = attention(query, key, torch.zeros_like(key), scale=scale, return_lse=True, backend=rung)
+    assert (lse - exact).abs().max() < 3e-5
+
+
+@each_rung
 def test_memory_grows_with_length_not_its_square(rung):
     def peak(seq: int) -> int:
         inputs = [torch.randn(1, 4, seq, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]

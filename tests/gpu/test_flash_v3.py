@@ -3,6 +3,7 @@
 What every rung must do is in test_flash.py, test_flash_limits.py and the tests that run here again.
 """
 
+import itertools
 import subprocess
 import sys
 import time
@@ -50,6 +51,24 @@ def test_a_thousand_times_without_a_hang_or_a_race(head_dim):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.split() == ["unlike", "0"]
+
+
+def unsorted_documents() -> None:
+    """Forward and backward with document_ids that break their contract, as padding at the end with an earlier number does."""
+    for seq, is_causal in itertools.product((100, 333, 700), (True, False)):
+        ids = torch.arange(seq, device="cuda", dtype=torch.int32) // 90
+        for moved in (30, 64, 130):
+            inputs = [torch.randn(1, 2, seq, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+            output = attention(*inputs, is_causal=is_causal, document_ids=ids.roll(moved)[None], backend="flash_v3")
+            torch.autograd.grad(output.sum(), inputs)
+    torch.cuda.synchronize()
+
+
+def test_unsorted_documents_end():
+    """They give wrong results, as everywhere; what they must not do here is to leave a warpgroup waiting for ever."""
+    command = [sys.executable, "-c", "from tests.gpu.test_flash_v3 import unsorted_documents as run; run()"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 @pytest.mark.parametrize("name", ["causal", "everything"])
