@@ -74,11 +74,11 @@ def _forward_steps(
         if MASK != NONE and (MASK == ALL or first_col < all_from or first_col + BLOCK_K > all_to + 1):
             s = tl.where(within(cols[None, :], first, last, FROM, True), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
-        shift = m_new * qk_scale
-        p = tl.exp2(s * qk_scale - shift[:, None])
         # Of the difference, which is zero where m stays: the difference of two products, one of them fused, would leave a rounding
         # error, the same in every tile, and a thousand tiles would multiply it up.
         rescale = tl.exp2((m - m_new) * qk_scale)
+        shift = m_new * qk_scale
+        p = tl.exp2(s * qk_scale - shift[:, None])
         l = l * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
         v = load_tile(move(v_base, first_col, stride_vn), v_offsets, cols, seq_k, HEAD_DIM, BLOCK_D, CHECK)
