@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import eager, sdpa
-from kernels.generations import ELSEWHERE, describe, generation
+from kernels.generations import ELSEWHERE, describe, dtype_name, generation
 from kernels.layout import heads_last
 
 BACKENDS: dict[str, ModuleType | None] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None, "flash_v3": None}
@@ -152,7 +152,7 @@ def choose(
     Raises:
         Unsupported: the named backend cannot run this.
     """
-    where = f"{describe(device)}, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
+    where = f"{describe(device)}, {dtype_name(dtype)}, head_dim {head_dim}"
     if backend != "auto":
         reason = why_not(backend, device, dtype, head_dim, features)
         if reason is not None:

@@ -43,8 +43,8 @@ from kernels.tile_ops import (
 )
 from kernels.tiles import Tiles, tiles
 
-# Where row maxima start: below any score, and a power of two, so that its products are exact and exp2 of their difference is 1.
-# -inf would give NaN in rows that have seen nothing yet.
+# Where row maxima start: below any score, and its product with any scale in use is finite. -inf would give NaN in rows that have
+# seen nothing yet.
 LOWEST = tl.constexpr(-(2.0**100))
 
 

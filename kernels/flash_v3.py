@@ -10,7 +10,6 @@ This file is the host's side: which inputs these kernels take, how TMA is told w
 """
 
 import math
-from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.flash_v3_backward import backward_kernel
 from kernels.flash_v3_ends import finish_kernel, prepare_kernel
 from kernels.flash_v3_forward import forward_kernel
-from kernels.generations import capability
-from kernels.launch import Meaning, meaning, meaning_tensors, upstream
+from kernels.generations import capability, dtype_name
+from kernels.launch import Meaning, meaning, meaning_tensors, on, upstream
 from kernels.layout import heads_last
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -40,7 +39,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
         there = f"{found[0]}.{found[1]}" if found else device.type
         return f"flash_v3 needs a Hopper GPU (compute capability 9.0), not {there}"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"flash_v3 takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"flash_v3 takes float16 and bfloat16, not {dtype_name(dtype)}"
     if not 16 <= head_dim <= 128 or head_dim % 8:  # TMA reads rows of a multiple of 16 bytes
         return f"flash_v3 takes head_dim 16 to 128 in steps of 8, not {head_dim}"
     if "deterministic" in features:
@@ -150,11 +149,6 @@ def ready(kernel: Any, average_registers: int | None, *kind: Any) -> Ready:
     return Ready(kernel, {"num_warps": 4} | ({"maxnreg": average_registers} if average_registers else {}))
 
 
-def on(device: torch.device) -> Any:
-    """A context in which kernels are launched on `device`: Triton takes the current one."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many a GPU has: a persistent launch has as many blocks."""
@@ -166,7 +160,7 @@ class Plan(NamedTuple):
 
     run: Ready
     programs: int
-    block_d: int  # head_dim, rounded up to what the kernels have
+    block_d: int
     numbers: tuple[Any, ...]  # the arguments after the tensors
 
 
@@ -186,6 +180,14 @@ class Inputs(NamedTuple):
         """What a compilation depends on, beside its constants."""
         return self.device, self.dtype, *[x is None for x in self.asked], self.documents, self.slopes
 
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.shape[1] // self.n_kv_head
+
+    def block_d(self) -> int:
+        """head_dim, rounded up to what the kernels have."""
+        return 64 if self.shape[3] <= 64 else 128
+
     def bent(self) -> bool:
         """Whether something but a mask changes the scores."""
         return self.asked.cap is not None or self.slopes
@@ -194,8 +196,7 @@ class Inputs(NamedTuple):
 @lru_cache(maxsize=4096)
 def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
     """The forward's launch."""
-    (batch, n_head, seq_q, head_dim), asked, group = inputs.shape, inputs.asked, inputs.shape[1] // inputs.n_kv_head
-    block_d = 64 if head_dim <= 64 else 128
+    (batch, n_head, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
     cut_twice = asked.behind is not None or inputs.documents
     chosen = use or forward_setting(block_d, seq_q, cut_twice or inputs.bent())
     # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
@@ -213,8 +214,7 @@ def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
 @lru_cache(maxsize=4096)
 def backward_plan(inputs: Inputs, is_causal: bool, use: Backward | None) -> Plan:
     """The launch of the backward's main kernel."""
-    (batch, _, seq_q, head_dim), asked, group = inputs.shape, inputs.asked, inputs.shape[1] // inputs.n_kv_head
-    block_d = 64 if head_dim <= 64 else 128
+    (batch, _, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
     chosen = use or backward_setting(block_d, seq_q, is_causal, inputs.bent())
     batch_heads = batch * inputs.n_kv_head
     n_tile = -(-inputs.seq_k // KEYS)

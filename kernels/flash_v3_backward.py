@@ -19,7 +19,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.hopper_ops import LOG2E, barrier, draw, interval, locate, seen_as, take, tma_add, tma_load, tma_store
+from kernels.hopper_ops import (
+    barrier,
+    draw,
+    interval,
+    locate,
+    seen_as,
+    take,
+    tanh_of_ratio,
+    tma_add,
+    tma_load,
+    tma_store,
+    with_distance,
+)
+from kernels.tile_ops import LOG2E
 
 QUERIES = gl.constexpr(64)  # of a tile
 KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup
@@ -208,11 +221,10 @@ def _seen(
             s = warpgroup_mma_wait(3 if LATE else 1, deps=(s_later,))
         queries = tile * QUERIES + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, s_layout))
         if cap is not None:
-            bent = 1.0 - 2.0 / (1.0 + gl.exp2(s * (2.8853900817779268 / cap)))  # tanh
+            bent = tanh_of_ratio(s, cap)
             s = cap * bent
         if slope is not None:
-            distance = keys[:, None] - queries[None, :]
-            s = s - slope * gl.maximum(distance, -distance).to(gl.float32)
+            s = with_distance(s, slope, keys, queries)
         p = gl.exp2(s * qk_scale - lse)
         if MASKED:
             p = gl.where((queries[None, :] >= first[:, None]) & (queries[None, :] <= last[:, None]), p, 0.0)
@@ -281,9 +293,8 @@ def _consume(
             place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
         lowest, highest, whole_from, whole_to = _tiles(key, 64, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
-        if (
-            first_ptr is not None
-        ):  # document_ids that are not sorted give wrong results; they must not give a barrier that waits for ever
+        if first_ptr is not None:
+            # document_ids that are not sorted give wrong results; they must not give a barrier that waits for ever.
             all_highest = gl.maximum(all_highest, all_lowest - 1)
             lowest = gl.maximum(lowest, all_lowest)
         lowest = gl.minimum(lowest, all_highest + 1)

@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hopper_ops import LN2, LOG2E, barrier_at, draw, interval, locate, take, tma_load, tma_store
+from kernels.hopper_ops import barrier_at, draw, interval, locate, take, tanh_of_ratio, tma_load, tma_store, with_distance
+from kernels.tile_ops import LN2, LOG2E
 
 LOWEST = gl.constexpr(-(2.0**100))  # where row maxima start, as in flash_v2
 
@@ -121,10 +122,9 @@ def _hand_on(steps, step, rings, W: gl.constexpr, WARPGROUPS: gl.constexpr, BUFF
 def _bend(s, rows, cols, cap, slope):
     """Softcap and ALiBi, in units of the raw product."""
     if cap is not None:
-        s = cap * (1.0 - 2.0 / (1.0 + gl.exp2(s * (2.8853900817779268 / cap))))
+        s = cap * tanh_of_ratio(s, cap)
     if slope is not None:
-        distance = rows[:, None] - cols[None, :]
-        s = s - slope * gl.maximum(distance, -distance).to(gl.float32)
+        s = with_distance(s, slope, rows, cols)
     return s
 
 
@@ -222,9 +222,8 @@ def _consume(
             q_tile * ROWS, ROWS, BLOCK_K, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
         lowest, highest, whole_from, whole_to = _blocks(row, 64, BLOCK_K, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
-        if (
-            first_ptr is not None
-        ):  # document_ids that are not sorted give wrong results; they must not give a barrier that waits for ever
+        if first_ptr is not None:
+            # document_ids that are not sorted give wrong results; they must not give a barrier that waits for ever.
             lowest = gl.minimum(gl.maximum(lowest, tile_lowest), tile_highest)
             highest = gl.maximum(gl.minimum(highest, tile_highest), lowest)
         index = row + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
@@ -233,12 +232,10 @@ def _consume(
 
         step = _hand_on(tile_highest - highest, step, rings, W, WARPGROUPS, BUFFERS)
         mbarrier.wait(q_full.index(W), n & 1)
-        q_tile_s = q_s.index(W).reshape([64, HEAD_DIM])
+        q = q_s.index(W).reshape([64, HEAD_DIM])
         if Q_IN_REGISTERS:
-            q = q_tile_s.load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2))
+            q = q.load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2))
             mbarrier.arrive(q_empty.index(W), count=1)
-        else:
-            q = q_tile_s
         # The last block first, always masked; then down to the first.
         slot = step % BUFFERS
         mbarrier.wait(k_full.index(slot), (step // BUFFERS) & 1)

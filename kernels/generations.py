@@ -43,6 +43,11 @@ def generation(device: torch.device) -> Generation | None:
     return None
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype in words: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(device: torch.device) -> str:
     """A device in words: "NVIDIA H200, Hopper sm_90", "CPU"."""
     if device.type != "cuda":

@@ -3,15 +3,10 @@
 Named barriers are an inline instruction; TMA's names changed from Triton 3.6 to 3.9 and are brought to one here.
 """
 
-import math
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-
-LOG2E = gl.constexpr(math.log2(math.e))
-LN2 = gl.constexpr(math.log(2))
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -70,6 +65,19 @@ def interval(index, batch, n_own, n_other, behind, ahead, first_ptr, last_ptr):
         first = gl.maximum(first, gl.load(first_ptr + (batch.to(gl.int64) * n_own + index)))
         last = gl.minimum(last, gl.load(last_ptr + (batch.to(gl.int64) * n_own + index)))
     return first, last
+
+
+@gluon.jit
+def tanh_of_ratio(s, cap):
+    """tanh(s / cap), as kernels.tile_ops.tanh has it for half precision."""
+    return 1.0 - 2.0 / (1.0 + gl.exp2(s * (2.8853900817779268 / cap)))
+
+
+@gluon.jit
+def with_distance(s, slope, own, partners):
+    """ALiBi: the scores less slope times the distance between the positions of rows and columns."""
+    distance = own[:, None] - partners[None, :]
+    return s - slope * gl.maximum(distance, -distance).to(gl.float32)
 
 
 @gluon.jit

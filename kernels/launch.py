@@ -1,6 +1,7 @@
 """What the launches of the Triton rungs share: where they can run, how attention's meaning reaches a kernel, and launching fast."""
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels.bounds import document_bounds
-from kernels.generations import capability
+from kernels.generations import capability, dtype_name
 from kernels.jit import INTERPRET, interpreter_trouble
 from kernels.tiles import Tile
 from kernels.turing import tensor_cores
@@ -20,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def refusal(rung: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why a Triton rung cannot run, or None."""
     if dtype not in DTYPES:
-        return f"{rung} takes float16, bfloat16 and float32, not {_name(dtype)}"
+        return f"{rung} takes float16, bfloat16 and float32, not {dtype_name(dtype)}"
     if not 16 <= head_dim <= 256:
         return f"{rung} takes head_dim 16 to 256, not {head_dim}"
     if device.type == "cpu":
@@ -31,12 +32,8 @@ def refusal(rung: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     if found < (7, 5):
         return f"{rung} needs Turing (compute capability 7.5) or newer, not {found[0]}.{found[1]}"
     if found == (7, 5) and dtype != torch.float16:
-        return f"{rung} takes float16 on Turing, whose tensor cores have no {_name(dtype)}"
+        return f"{rung} takes float16 on Turing, whose tensor cores have no {dtype_name(dtype)}"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @cache
@@ -107,11 +104,15 @@ def launch(
     ready = prepare(
         kernel, tile, programs, query.device, dtypes, strides, sizes, asked, group, query.shape[-1], products, **constants
     )
-    if query.is_cuda and query.device.index != torch.cuda.current_device():  # Triton launches on the current device
-        with torch.cuda.device(query.device):
-            ready(*tensors)
-    else:
+    with on(query.device):
         ready(*tensors)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """A context in which kernels are launched on `device`: Triton takes the current GPU."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Launch:

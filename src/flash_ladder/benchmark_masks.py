@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_ladder.benchmark_call import backward_milliseconds, forward_milliseconds, random_inputs, trouble
 from flash_ladder.benchmark_result import Masked, Panel
-from flash_ladder.peers import Attend, Sees, flex
+from flash_ladder.peers import Attend, Sees, causal, flex
 from flash_ladder.script_schema import BenchmarkConfig, split_mask
 from kernels import BACKENDS, attention
 from kernels.bounds import key_bounds
@@ -77,7 +77,7 @@ def sees(window_size: int | None = None, document_ids: Tensor | None = None) -> 
     if document_ids is not None:
         ids = document_ids[0]
         return lambda batch, head, i, j: (i >= j) & (ids[i] == ids[j])
-    return lambda batch, head, i, j: i >= j
+    return causal
 
 
 # ---- its time ----

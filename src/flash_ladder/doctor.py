@@ -25,7 +25,7 @@ from flash_ladder.script_schema import DoctorConfig
 from flash_ladder.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa
 from kernels import Unsupported, choose, jit
 from kernels.attention import BACKENDS, FEATURES, why_not
-from kernels.generations import capability
+from kernels.generations import capability, dtype_name
 
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = range(8, 513, 8)
@@ -190,11 +190,6 @@ def next_commands(call: AttentionCall, gpus: list[Gpu], rungs: list[Rung]) -> li
 
 
 # ---- telling ----
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def as_json(found: Diagnosis) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def peer(name: str, *, is_causal: bool, seq_len: int, device: torch.device) -> A
     if name in SDPA:
         return sdpa(SDPA[name], is_causal)
     if name == "flex":
-        return flex((lambda batch, head, i, j: i >= j) if is_causal else None, seq_len, device)
+        return flex(causal if is_causal else None, seq_len, device)
     return package(PACKAGES[name], is_causal)
 
 
@@ -75,6 +75,11 @@ def sdpa(kernel: SDPBackend, is_causal: bool) -> Attend:
             raise
 
     return attend
+
+
+def causal(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The causal mask as FlexAttention takes it."""
+    return i >= j
 
 
 def flex(sees: Sees | None, seq_len: int, device: torch.device) -> Attend:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flash_ladder.flops import attention_flops
 from kernels import attention
+from kernels.generations import dtype_name
 
 GIB = 2**30
 REPEATS = 5
@@ -49,7 +50,7 @@ class Layer:
 
     def __str__(self) -> str:
         kv = f"/{self.n_kv_head}" if self.n_kv_head != self.n_head else ""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return f"batch {self.batch_size}, {self.n_head}{kv} heads, {self.seq_len} positions, head_dim {self.head_dim}, {dtype}"
 
 
