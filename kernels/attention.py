@@ -62,7 +62,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
     return_lse: bool = False,
-    deterministic: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention.
@@ -77,7 +77,8 @@ def attention(
         alibi_slopes: [Hq] float32, adds -slope * |i - j| (Press et al., 2022); not differentiated.
         document_ids: [B, S] integers, non-decreasing; positions see their own document only (asks for Sq == Sk).
         return_lse: also return the log-sum-exp of each row's scores, natural log, float32 [B, Hq, Sq], differentiable.
-        deterministic: the backward gives the same bits every time.
+        deterministic: the backward gives the same bits every time. None: if PyTorch's switch says so
+            (torch.use_deterministic_algorithms), which its own operation, sdpa, follows by itself.
         backend: "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3", or "auto": the best one for this GPU (`choose` says which).
 
     Returns:
@@ -94,6 +95,8 @@ def attention(
     check_inputs(query, key, value, window_size, softcap, alibi_slopes, document_ids)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach()
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled() and backend != "sdpa"
     asked = (is_causal, window_size, softcap, alibi_slopes, document_ids, return_lse, deterministic)
     used = tuple([feature is not None and feature is not False for feature in asked])
     compiling = torch.compiler.is_compiling()  # a compiler follows the code itself and wants no cache in its way
@@ -120,7 +123,8 @@ def attention(
             query, scale = query * (-1.0 if scale < 0 else 0.0), -scale or 1.0
         differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         run = _Attention.apply if differentiate and not compiling else attention_forward
-        output, lse = run(query, key, value, scale, is_causal, window_size, softcap, alibi_slopes, document_ids, name)
+        meaning = (scale, is_causal, window_size, softcap, alibi_slopes, document_ids, deterministic)
+        output, lse = run(query, key, value, *meaning, name)
     return (output, lse) if return_lse else output
 
 
@@ -226,9 +230,10 @@ def check_inputs(
 # Registered through torch.library.Library: torch.library.custom_op does the same with 15 µs more on the host for every call.
 
 _MEANING = (
-    "float scale, bool is_causal, SymInt? window_size, float? softcap, Tensor? alibi_slopes, Tensor? document_ids, str backend"
+    "float scale, bool is_causal, SymInt? window_size, float? softcap, Tensor? alibi_slopes, Tensor? document_ids, "
+    "bool deterministic, str backend"
 )
-_NAMES = ("scale", "is_causal", "window_size", "softcap", "alibi_slopes", "document_ids")
+_NAMES = ("scale", "is_causal", "window_size", "softcap", "alibi_slopes", "document_ids", "deterministic")
 _library = torch.library.Library("flash_ladder", "DEF")
 _library.define(f"attention_forward(Tensor query, Tensor key, Tensor value, {_MEANING}) -> (Tensor, Tensor)")
 _library.define(
@@ -242,7 +247,7 @@ attention_backward = torch.ops.flash_ladder.attention_backward.default
 
 @torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
 def _forward(query: Tensor, key: Tensor, value: Tensor, *meaning: Any) -> tuple[Tensor, Tensor]:
-    return BACKENDS[meaning[-1]].forward(query, key, value, **dict(zip(_NAMES, meaning, strict=False)))
+    return BACKENDS[meaning[-1]].forward(query, key, value, **dict(zip(_NAMES[:-1], meaning, strict=False)))
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
@@ -263,9 +268,9 @@ def _(grad_output: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, 
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, is_causal, window_size, softcap, alibi_slopes, document_ids, backend = inputs
+    *tensors, scale, is_causal, window_size, softcap, alibi_slopes, document_ids, deterministic, backend = inputs
     ctx.save_for_backward(*tensors, *output, alibi_slopes, document_ids)
-    ctx.meaning, ctx.backend = (scale, is_causal, window_size, softcap), backend
+    ctx.meaning, ctx.ending = (scale, is_causal, window_size, softcap), (deterministic, backend)
     ctx.set_materialize_grads(False)
 
 
@@ -273,8 +278,8 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
     *tensors, alibi_slopes, document_ids = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(tensors[3])
-    grads = attention_backward(grad_output, grad_lse, *tensors, *ctx.meaning, alibi_slopes, document_ids, ctx.backend)
-    return *grads, None, None, None, None, None, None, None
+    grads = attention_backward(grad_output, grad_lse, *tensors, *ctx.meaning, alibi_slopes, document_ids, *ctx.ending)
+    return *grads, *[None] * 8
 
 
 def _differentiate_again(ctx: Any, *grads: Tensor | None) -> None:

@@ -101,6 +101,7 @@ def backward(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from the output and its log-sum-exp: the formulas that every rung's backward computes.
 

@@ -271,8 +271,9 @@ def backward(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time."""
+    """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time, asked for or not."""
     batch, n_head, seq_q, head_dim = query.shape
     n_kv_head, seq_k = key.shape[1], key.shape[2]
     dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)

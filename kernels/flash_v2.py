@@ -216,9 +216,10 @@ def backward(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
+    deterministic: bool = True,
     use: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time.
+    """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time, asked for or not.
 
     `output` and `lse` may come from several forwards merged (ring attention): only delta and the probabilities are made of them.
     """

@@ -42,8 +42,6 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
         return f"flash_v3 takes float16 and bfloat16, not {dtype_name(dtype)}"
     if not 16 <= head_dim <= 128 or head_dim % 8:  # TMA reads rows of a multiple of 16 bytes
         return f"flash_v3 takes head_dim 16 to 128 in steps of 8, not {head_dim}"
-    if "deterministic" in features:
-        return "flash_v3 adds up dq in an order that changes from run to run; deterministic=true needs flash_v2"
     return None
 
 
@@ -62,20 +60,6 @@ class Forward(NamedTuple):
         return (240, 24, 168) if self.warpgroups == 2 else (160, 32, 128)
 
 
-class Backward(NamedTuple):
-    """A setting of the backward: tiles of queries that TMA may bring ahead, and how the products are ordered.
-
-    `in_registers` keeps K and V in registers; `early` starts the next tile's scores before this one's dQ is written; `late`
-    computes a tile's dQ in the step after it; `stay` keeps one block per multiprocessor for the whole launch.
-    """
-
-    buffers: int
-    in_registers: bool
-    early: bool
-    late: bool
-    stay: bool
-
-
 def forward_setting(block_d: int, seq_q: int, cut: bool) -> Forward:
     """The fastest of those timed on an H200 (docs/log.md). `cut`: something but causality bends or cuts the scores."""
     if block_d == 128:
@@ -83,15 +67,6 @@ def forward_setting(block_d: int, seq_q: int, cut: bool) -> Forward:
     if seq_q < 2048 or cut:  # three warpgroups would spill registers where scores are bent or cut at both ends
         return Forward(warpgroups=2, buffers=3, q_in_registers=True)
     return Forward(warpgroups=3, buffers=2, q_in_registers=False)
-
-
-def backward_setting(block_d: int, seq_q: int, is_causal: bool, bent: bool) -> Backward:
-    """The fastest of those timed on an H200 (docs/log.md). `bent`: a softcap or ALiBi, with which late dQ would spill registers."""
-    if block_d == 128:
-        return Backward(buffers=2, in_registers=False, early=False, late=False, stay=seq_q < 2048)
-    if is_causal and not bent:
-        return Backward(buffers=2, in_registers=True, early=True, late=True, stay=True)
-    return Backward(buffers=3, in_registers=True, early=True, late=False, stay=True)
 
 
 # ---- what TMA is told ----
@@ -212,20 +187,18 @@ def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def backward_plan(inputs: Inputs, is_causal: bool, use: Backward | None) -> Plan:
+def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     """The launch of the backward's main kernel."""
     (batch, _, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
-    chosen = use or backward_setting(block_d, seq_q, is_causal, inputs.bent())
     batch_heads = batch * inputs.n_kv_head
     n_tile = -(-inputs.seq_k // KEYS)
     n_tiles = n_tile * batch_heads
     at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * group)))
     cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
-    constants = (group, block_d, *chosen[:4], cut_from, cut_to)
+    constants = (group, block_d, cut_from, cut_to, deterministic)
     sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
-    run = ready(backward_kernel, 168, *inputs.kind(), constants)
-    programs = min(multiprocessors(inputs.device), n_tiles) if chosen.stay else n_tiles
-    return Plan(run, programs, block_d, (*asked, *sizes, *constants))
+    run = ready(backward_kernel, 128, *inputs.kind(), constants)
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, (*asked, *sizes, *constants))
 
 
 def forward(
@@ -279,7 +252,7 @@ def backward(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
-    use: Backward | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtypes, in memory [B, S, H, D].
 
@@ -290,7 +263,7 @@ def backward(
     if query.numel() == 0 or key.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
-    plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), is_causal, use)
+    plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), deterministic)
     d, half = plan.block_d, KEYS // 2
     with on(query.device):
         grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
@@ -298,7 +271,7 @@ def backward(
         tiles = batch * n_head * -(-seq_q // QUERIES)
         stats = torch.empty((tiles, 2 * QUERIES), device=query.device, dtype=torch.float32)
         dq_sum = torch.empty((tiles * 2 * d, 32), device=query.device, dtype=torch.float32)
-        counter = torch.empty(1, device=query.device, dtype=torch.int32)
+        counter = torch.empty(1 + tiles, device=query.device, dtype=torch.int32)
         constants = (head_dim, d, QUERIES)
         kind = (query.device, query.dtype, constants)
         ready(prepare_kernel, None, *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
@@ -308,8 +281,8 @@ def backward(
         plan.run(
             plan.programs,
             _descriptor(query, 1, 1, QUERIES, d), _descriptor(grad_output, 1, 1, QUERIES, d),
-            _descriptor(key, 1, 1, half, d), _descriptor(value, 1, 1, half, d), _descriptor(key, 1, 1, half, 32 if d == 64 else d),
-            _descriptor(stats, 1, 2 * QUERIES, layout=FLAT), _descriptor(dq_sum, d, 32),
+            _descriptor(key, 1, 1, half, d), _descriptor(value, 1, 1, half, d),
+            _descriptor(stats, 1, 2 * QUERIES, layout=FLAT), _descriptor(dq_sum, 2 * QUERIES, 32),
             _descriptor(dk, 1, 1, half, d), _descriptor(dv, 1, 1, half, d),
             *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip

@@ -25,12 +25,13 @@ def prepare_kernel(
     n_head, seq_q,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of queries. Writes its statistics, one row [log-sum-exp in base 2 | delta], and clears its dQ.
+    """One program: a tile of queries. Writes its statistics, one row [log-sum-exp in base 2 | -delta], clears dQ and its counter.
 
     Rows that see no key, and rows beyond the end, get an infinite log-sum-exp: their probabilities are zero.
     """
     if tl.program_id(0) == 0:
         tl.store(COUNTER, 0)
+    tl.store(COUNTER + 1 + tl.program_id(0), 0)
     n_tile = tl.cdiv(seq_q, QUERIES)
     tile = tl.program_id(0) % n_tile
     batch = (tl.program_id(0) // n_tile // n_head).to(tl.int64)
@@ -42,13 +43,13 @@ def prepare_kernel(
     o = load_tile(o_base, tile_offsets(QUERIES, BLOCK_D, of_8(stride_on), True), rows, seq_q, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_base, tile_offsets(QUERIES, BLOCK_D, of_8(stride_don), True), rows, seq_q, HEAD_DIM, BLOCK_D, True)
     per_row = (batch * n_head + head) * seq_q + rows
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    minus_delta = -tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if DLSE is not None:
-        delta -= tl.load(DLSE + per_row, mask=rows < seq_q, other=0.0)
+        minus_delta += tl.load(DLSE + per_row, mask=rows < seq_q, other=0.0)
     lse = tl.load(LSE + per_row, mask=rows < seq_q, other=float("-inf")) * LOG2E
     stats = STATS + tl.program_id(0).to(tl.int64) * (2 * QUERIES) + tl.arange(0, QUERIES)
     tl.store(stats, tl.where(lse == float("-inf"), float("inf"), lse))
-    tl.store(stats + QUERIES, delta)
+    tl.store(stats + QUERIES, minus_delta)
     all_of_it = tl.arange(0, QUERIES * BLOCK_D)
     tl.store(DQ + tl.program_id(0).to(tl.int64) * (QUERIES * BLOCK_D) + all_of_it, tl.zeros([QUERIES * BLOCK_D], tl.float32))
 
@@ -64,9 +65,9 @@ def finish_kernel(
     batch = (tl.program_id(0) // n_tile // n_head).to(tl.int64)
     head = (tl.program_id(0) // n_tile % n_head).to(tl.int64)
     rows = tile * QUERIES + tl.arange(0, QUERIES)
-    # As the threads of the two warpgroups held it: [half, column / 8, row / 16, row % 8, column % 8 / 2, row / 8 % 2, column % 2].
+    # As the threads held it, 64 columns at a time: [part, column / 8, row / 16, row % 8, column % 8 / 2, row / 8 % 2, column % 2].
     held = tl.load(SUM + tl.program_id(0).to(tl.int64) * (QUERIES * BLOCK_D) + tl.arange(0, QUERIES * BLOCK_D))
-    dq = held.reshape([2, BLOCK_D // 16, 4, 8, 4, 2, 2]).permute([2, 5, 3, 0, 1, 4, 6]).reshape([QUERIES, BLOCK_D])
+    dq = held.reshape([BLOCK_D // 64, 8, 4, 8, 4, 2, 2]).permute([2, 5, 3, 0, 1, 4, 6]).reshape([QUERIES, BLOCK_D])
     begin = (tile * QUERIES).to(tl.int64)
     base = DQ + batch * of_8(stride_dqb) + head * of_8(stride_dqh) + begin * of_8(stride_dqn)
     store_tile(base, tile_offsets(QUERIES, BLOCK_D, of_8(stride_dqn), True), dq * scale, rows, seq_q, HEAD_DIM, BLOCK_D)

@@ -22,33 +22,70 @@ else:  # Triton 3.6 and 3.7 have the instruction and no word for it
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, source.handle)
 
 
-@builtin
-def seen_as(buffer, dtype, head_dim, layout, _semantic=None):
-    """The same shared memory as [1, 1, 64, head_dim] of another dtype (the method lost its underscore after Triton 3.6)."""
-    reinterpret = getattr(buffer, "reinterpret", None) or buffer._reinterpret
-    dtype, head_dim, layout = (getattr(x, "value", x) for x in (dtype, head_dim, layout))
-    return reinterpret(dtype, [1, 1, 64, head_dim], layout, _semantic=_semantic)
-
-
 @gluon.constexpr_function
-def _barrier_text(operation: str, number: object) -> str:
-    return f"bar.{operation} {number}, 256; mov.b32 $0, $1;"
+def _barrier_text(operation: str, number: object, threads: int) -> str:
+    return f"bar.{operation} {number}, {threads}; mov.b32 $0, $1;"
 
 
 @gluon.jit
-def barrier(OPERATION: gl.constexpr, number):
-    """bar.sync or bar.arrive by the 128 threads of a warpgroup, on a named barrier that two warpgroups share (5 to 15 are free)."""
-    TEXT: gl.constexpr = _barrier_text(OPERATION, "$1")
-    numbers = gl.full([128], number, gl.int32, gl.BlockedLayout([1], [32], [4], [0]))
+def barrier(OPERATION: gl.constexpr, number, THREADS: gl.constexpr, WARPS: gl.constexpr = 4):
+    """bar.sync or bar.arrive on a named barrier (5 to 15 are free) that takes THREADS in all, by WARPS warps' threads."""
+    TEXT: gl.constexpr = _barrier_text(OPERATION, "$1", THREADS)
+    numbers = gl.full([32 * WARPS], number, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
     gl.inline_asm_elementwise(TEXT, "=r,r", [numbers], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def barrier_at(OPERATION: gl.constexpr, NUMBER: gl.constexpr):
-    """`barrier` with its number in the instruction."""
-    TEXT: gl.constexpr = _barrier_text(OPERATION, NUMBER)
+    """`barrier` of two warpgroups with its number in the instruction."""
+    TEXT: gl.constexpr = _barrier_text(OPERATION, NUMBER, 256)
     thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
     gl.inline_asm_elementwise(TEXT, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# ---- blocks that take turns ----
+
+
+@gluon.jit
+def await_at_least(pointer, number):
+    """Waits until another block has published `number` or more. What TMA adds from here on comes after all that it had added."""
+    found = _acquire(pointer)
+    while found < number:
+        found = _acquire(pointer)
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise("fence.proxy.async; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _acquire(pointer):
+    """A number of another block's; every lane has lane 0's."""
+    TEXT: gl.constexpr = "{ .reg .b32 t; ld.acquire.gpu.global.b32 t, [$1]; shfl.sync.idx.b32 $0, t, 0, 31, -1; }"
+    where = gl.full([1], pointer.to(gl.int64), gl.int64, gl.BlockedLayout([1], [32], [4], [0]))
+    return gl.max(gl.inline_asm_elementwise(TEXT, "=r,l", [where], dtype=gl.int32, is_pure=False, pack=1), 0)
+
+
+@gluon.constexpr_function
+def _added_up_text(pending: int) -> str:
+    return f"cp.async.bulk.wait_group {pending}; fence.proxy.async; bar.sync 5, 128; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def publish(pointer, number, PENDING: gl.constexpr):
+    """Raises a number that others await to this one, when all that TMA was asked to add by this warpgroup but the last PENDING
+    times is in memory (tma.store_wait waits until it has been read)."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    thread = gl.arange(0, 128, layout=layout)
+    WAIT: gl.constexpr = _added_up_text(PENDING)
+    gl.inline_asm_elementwise(WAIT, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+    RAISE: gl.constexpr = (
+        "{ .reg .pred first; setp.eq.u32 first, $1, 0; @first red.release.gpu.global.max.s32 [$2], $3; mov.b32 $0, $1; }"
+    )
+    where = gl.full([128], pointer.to(gl.int64), gl.int64, layout)
+    numbers = gl.full([128], number, gl.int32, layout)
+    gl.inline_asm_elementwise(RAISE, "=r,r,l,r", [thread, where, numbers], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# ---- scores, tiles and the schedule ----
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -81,9 +81,9 @@ def compile_kernel(
 
 
 def compile_flash_v3(
-    name: str, dtype: torch.dtype, block_d: int, setting: NamedTuple, meaning: str = "causal", group: int = 1
+    name: str, dtype: torch.dtype, block_d: int, setting: flash_v3.Forward | bool, meaning: str = "causal", group: int = 1
 ) -> dict:
-    """The same of a kernel of flash_v3, for Hopper."""
+    """The same of a kernel of flash_v3, for Hopper. `setting`: of the backward, whether it is deterministic."""
 
     def descriptor(*block: int, of: torch.dtype = dtype, layout: NVMMASharedLayout | None = None) -> str:
         return f"tensordesc<{TYPES[of]}[{','.join(map(str, block))}],{layout or flash_v3._layout(block, of)!r}>"
@@ -96,14 +96,13 @@ def compile_flash_v3(
         consumer, producer, average = setting.registers()
         values = (group, setting.warpgroups, 128, block_d, setting.buffers, setting.q_in_registers, cut_twice, consumer, producer)
     else:
-        kernel, average = flash_v3.backward_kernel, 168
+        kernel, average = flash_v3.backward_kernel, 128
         rows = descriptor(1, 1, 64, block_d)
         pointers = dict.fromkeys(("q_desc", "do_desc", "k_desc", "v_desc", "dk_desc", "dv_desc"), rows) | {
-            "half_desc": descriptor(1, 1, 64, 32) if block_d == 64 else rows,
             "stats_desc": descriptor(1, 128, of=torch.float32, layout=flash_v3.FLAT),
-            "dq_desc": descriptor(block_d, 32, of=torch.float32),
+            "dq_desc": descriptor(128, 32, of=torch.float32),
         }
-        values = (group, block_d, *setting[:4], meaning != "full", cut_twice)
+        values = (group, block_d, meaning != "full", cut_twice, setting)
     pointers |= {"lse_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "slopes_ptr": "*fp32", "counter": "*i32"}
     left_out = {{"FIRST": "first_ptr", "LAST": "last_ptr", "SLOPES": "slopes_ptr"}.get(x, x) for x in MEANINGS[meaning]}
     constants = dict.fromkeys(left_out) | dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
@@ -137,15 +136,11 @@ def read(compiled: Any) -> dict:
     }
 
 
-def settings(block_d: int, meaning: str) -> list[tuple[str, NamedTuple]]:
+def settings(block_d: int, meaning: str) -> list[tuple[str, flash_v3.Forward | bool]]:
     """Every setting that flash_v3 may take for a head_dim, with its kernel's name."""
     cut = meaning not in ("full", "causal")
     forward = dict.fromkeys(flash_v3.forward_setting(block_d, seq_q, cut) for seq_q in (1024, 4096))
-    bent = meaning == "everything"
-    backward = [
-        flash_v3.backward_setting(block_d, 1024, meaning != "full", bent)
-    ]  # the length changes only how many blocks there are
-    return [*(("forward", x) for x in forward), *(("backward", x) for x in backward)]
+    return [*(("forward", x) for x in forward), ("backward", False), ("backward", True)]
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -102,16 +102,24 @@ def run(case: Case, dtype: torch.dtype, **meaning) -> tuple[Tensor, ...]:
     return output, lse, *grads
 
 
-def n_unlike(backend: str, found: tuple[Tensor, ...], again: tuple[Tensor, ...], names: tuple[str, ...] = NAMES) -> Tensor:
+def n_unlike(
+    backend: str,
+    found: tuple[Tensor, ...],
+    again: tuple[Tensor, ...],
+    names: tuple[str, ...] = NAMES,
+    *,
+    deterministic: bool = False,
+) -> Tensor:
     """How many elements two runs of a backend do not share, on the device: equal bits are asked of all results but flash_v3's dq.
 
-    That is added up in float32 in an order that changes from run to run: after rounding it may be the neighbouring value, or off
-    by what float32 loses where large terms cancel. A term lost or added twice moves it by far more.
+    Where nobody asked for `deterministic` gradients that is added up in float32 in an order that changes from run to run: after
+    rounding it may be the neighbouring value, or off by what float32 loses where large terms cancel. A term lost or added twice
+    moves it by far more.
     """
     unlike = torch.zeros((), dtype=torch.int64, device=found[0].device)
     for name, a, b in zip(names, found, again, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
-        if backend == "flash_v3" and name == "dq":
+        if backend == "flash_v3" and name == "dq" and not deterministic:
             a, b = a.detach().float(), b.detach().float()
             limit = torch.finfo(found[0].dtype).eps * torch.maximum(a.abs(), b.abs()) + 2**-16 * b.abs().max()
             unlike += (~((a - b).abs() <= limit)).sum()
@@ -190,9 +198,10 @@ def judge(found: dict[str, Error], eagers: dict[str, Error], floors: dict[str, E
 def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
     """Runs `backend` on a case and judges it beside eager attention; skips where it cannot run."""
     skip_unless_runs(backend, case.dtype, case.query.shape[-1], **meaning)
+    asked = {name: value for name, value in meaning.items() if name != "deterministic"}
     exact = run(case, torch.float64, backend="eager", **meaning)
     eagers = errors(run(case, case.dtype, backend="eager", **meaning), exact)
     found = errors(run(case, case.dtype, backend=backend, **meaning), exact)
     floor = FLOOR[case.dtype] / 2
-    floors = {name: Error(floor, max(floor, moved)) for name, moved in roundings(case, exact, **meaning).items()}
+    floors = {name: Error(floor, max(floor, moved)) for name, moved in roundings(case, exact, **asked).items()}
     judge(found, eagers, floors, exact[1], factor)

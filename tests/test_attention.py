@@ -189,33 +189,29 @@ def test_flash_v3_on_other_gpus(pretend_gpu, capability):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "features", "expected"),
+    ("dtype", "head_dim", "expected"),
     [
-        (torch.float32, 64, (), "flash_v3 takes float16 and bfloat16, not float32"),
-        (torch.float64, 64, (), "flash_v3 takes float16 and bfloat16, not float64"),
-        (torch.bfloat16, 256, (), "flash_v3 takes head_dim 16 to 128 in steps of 8, not 256"),
-        (torch.bfloat16, 100, (), "flash_v3 takes head_dim 16 to 128 in steps of 8, not 100"),
-        (
-            torch.bfloat16, 64, ("is_causal", "deterministic"),
-            "flash_v3 adds up dq in an order that changes from run to run; deterministic=true needs flash_v2",
-        ),
+        (torch.float32, 64, "flash_v3 takes float16 and bfloat16, not float32"),
+        (torch.float64, 64, "flash_v3 takes float16 and bfloat16, not float64"),
+        (torch.bfloat16, 256, "flash_v3 takes head_dim 16 to 128 in steps of 8, not 256"),
+        (torch.bfloat16, 100, "flash_v3 takes head_dim 16 to 128 in steps of 8, not 100"),
     ],
-)  # fmt: skip
-def test_what_flash_v3_refuses_on_hopper(pretend_gpu, dtype, head_dim, features, expected):
+)
+def test_what_flash_v3_refuses_on_hopper(pretend_gpu, dtype, head_dim, expected):
     """`auto` takes flash_v2 then, where that can run it, and says why."""
     pretend_gpu("NVIDIA H200", (9, 0))
-    cuda, features = torch.device("cuda"), frozenset(features)
-    assert why_not("flash_v3", cuda, dtype, head_dim, features) == expected
-    choice = choose(cuda, dtype, head_dim, features=features)
+    cuda = torch.device("cuda")
+    assert why_not("flash_v3", cuda, dtype, head_dim, frozenset()) == expected
+    choice = choose(cuda, dtype, head_dim)
     assert choice.backend == ("sdpa" if dtype == torch.float64 else "flash_v2")
     where = f"NVIDIA H200, Hopper sm_90, {str(dtype).removeprefix('torch.')}, head_dim {head_dim}"
     assert choice.reason.startswith(f"{where}; not flash_v3: {expected}")
 
 
 def test_what_flash_v3_takes_on_hopper(pretend_gpu):
-    """float16 and bfloat16, head_dim 16 to 128 in steps of 8, and every argument of attention but deterministic."""
+    """float16 and bfloat16, head_dim 16 to 128 in steps of 8, and every argument of attention."""
     pretend_gpu("NVIDIA H200", (9, 0))
-    cuda, features = torch.device("cuda"), frozenset(FEATURES) - {"deterministic"}
+    cuda, features = torch.device("cuda"), frozenset(FEATURES)
     for dtype in (torch.float16, torch.bfloat16):
         taken = [d for d in range(1, 300) if why_not("flash_v3", cuda, dtype, d, features) is None]
         assert taken == list(range(16, 129, 8))
@@ -291,7 +287,7 @@ def test_choice_by_generation(pretend_gpu, name, capability, dtype, expected):
 
 def test_choice_says_what_it_passed_over(pretend_gpu):
     pretend_gpu("NVIDIA H200", (9, 0))
-    assert choose(torch.device("cuda"), torch.bfloat16, 64, features=frozenset(FEATURES)).backend == "flash_v2"
+    assert choose(torch.device("cuda"), torch.bfloat16, 64, features=frozenset(FEATURES)).backend == "flash_v3"
     choice = choose(torch.device("cuda"), torch.bfloat16, 300, features=frozenset({"is_causal", "document_ids"}))
     assert choice == Choice(
         "sdpa",
@@ -324,7 +320,7 @@ def test_gradients_through_the_operator(meaning):
     )
 
     def operator(*inputs):
-        return attention_forward(*inputs, 0.5, *meaning.values(), "eager")
+        return attention_forward(*inputs, 0.5, *meaning.values(), False, "eager")
 
     assert torch.autograd.gradcheck(operator, (query, key, value))
     assert torch.autograd.gradcheck(lambda *x: operator(*x)[0], (query, key, value))
@@ -339,7 +335,7 @@ def test_opcheck(rung, meaning):
     torch.manual_seed(0)
     query = torch.randn(1, 7, 2, 16, dtype=dtype, device=DEVICE).transpose(1, 2).requires_grad_()
     key, value = (torch.randn(1, 1, 7, 16, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
-    asked = (0.25, *meaning.values(), rung)
+    asked = (0.25, *meaning.values(), False, rung)
     torch.library.opcheck(attention_forward, (query, key, value, *asked))
     output, lse = attention_forward(query, key, value, *asked)
     saved = [x.detach() for x in (output, query, key, value, output, lse)]
@@ -446,7 +442,7 @@ def test_a_second_derivative_is_refused(rung):
     inputs = [torch.randn(1, 1, 20, 16, dtype=finest(rung), device=DEVICE, requires_grad=True) for _ in range(3)]
     for run in (
         lambda *x: attention(*x, backend=rung),
-        lambda *x: attention_forward(*x, 0.25, False, None, None, None, None, rung)[0],
+        lambda *x: attention_forward(*x, 0.25, False, None, None, None, None, False, rung)[0],
     ):
         (grad,) = torch.autograd.grad(run(*inputs).square().sum(), inputs[:1], create_graph=True)
         with pytest.raises(NotImplementedError, match="no second derivative; attention's eager and sdpa"):

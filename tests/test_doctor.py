@@ -158,17 +158,18 @@ def test_what_to_type_fits_the_gpu(gpu, memory_gib, capability, command):
 
 
 def test_what_the_rungs_lack_on_hopper(gpu):
-    """Asked for deterministic gradients, which flash_v3 has not, `auto` takes flash_v2 and says why."""
+    """flash_v3 lacks no feature there, asked for deterministic gradients or not; PyTorch's operation lacks those by argument."""
     gpu(("NVIDIA H200", (9, 0)))
     found = doctor.diagnose(DoctorConfig())
     rungs = {rung.name: rung for rung in found.rungs}
     spans = {"float16": "16 to 128", "bfloat16": "16 to 128"}
-    assert rungs["flash_v3"] == doctor.Rung("flash_v3", None, spans, ["deterministic"])
+    assert rungs["flash_v3"] == doctor.Rung("flash_v3", None, spans, [])
     assert found.auto.startswith("flash_v3 (") and rungs["flash_v2"].refusal is None
     text = " ".join(doctor.report(found).split())
-    assert "flash_v3 runs the call takes float16, bfloat16 with head_dim 16 to 128 lacks deterministic" in text
+    assert "flash_v3 runs the call takes float16, bfloat16 with head_dim 16 to 128" in text
     found = doctor.diagnose(DoctorConfig(deterministic=True))
-    assert found.auto.startswith("flash_v2 (") and "not flash_v3: flash_v3 adds up dq in an order" in found.auto
+    rungs = {rung.name: rung for rung in found.rungs}
+    assert found.auto.startswith("flash_v3 (") and "no deterministic" in rungs["sdpa"].refusal
 
 
 def test_flash_v3_on_a_cpu_takes_nothing():

@@ -29,7 +29,7 @@ def padded(x: torch.Tensor, block_d: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("head_dim", "seq"), CASES)
 def test_prepare(head_dim, seq):
-    """Row statistics, infinite for rows that see nothing and rows beyond the end; a cleared sum and counter."""
+    """Row statistics, infinite for rows that see nothing and rows beyond the end; a cleared sum and counters."""
     block_d = 64 if head_dim <= 64 else 128
     output, grad = torch.randn(2, 2, 3, seq, head_dim).unbind()
     lse, grad_lse = torch.randn(2, 2, 3, seq).unbind()
@@ -37,24 +37,24 @@ def test_prepare(head_dim, seq):
     lse[:, :, 0] = -math.inf
     tiles = 6 * -(-seq // TILE)
     stats, sums = torch.full((tiles, 2, TILE), 7.0), torch.full((tiles, TILE * block_d), 7.0)
-    counter = torch.full((1,), 7, dtype=torch.int32)
+    counter = torch.full((1 + tiles,), 7, dtype=torch.int32)
     sizes = (*output.stride()[:3], *grad.stride()[:3], 3, seq, head_dim, block_d, TILE)
     prepare_kernel[(tiles,)](output, grad, lse, grad_lse, stats, sums, counter, *sizes)
     expected = torch.full((2, 3, -(-seq // TILE) * TILE), math.inf)
     expected[:, :, :seq] = torch.where(lse.isinf(), math.inf, lse / math.log(2))
     torch.testing.assert_close(stats[:, 0].flatten(), expected.flatten())
-    delta = padded(((output * grad).sum(-1) - grad_lse)[..., None], 1)
-    torch.testing.assert_close(stats[:, 1].flatten(), delta.flatten())
+    minus_delta = padded((grad_lse - (output * grad).sum(-1))[..., None], 1)
+    torch.testing.assert_close(stats[:, 1].flatten(), minus_delta.flatten())
     assert not sums.any() and not counter.any()
 
 
 @pytest.mark.parametrize(("head_dim", "seq"), CASES)
 def test_finish(head_dim, seq):
-    """The sum as the threads of two warpgroups hold it, back in order, scaled, and nothing written beside it."""
+    """The sum as a warpgroup's threads hold it, back in order, scaled, and nothing written beside it."""
     block_d = 64 if head_dim <= 64 else 128
     dq = torch.randn(2, 3, seq, head_dim)
-    # [tile, row / 16, row / 8 % 2, row % 8, half, column / 8, column % 8 / 2, column % 2], as wgmma spreads a tile over threads.
-    spread = padded(dq, block_d).flatten(0, 2).reshape(-1, 4, 2, 8, 2, block_d // 16, 4, 2)
+    # [tile, row / 16, row / 8 % 2, row % 8, part, column / 8, column % 8 / 2, column % 2], as wgmma spreads them over threads.
+    spread = padded(dq, block_d).flatten(0, 2).reshape(-1, 4, 2, 8, block_d // 64, 8, 4, 2)
     held = spread.permute(0, 4, 5, 1, 3, 6, 2, 7).contiguous()
     room = torch.full((2, seq + 2, 3, head_dim + 8), 5.0, dtype=torch.bfloat16)
     found = room[:, 1:-1, :, :head_dim].transpose(1, 2)
@@ -91,8 +91,6 @@ def test_a_descriptor_is_what_triton_makes():
 
 
 def test_settings_fit_every_case():
-    """Three warpgroups only where nothing but causality cuts; late dQ only where scores are not bent."""
+    """Three warpgroups only where nothing but causality cuts."""
     assert flash_v3.forward_setting(64, 4096, False).warpgroups == 3
     assert flash_v3.forward_setting(64, 4096, True).warpgroups == flash_v3.forward_setting(64, 1024, False).warpgroups == 2
-    assert flash_v3.backward_setting(64, 4096, True, False).late and not flash_v3.backward_setting(64, 4096, True, True).late
-    assert not flash_v3.backward_setting(128, 4096, True, False).stay and flash_v3.backward_setting(128, 1024, True, False).stay

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from kernels import attention, choose, flash_v3
-from tests.reference import HOPPER, MEANINGS, NAMES, make_case, n_unlike, run
+from tests.reference import HOPPER, MEANINGS, NAMES, check, make_case, n_unlike, run
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(not HOPPER, reason="flash_v3 needs a Hopper GPU")
 
 
-def repeat(head_dim: int, times: int = 1000) -> int:
+def repeat(head_dim: int, deterministic: bool, times: int = 1000) -> int:
     """How many elements of output, lse and gradients differ from the first run's in `times` runs of 64 heads of 4,096 positions.
 
     Another stream keeps some multiprocessors busy, so that blocks start and end in another order every time.
@@ -27,7 +27,7 @@ def repeat(head_dim: int, times: int = 1000) -> int:
     upstream = torch.randn_like(inputs[0]), torch.randn(4, 16, 4096, device="cuda")
 
     def results(backend: str) -> tuple[torch.Tensor, ...]:
-        output, lse = attention(*inputs, is_causal=True, return_lse=True, backend=backend)
+        output, lse = attention(*inputs, is_causal=True, return_lse=True, deterministic=deterministic, backend=backend)
         return output, lse, *torch.autograd.grad((output, lse), inputs, upstream)
 
     first = results("flash_v3")
@@ -40,14 +40,15 @@ def repeat(head_dim: int, times: int = 1000) -> int:
     for i in range(times):
         with torch.cuda.stream(other):
             torch.mm(a[: 64 + 64 * (i % 31)], a, out=b[: 64 + 64 * (i % 31)])
-        unlike += n_unlike("flash_v3", first, results("flash_v3"))
+        unlike += n_unlike("flash_v3", first, results("flash_v3"), deterministic=deterministic)
     return int(unlike.item())
 
 
+@pytest.mark.parametrize("order", ["any-order", "deterministic"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_thousand_times_without_a_hang_or_a_race(head_dim):
+def test_a_thousand_times_without_a_hang_or_a_race(head_dim, order):
     """In a process of its own, which can be ended: a barrier that nobody arrives at would wait for ever."""
-    command = [sys.executable, "-m", "tests.gpu.test_flash_v3", str(head_dim)]
+    command = [sys.executable, "-m", "tests.gpu.test_flash_v3", str(head_dim), order]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.split() == ["unlike", "0"]
@@ -59,8 +60,9 @@ def unsorted_documents() -> None:
         ids = torch.arange(seq, device="cuda", dtype=torch.int32) // 90
         for moved in (30, 64, 130):
             inputs = [torch.randn(1, 2, seq, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
-            output = attention(*inputs, is_causal=is_causal, document_ids=ids.roll(moved)[None], backend="flash_v3")
-            torch.autograd.grad(output.sum(), inputs)
+            for deterministic in (False, True):
+                asked = {"is_causal": is_causal, "document_ids": ids.roll(moved)[None], "deterministic": deterministic}
+                torch.autograd.grad(attention(*inputs, backend="flash_v3", **asked).sum(), inputs)
     torch.cuda.synchronize()
 
 
@@ -86,15 +88,30 @@ def test_float32_output_in_the_backward(name):
         assert n_unlike("flash_v3", grads[0], grads[-1], ("dq", "dk", "dv")) == 0
 
 
-def test_deterministic_gradients_are_flash_v2s():
-    """Asked for, `auto` gives the same bits every time; flash_v3's name is refused."""
-    cuda, asked = torch.device("cuda"), frozenset({"is_causal", "deterministic"})
-    assert choose(cuda, BF16, 64, features=asked).backend == "flash_v2"
-    case = make_case(1, 2, 1, 1000, 1000, 64, BF16)
-    first, again = (run(case, BF16, is_causal=True, deterministic=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    with pytest.raises(ValueError, match="deterministic=true needs flash_v2"):
-        run(case, BF16, is_causal=True, deterministic=True, backend="flash_v3")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", MEANINGS)
+def test_deterministic_gradients(name, head_dim):
+    """As exact as those in any order, and the same bits every time, for grouped heads and lengths that end within a tile."""
+    assert choose(torch.device("cuda"), BF16, head_dim, features=frozenset({"deterministic"})).backend == "flash_v3"
+    for seq_q, seq_k in [(1000, 1000), (300, 1100), (1100, 300)]:
+        case = make_case(2, 2, 1, seq_q, seq_k, head_dim, BF16)
+        asked = MEANINGS[name] | {"deterministic": True}
+        check(case, "flash_v3", **asked)
+        first = run(case, BF16, backend="flash_v3", **asked)
+        for _ in range(10):
+            assert n_unlike("flash_v3", first, run(case, BF16, backend="flash_v3", **asked), deterministic=True) == 0
+
+
+def test_pytorchs_switch_makes_gradients_deterministic():
+    case = make_case(1, 4, 4, 2000, 2000, 64, BF16)
+    in_order = run(case, BF16, is_causal=True, deterministic=True, backend="flash_v3")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(10):
+            found = run(case, BF16, is_causal=True, backend="flash_v3")
+            assert n_unlike("flash_v3", in_order, found, deterministic=True) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_call_waits_for_nothing():
@@ -113,4 +130,4 @@ def test_a_call_waits_for_nothing():
 
 
 if __name__ == "__main__":
-    print("unlike", repeat(int(sys.argv[1])))
+    print("unlike", repeat(int(sys.argv[1]), sys.argv[2] == "deterministic"))
