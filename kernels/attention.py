@@ -78,7 +78,7 @@ def attention(
         document_ids: [B, S] integers, non-decreasing; positions see their own document only (asks for Sq == Sk).
         return_lse: also return the log-sum-exp of each row's scores, natural log, float32 [B, Hq, Sq], differentiable.
         deterministic: the backward gives the same bits every time. None: if PyTorch's switch says so
-            (torch.use_deterministic_algorithms), which its own operation, sdpa, follows by itself.
+            (torch.use_deterministic_algorithms), which is what makes sdpa's so on a GPU.
         backend: "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3", or "auto": the best one for this GPU (`choose` says which).
 
     Returns:
@@ -95,13 +95,14 @@ def attention(
     check_inputs(query, key, value, window_size, softcap, alibi_slopes, document_ids)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach()
+    switched = torch.are_deterministic_algorithms_enabled()
     if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled() and backend != "sdpa"
+        deterministic = switched
     asked = (is_causal, window_size, softcap, alibi_slopes, document_ids, return_lse, deterministic)
     used = tuple([feature is not None and feature is not False for feature in asked])
     compiling = torch.compiler.is_compiling()  # a compiler follows the code itself and wants no cache in its way
     pick = _pick.__wrapped__ if compiling else _pick
-    name = pick(query.device, query.dtype, query.shape[-1], backend, used)
+    name = pick(query.device, query.dtype, query.shape[-1], backend, used, switched)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     module = BACKENDS[name]
@@ -132,8 +133,8 @@ FEATURES = ("is_causal", "window_size", "softcap", "alibi_slopes", "document_ids
 
 
 @lru_cache
-def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str, used: tuple[bool, ...]) -> str:
-    """`choose` by which of FEATURES are used, remembered: a mere call needs no words."""
+def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str, used: tuple[bool, ...], switched: bool) -> str:
+    """`choose` by which of FEATURES are used, remembered: a mere call needs no words. It may depend on PyTorch's switch."""
     features = frozenset(name for name, one in zip(FEATURES, used, strict=True) if one)
     return choose(device, dtype, head_dim, backend=backend, features=features).backend
 

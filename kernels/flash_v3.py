@@ -3,8 +3,8 @@
 Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024). The mathematics is that of
 flash_v2; what changes is who does what when, which `flash_v3_forward.py` and `flash_v3_backward.py` say for each kernel. The
 backward is five matrix products in one kernel (flash_v2: seven in two), because dQ is added up in memory, in float32, by all blocks
-of keys that see a query. The order of these additions changes from run to run, and with it the last bits of dq; dk, dv and the
-forward are always the same.
+of keys that see a query. The order of these additions changes from run to run, and with it the last bits of dq, unless
+deterministic gradients are asked for; dk, dv and the forward are always the same.
 
 This file is the host's side: which inputs these kernels take, how TMA is told where the tensors lie, and how many warps do what.
 """
@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -60,11 +61,15 @@ class Forward(NamedTuple):
         return (240, 24, 168) if self.warpgroups == 2 else (160, 32, 128)
 
 
+# Three warpgroups with 160 registers each are fastest at head_dim 64. Triton 3.8 alone spills 160 accesses in their loop.
+THREE_WARPGROUPS = not triton.__version__.startswith("3.8.")
+
+
 def forward_setting(block_d: int, seq_q: int, cut: bool) -> Forward:
     """The fastest of those timed on an H200 (docs/log.md). `cut`: something but causality bends or cuts the scores."""
     if block_d == 128:
         return Forward(warpgroups=2, buffers=2, q_in_registers=False)
-    if seq_q < 2048 or cut:  # three warpgroups would spill registers where scores are bent or cut at both ends
+    if seq_q < 2048 or cut or not THREE_WARPGROUPS:  # where scores are bent or cut at both ends they would spill everywhere
         return Forward(warpgroups=2, buffers=3, q_in_registers=True)
     return Forward(warpgroups=3, buffers=2, q_in_registers=False)
 
@@ -83,7 +88,7 @@ FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 def _descriptor(x: Tensor, *block: int, layout: gl.NVMMASharedLayout | None = None) -> TensorDescriptor:
     """Where x lies, for TMA to move blocks of it.
 
-    Built without TensorDescriptor's own checks: a backward has nine, at 2 µs each, and `reachable` has seen to what they look at.
+    Built without TensorDescriptor's own checks: a backward has eight, at 2 µs each, and `reachable` has seen to what they look at.
     """
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())

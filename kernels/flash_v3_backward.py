@@ -41,7 +41,8 @@ QUERIES = gl.constexpr(64)  # of a tile
 KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup
 NEVER = gl.constexpr(2**30)  # a tile that does not come
 
-# Registers of a consumer's thread, of dQ's and of the producer's: what a multiprocessor has, four warpgroups sharing it.
+# Registers of a thread: of the second consumer, of dQ's warpgroup (the assembler refuses to go lower), of the producer. The first
+# consumer gets the rest of the 512 that four warpgroups share, 208.
 CONSUMER_REGISTERS = gl.constexpr(216)
 DQ_REGISTERS = gl.constexpr(64)
 PRODUCER_REGISTERS = gl.constexpr(24)
@@ -72,7 +73,7 @@ def _locate(tile, sizes, DETERMINISTIC: gl.constexpr):
 
 
 @gluon.jit
-def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: gl.constexpr):
+def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
     tensors, meaning, sizes, memory, rings, schedule = shared
     q_desc, do_desc, k_desc, v_desc, stats_desc, _, _, _ = tensors
     first_ptr, last_ptr, _, _, behind, ahead, _ = meaning
@@ -81,7 +82,7 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
     kv_full, kv_empty, q_full, do_full = rings
     step = 0
     n = 0
-    tile = draw(schedule, n)
+    tile = draw(schedule, n, DETERMINISTIC)
     while tile < n_tiles:
         place, batch, kv_head = _locate(tile, sizes, DETERMINISTIC)
         key = place * KEYS
@@ -107,7 +108,7 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
                 tma_load(do_desc, [batch, head, q_tile * QUERIES, 0], do_full.index(slot), do_s.index(slot))
                 step += 1
         n += 1
-        tile = draw(schedule, n)
+        tile = draw(schedule, n, DETERMINISTIC)
     for slot in gl.static_range(2):  # what the consumers have released last
         _await_q(slot)
         _await_do(slot)
@@ -255,8 +256,8 @@ def _unseen(start, stop, offset, memory, rings, W: gl.constexpr, s_layout: gl.co
 @gluon.jit
 def _dp_less_delta(v, do, stats, zero, s_layout: gl.constexpr):
     """V dO^T - delta: the product begins with -delta in every row, which so needs no registers of its own."""
-    minus_delta, _ = gl.broadcast(stats.slice(QUERIES, QUERIES, dim=1).load(s_layout), zero)
-    return warpgroup_mma(v, do.permute((1, 0)), minus_delta, is_async=True)
+    delta = stats.slice(QUERIES, QUERIES, dim=1).load(s_layout)
+    return warpgroup_mma(v, do.permute((1, 0)), zero - delta, is_async=True)
 
 
 @gluon.jit
@@ -463,7 +464,7 @@ def backward_kernel(
             (_consume, (gl.constexpr(0), shared, GROUP, HEAD_DIM, FROM, TO, DETERMINISTIC)),
             (_consume, (gl.constexpr(1), shared, GROUP, HEAD_DIM, FROM, TO, DETERMINISTIC)),
             (_sum_dq, (shared, GROUP, HEAD_DIM, DETERMINISTIC)),
-            (_produce, (shared, GROUP, HEAD_DIM, DETERMINISTIC)),
+            (_produce, (shared, GROUP, DETERMINISTIC)),
         ],
         [4, 4, 1],
         [CONSUMER_REGISTERS, DQ_REGISTERS, PRODUCER_REGISTERS],

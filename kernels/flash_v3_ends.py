@@ -25,7 +25,7 @@ def prepare_kernel(
     n_head, seq_q,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of queries. Writes its statistics, one row [log-sum-exp in base 2 | -delta], clears dQ and its counter.
+    """One program: a tile of queries. Writes its statistics, one row [log-sum-exp in base 2 | delta], clears dQ and its counter.
 
     Rows that see no key, and rows beyond the end, get an infinite log-sum-exp: their probabilities are zero.
     """
@@ -43,13 +43,13 @@ def prepare_kernel(
     o = load_tile(o_base, tile_offsets(QUERIES, BLOCK_D, of_8(stride_on), True), rows, seq_q, HEAD_DIM, BLOCK_D, True)
     do = load_tile(do_base, tile_offsets(QUERIES, BLOCK_D, of_8(stride_don), True), rows, seq_q, HEAD_DIM, BLOCK_D, True)
     per_row = (batch * n_head + head) * seq_q + rows
-    minus_delta = -tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if DLSE is not None:
-        minus_delta += tl.load(DLSE + per_row, mask=rows < seq_q, other=0.0)
+        delta -= tl.load(DLSE + per_row, mask=rows < seq_q, other=0.0)
     lse = tl.load(LSE + per_row, mask=rows < seq_q, other=float("-inf")) * LOG2E
     stats = STATS + tl.program_id(0).to(tl.int64) * (2 * QUERIES) + tl.arange(0, QUERIES)
     tl.store(stats, tl.where(lse == float("-inf"), float("inf"), lse))
-    tl.store(stats + QUERIES, minus_delta)
+    tl.store(stats + QUERIES, delta)
     all_of_it = tl.arange(0, QUERIES * BLOCK_D)
     tl.store(DQ + tl.program_id(0).to(tl.int64) * (QUERIES * BLOCK_D) + all_of_it, tl.zeros([QUERIES * BLOCK_D], tl.float32))
 

@@ -130,13 +130,20 @@ def locate(tile, n_tile, n_head, heads_at_once, batch_heads):
 
 
 @gluon.jit
-def draw(schedule, n):
-    """For the producer: the block's n-th tile, drawn from the counter and published to the consumers through a ring of two."""
+def draw(schedule, n, IN_ORDER: gl.constexpr = False):
+    """For the producer: the block's n-th tile, drawn from the counter and published to the consumers through a ring of two.
+
+    The first one is the block's own number, which costs no wait. Not so IN_ORDER, where blocks wait for earlier tiles: then no
+    tile may belong to a block that has not started, and could not while others wait.
+    """
     drawn, published, taken, counter = schedule
     slot = n % 2
-    tile = gl.program_id(0)
-    if n > 0:
-        tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    if IN_ORDER:
+        tile = gl.atomic_add(counter, 1)
+    else:
+        tile = gl.program_id(0)
+        if n > 0:
+            tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
     mbarrier.wait(taken.index(slot), ((n // 2) & 1) ^ 1)
     drawn.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.arrive(published.index(slot), count=1)

@@ -16,7 +16,8 @@ FEATURES = frozenset({"is_causal", "window_size", "alibi_slopes", "document_ids"
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
     """Why PyTorch's operation cannot do this, or None."""
-    available = FEATURES | {"deterministic"} if device.type == "cpu" else FEATURES
+    deterministic = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    available = FEATURES | {"deterministic"} if deterministic else FEATURES
     missing = sorted(features - available)
     return f"F.scaled_dot_product_attention has no {' and no '.join(missing)}" if missing else None
 

@@ -132,7 +132,8 @@ def read(compiled: Any) -> dict:
         "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
         "register_moves": [int(n, 16) for n in re.findall(r"\bUSETMAXREG\S* (?:UP\d, )?0x([0-9a-f]+)", sass)],
         "loop_spills": loop_spills(sass),
-        "steady_spills": steady_spills(sass),
+        "steady_spills": _count(SPILL, steady_loop(sass)),
+        "steady_waits": _count(r"\bWARPGROUP\.DEPBAR\b", steady_loop(sass)),
     }
 
 
@@ -165,11 +166,11 @@ def loop_spills(sass: str) -> int:
     return sum(_count(SPILL, body) for body in matrix_loops(sass))
 
 
-def steady_spills(sass: str) -> int:
-    """The same in the loop that flash_v3 spends its time in: the shortest of those with most products, since others also mask."""
+def steady_loop(sass: str) -> list[str]:
+    """The loop that flash_v3 spends its time in: the shortest of those with most products, since others also mask."""
     products = max((_count(r"\bHGMMA\b", body) for body in matrix_loops(sass)), default=0)
     steady = [body for body in matrix_loops(sass) if _count(r"\bHGMMA\b", body) == products]
-    return _count(SPILL, min(steady, key=len, default=[]))
+    return min(steady, key=len, default=[])
 
 
 def _count(pattern: str, instructions: list[str]) -> int:

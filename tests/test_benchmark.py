@@ -249,6 +249,24 @@ def test_no_backward(monkeypatch):
     assert cell.note == "no backward" and cell.peak_gib is None
 
 
+def test_a_backward_that_fails_leaves_the_forward(monkeypatch):
+    """As a package does that was built with the forward alone: it says so when its backward is called."""
+
+    class ForwardAlone(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, query, key, value):
+            return query * 1.0
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            raise RuntimeError("this build\nhas no backward")
+
+    monkeypatch.setattr(module, "attend_with", lambda *_: ForwardAlone.apply)
+    cfg = decided()
+    cell = measure(cfg, "fa3", CAUSAL, cfg.seq_len[0], CPU)
+    assert cell.note == "no backward: RuntimeError: this build has no backward" and cell.peak_gib is None
+
+
 # ---- errors ----
 
 

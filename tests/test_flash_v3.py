@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -43,8 +44,8 @@ def test_prepare(head_dim, seq):
     expected = torch.full((2, 3, -(-seq // TILE) * TILE), math.inf)
     expected[:, :, :seq] = torch.where(lse.isinf(), math.inf, lse / math.log(2))
     torch.testing.assert_close(stats[:, 0].flatten(), expected.flatten())
-    minus_delta = padded((grad_lse - (output * grad).sum(-1))[..., None], 1)
-    torch.testing.assert_close(stats[:, 1].flatten(), minus_delta.flatten())
+    delta = padded(((output * grad).sum(-1) - grad_lse)[..., None], 1)
+    torch.testing.assert_close(stats[:, 1].flatten(), delta.flatten())
     assert not sums.any() and not counter.any()
 
 
@@ -91,6 +92,6 @@ def test_a_descriptor_is_what_triton_makes():
 
 
 def test_settings_fit_every_case():
-    """Three warpgroups only where nothing but causality cuts."""
-    assert flash_v3.forward_setting(64, 4096, False).warpgroups == 3
+    """Three warpgroups only where nothing but causality cuts, and not with the Triton that spills there."""
+    assert flash_v3.forward_setting(64, 4096, False).warpgroups == (2 if triton.__version__.startswith("3.8.") else 3)
     assert flash_v3.forward_setting(64, 4096, True).warpgroups == flash_v3.forward_setting(64, 1024, False).warpgroups == 2

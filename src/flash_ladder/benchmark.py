@@ -26,7 +26,7 @@ from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Panel, Re
 from flash_ladder.flops import BACKWARD, forward_flops
 from flash_ladder.machine import cudnn_version, nvidia_driver, version_of
 from flash_ladder.peak_memory import peak_bytes
-from flash_ladder.peers import PEERS, Attend, peer, why_not_installed
+from flash_ladder.peers import PEERS, Attend, one_line, peer, why_not_installed
 from flash_ladder.probe import Layer, eager_may_fit
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import BenchmarkConfig
@@ -196,10 +196,15 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
 
         def forward_and_backward() -> None:
             output = attend(*inputs)
-            if output.requires_grad:
-                torch.autograd.grad(output, inputs, grad_output)
-            else:
-                cell.note = "no backward"
+            try:
+                if output.requires_grad:
+                    torch.autograd.grad(output, inputs, grad_output)
+                else:
+                    cell.note = "no backward"
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a package that has the forward alone says so here
+                cell.note = f"no backward: {one_line(error)}"
 
         if device.type == "cuda":
             forward_and_backward()  # compiles; sets up the matrix library's workspace

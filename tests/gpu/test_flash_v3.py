@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kernels import attention, choose, flash_v3
-from tests.reference import HOPPER, MEANINGS, NAMES, check, make_case, n_unlike, run
+from tests.reference import HOPPER, MEANINGS, NAMES, check, documents, make_case, n_unlike, run
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(not HOPPER, reason="flash_v3 needs a Hopper GPU")
@@ -100,6 +100,36 @@ def test_deterministic_gradients(name, head_dim):
         first = run(case, BF16, backend="flash_v3", **asked)
         for _ in range(10):
             assert n_unlike("flash_v3", first, run(case, BF16, backend="flash_v3", **asked), deterministic=True) == 0
+
+
+def test_deterministic_gradients_of_documents():
+    """Sorted, of lengths from one position to several blocks of keys."""
+    ids = documents(1000, (1, 2, 130, 700), (64, 128, 900, 999))
+    for head_dim, is_causal in itertools.product((64, 128), (True, False)):
+        case = make_case(2, 2, 1, 1000, 1000, head_dim, BF16)
+        asked = {"is_causal": is_causal, "document_ids": ids, "deterministic": True}
+        check(case, "flash_v3", **asked)
+        first = run(case, BF16, backend="flash_v3", **asked)
+        for _ in range(10):
+            assert n_unlike("flash_v3", first, run(case, BF16, backend="flash_v3", **asked), deterministic=True) == 0
+
+
+def more_blocks_than_fit() -> None:
+    """Deterministic gradients with a launch of four blocks for each multiprocessor, of which one fits at a time."""
+    real = flash_v3.multiprocessors
+    flash_v3.multiprocessors = lambda device: 4 * real(device)
+    for is_causal in (True, False):
+        inputs = [torch.randn(2, 16, 8192, 64, device="cuda", dtype=BF16, requires_grad=True) for _ in range(3)]
+        output = attention(*inputs, is_causal=is_causal, deterministic=True, backend="flash_v3")
+        torch.autograd.grad(output.sum(), inputs)
+    torch.cuda.synchronize()
+
+
+def test_blocks_that_cannot_start_keep_nobody_waiting():
+    """As where another kernel holds multiprocessors: a block waits only for tiles of blocks that have started."""
+    command = [sys.executable, "-c", "from tests.gpu.test_flash_v3 import more_blocks_than_fit as run; run()"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def test_pytorchs_switch_makes_gradients_deterministic():
