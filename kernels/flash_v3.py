@@ -126,7 +126,8 @@ class Ready:
 @cache
 def ready(kernel: Any, average_registers: int | None, *kind: Any) -> Ready:
     """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on."""
-    return Ready(kernel, {"num_warps": 4} | ({"maxnreg": average_registers} if average_registers else {}))
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    return Ready(kernel, options | ({"maxnreg": average_registers} if average_registers else {}))
 
 
 @cache

@@ -21,12 +21,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from kernels.flash_v3_steps import (
+    KEYS,
+    QUERIES,
+    await_do,
+    await_ds,
+    await_ds_read,
+    await_q,
+    block_of,
+    hand_over_ds,
+    release_do,
+    release_ds,
+    release_q,
+    tiles_of,
+)
 from kernels.hopper_ops import (
     await_at_least,
-    barrier,
     draw,
     interval,
-    locate,
     publish,
     take,
     tanh_of_ratio,
@@ -37,39 +49,11 @@ from kernels.hopper_ops import (
 )
 from kernels.tile_ops import LOG2E
 
-QUERIES = gl.constexpr(64)  # of a tile
-KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup
-NEVER = gl.constexpr(2**30)  # a tile that does not come
-
 # Registers of a thread: of the second consumer, of dQ's warpgroup (the assembler refuses to go lower), of the producer. The first
 # consumer gets the rest of the 512 that four warpgroups share, 208.
 CONSUMER_REGISTERS = gl.constexpr(216)
 DQ_REGISTERS = gl.constexpr(64)
 PRODUCER_REGISTERS = gl.constexpr(24)
-
-
-@gluon.jit
-def _tiles(key, ROWS: gl.constexpr, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr):
-    """First and last tile of queries that see any of ROWS keys, and the first and last that see all of them."""
-    start, all_to = interval(key, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
-    all_from, end = interval(key + ROWS - 1, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
-    whole_from = gl.cdiv(all_from, QUERIES)
-    whole_to = gl.maximum(all_to + 1, 0) // QUERIES - 1
-    if all_to == seq_q - 1:  # a ragged last tile: its queries beyond the end have no probability anyway
-        whole_to = gl.maximum(whole_to, (seq_q - 1) // QUERIES)
-    if key + ROWS > seq_k:  # keys beyond the end must be masked everywhere
-        whole_from = NEVER
-    return start // QUERIES, gl.maximum(end, -1) // QUERIES + gl.where(end < 0, -1, 0), whole_from, whole_to
-
-
-@gluon.jit
-def _locate(tile, sizes, DETERMINISTIC: gl.constexpr):
-    """The block of keys, batch entry and key/value head of a number drawn. In order, the last keys of a head come first."""
-    n_kv_head, _, _, n_tile, _, heads_at_once, batch_heads = sizes
-    place, batch, kv_head = locate(tile, n_tile, n_kv_head, heads_at_once, batch_heads)
-    if DETERMINISTIC:
-        place = n_tile - 1 - place
-    return place, batch, kv_head
 
 
 @gluon.jit
@@ -84,9 +68,9 @@ def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
     n = 0
     tile = draw(schedule, n, DETERMINISTIC)
     while tile < n_tiles:
-        place, batch, kv_head = _locate(tile, sizes, DETERMINISTIC)
+        place, batch, kv_head = block_of(tile, sizes, DETERMINISTIC)
         key = place * KEYS
-        lowest, highest, whole_from, whole_to = _tiles(key, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
+        lowest, highest, whole_from, whole_to = tiles_of(key, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
         mbarrier.wait(kv_empty.index(0), (n & 1) ^ 1)
         mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes)
         for w in gl.static_range(2):
@@ -99,72 +83,19 @@ def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
             stats_row = (batch * n_kv_head * GROUP + head) * gl.cdiv(seq_q, QUERIES)
             for q_tile in range(lowest, highest + 1):
                 slot = step % 2
-                _await_q(slot)
+                await_q(slot)
                 mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
                 tma_load(q_desc, [batch, head, q_tile * QUERIES, 0], q_full.index(slot), q_s.index(slot))
                 tma_load(stats_desc, [stats_row + q_tile, 0], q_full.index(slot), stats_s.index(slot))
-                _await_do(slot)
+                await_do(slot)
                 mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
                 tma_load(do_desc, [batch, head, q_tile * QUERIES, 0], do_full.index(slot), do_s.index(slot))
                 step += 1
         n += 1
         tile = draw(schedule, n, DETERMINISTIC)
     for slot in gl.static_range(2):  # what the consumers have released last
-        _await_q(slot)
-        _await_do(slot)
-
-
-# ---- who tells whom, by named barriers: whoever arrives goes on, whoever waits has every thread's word ----
-# Buffers alternate with the step, and so do the barriers' numbers: with one number a warpgroup could arrive twice for one wait.
-
-
-@gluon.jit
-def _release_q(slot):
-    barrier("arrive", 12 + slot, 288)
-
-
-@gluon.jit
-def _await_q(slot):
-    """The producer: both consumers have read the tile's Q and statistics."""
-    barrier("sync", 12 + slot, 288, WARPS=1)
-
-
-@gluon.jit
-def _release_do(slot):
-    barrier("arrive", 14 + slot, 288)
-
-
-@gluon.jit
-def _await_do(slot):
-    """The producer: both consumers have read the tile's dO."""
-    barrier("sync", 14 + slot, 288, WARPS=1)
-
-
-@gluon.jit
-def _hand_over_ds(W: gl.constexpr, ds, slot, memory):
-    """A consumer: stores its dS, once dQ's warpgroup has read the one before in this buffer, and says so."""
-    _, _, _, _, _, ds_s, _ = memory
-    _await_ds_read(W, slot)
-    ds_s.index(slot * 2 + W).store(ds)
-    fence_async_shared()
-    barrier("arrive", 6 + slot, 384)
-
-
-@gluon.jit
-def _await_ds(slot):
-    """dQ's warpgroup: both consumers have stored dS."""
-    barrier("sync", 6 + slot, 384)
-
-
-@gluon.jit
-def _release_ds(slot):
-    barrier("arrive", 8 + slot * 2, 256)
-    barrier("arrive", 9 + slot * 2, 256)
-
-
-@gluon.jit
-def _await_ds_read(W: gl.constexpr, slot):
-    barrier("sync", 8 + slot * 2 + W, 256)
+        await_q(slot)
+        await_do(slot)
 
 
 # ---- dQ's warpgroup ----
@@ -188,17 +119,19 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
     PARTS: gl.constexpr = HEAD_DIM // 64
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     zero = gl.zeros([QUERIES, 64], gl.float32, layout)
-    _release_ds(0)
-    _release_ds(1)
+    release_ds(0)
+    release_ds(1)
     step = 0
     n = 0
     tile = take(schedule, n)
     while tile < n_tiles:
-        place, batch, kv_head = _locate(tile, sizes, DETERMINISTIC)
-        lowest, highest, whole_from, whole_to = _tiles(place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
+        place, batch, kv_head = block_of(tile, sizes, DETERMINISTIC)
+        lowest, highest, whole_from, whole_to = tiles_of(
+            place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
+        )
         if DETERMINISTIC:
             turn = n_tile - 1 - place
-            from_tile, to_tile, whole_from, whole_to = _tiles(
+            from_tile, to_tile, whole_from, whole_to = tiles_of(
                 gl.minimum(place + 1, n_tile - 1) * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
             )
         mbarrier.wait(kv_full.index(0), n & 1)
@@ -210,7 +143,7 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
                 nought = (seq_q - q_tile) >> 31  # zero, as in _seen
                 if DETERMINISTIC and turn > 0 and q_tile >= from_tile and q_tile <= to_tile:
                     await_at_least(passed + q_tile, turn)
-                _await_ds(slot)
+                await_ds(slot)
                 for part in gl.static_range(PARTS):
                     k0 = k_s.index(nought).reshape([64, HEAD_DIM]).slice(64 * part, 64, dim=1)
                     k1 = k_s.index(1 + nought).reshape([64, HEAD_DIM]).slice(64 * part, 64, dim=1)
@@ -218,7 +151,7 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
                     dq = warpgroup_mma(ds_s.index(slot * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=(dq,))
                     if part == PARTS - 1:
-                        _release_ds(slot)
+                        release_ds(slot)
                     held = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([2 * QUERIES, 32])
                     buffer = dq_s.index(part if PARTS == 2 else slot)
                     tma.store_wait(1)
@@ -248,9 +181,9 @@ def _unseen(start, stop, offset, memory, rings, W: gl.constexpr, s_layout: gl.co
         phase = ((offset + tile) // 2) & 1
         mbarrier.wait(q_full.index(slot), phase)
         mbarrier.wait(do_full.index(slot), phase)
-        _release_q(slot)
-        _release_do(slot)
-        _hand_over_ds(W, gl.zeros([64, QUERIES], dtype, s_layout), slot, memory)
+        release_q(slot)
+        release_do(slot)
+        hand_over_ds(W, gl.zeros([64, QUERIES], dtype, s_layout), slot, memory)
 
 
 @gluon.jit
@@ -310,11 +243,11 @@ def _seen(
         ds = ds.to(dtype)
         dv_later = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
         dk_later = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
-        _hand_over_ds(W, ds, slot, memory)
+        hand_over_ds(W, ds, slot, memory)
         dv = warpgroup_mma_wait(1, deps=(dv_later,))
-        _release_do(slot)
+        release_do(slot)
         dk = warpgroup_mma_wait(0, deps=(dk_later,))
-        _release_q(slot)
+        release_q(slot)
     return dk, dv
 
 
@@ -336,18 +269,18 @@ def _consume(
     zero = gl.zeros([64, QUERIES], gl.float32, s_layout)
     qk_scale = scale * LOG2E
     for slot in gl.static_range(2):
-        _release_q(slot)
-        _release_do(slot)
+        release_q(slot)
+        release_do(slot)
     done = 0
     n = 0
     tile = take(schedule, n)
     while tile < n_tiles:
-        place, batch, kv_head = _locate(tile, sizes, DETERMINISTIC)
+        place, batch, kv_head = block_of(tile, sizes, DETERMINISTIC)
         key = place * KEYS + 64 * W
-        all_lowest, all_highest, all_from, all_to = _tiles(
+        all_lowest, all_highest, all_from, all_to = tiles_of(
             place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
-        lowest, highest, whole_from, whole_to = _tiles(key, 64, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
+        lowest, highest, whole_from, whole_to = tiles_of(key, 64, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
         if first_ptr is not None:
             # document_ids that are not sorted give wrong results; they must not give a barrier that waits for ever.
             all_highest = gl.maximum(all_highest, all_lowest - 1)
@@ -402,7 +335,7 @@ def _consume(
         n += 1
         tile = take(schedule, n)
     for slot in gl.static_range(2):  # what dQ's warpgroup has released last
-        _await_ds_read(W, slot)
+        await_ds_read(W, slot)
 
 
 @gluon.jit

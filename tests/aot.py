@@ -113,7 +113,7 @@ def compile_flash_v3(
         for argument in kernel.arg_names
     }
     source = GluonASTSource(kernel, signature=signature, constexprs=constants, attrs={})
-    options = {"num_warps": 4, "maxnreg": average}
+    options = {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": average}
     return {"kernel": f"flash_v3 {name}"} | read(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 
 

@@ -296,6 +296,18 @@ def test_choice_says_what_it_passed_over(pretend_gpu):
     )
 
 
+def test_pytorchs_switch_makes_sdpa_deterministic(pretend_gpu):
+    """Where no rung runs, `auto` takes it then; without the switch it has no argument to ask by."""
+    pretend_gpu("NVIDIA H200", (9, 0))
+    cuda, asked = torch.device("cuda"), frozenset({"is_causal", "deterministic"})
+    assert choose(cuda, torch.bfloat16, 300, features=asked).backend == "eager"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(cuda, torch.bfloat16, 300, features=asked).backend == "sdpa"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # ---- wiring into torch ----
 
 

@@ -1,0 +1,98 @@
+"""What the warpgroups of flash_v3's backward agree on: which tiles a block walks, and who waits for whom.
+
+The second half are named barriers: whoever arrives goes on, whoever waits has every thread's word. Buffers alternate with the
+step, and so do the barriers' numbers: with one number a warpgroup could arrive twice for one wait.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from kernels.hopper_ops import barrier, interval, locate
+
+QUERIES = gl.constexpr(64)  # of a tile
+KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup
+NEVER = gl.constexpr(2**30)  # a tile that does not come
+
+
+# ---- which tiles ----
+
+
+@gluon.jit
+def tiles_of(key, ROWS: gl.constexpr, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr):
+    """First and last tile of queries that see any of ROWS keys, and the first and last that see all of them."""
+    start, all_to = interval(key, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
+    all_from, end = interval(key + ROWS - 1, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
+    whole_from = gl.cdiv(all_from, QUERIES)
+    whole_to = gl.maximum(all_to + 1, 0) // QUERIES - 1
+    if all_to == seq_q - 1:  # a ragged last tile: its queries beyond the end have no probability anyway
+        whole_to = gl.maximum(whole_to, (seq_q - 1) // QUERIES)
+    if key + ROWS > seq_k:  # keys beyond the end must be masked everywhere
+        whole_from = NEVER
+    return start // QUERIES, gl.maximum(end, -1) // QUERIES + gl.where(end < 0, -1, 0), whole_from, whole_to
+
+
+@gluon.jit
+def block_of(tile, sizes, DETERMINISTIC: gl.constexpr):
+    """The block of keys, batch entry and key/value head of a number drawn. In order, the last keys of a head come first."""
+    n_kv_head, _, _, n_tile, _, heads_at_once, batch_heads = sizes
+    place, batch, kv_head = locate(tile, n_tile, n_kv_head, heads_at_once, batch_heads)
+    if DETERMINISTIC:
+        place = n_tile - 1 - place
+    return place, batch, kv_head
+
+
+# ---- who tells whom ----
+
+
+@gluon.jit
+def release_q(slot):
+    """A consumer: it has read the tile's Q and statistics."""
+    barrier("arrive", 12 + slot, 288)
+
+
+@gluon.jit
+def await_q(slot):
+    """The producer: both consumers have read the tile's Q and statistics."""
+    barrier("sync", 12 + slot, 288, WARPS=1)
+
+
+@gluon.jit
+def release_do(slot):
+    """A consumer: it has read the tile's dO."""
+    barrier("arrive", 14 + slot, 288)
+
+
+@gluon.jit
+def await_do(slot):
+    """The producer: both consumers have read the tile's dO."""
+    barrier("sync", 14 + slot, 288, WARPS=1)
+
+
+@gluon.jit
+def hand_over_ds(W: gl.constexpr, ds, slot, memory):
+    """A consumer: stores its dS, once dQ's warpgroup has read the one before in this buffer, and says so."""
+    _, _, _, _, _, ds_s, _ = memory
+    await_ds_read(W, slot)
+    ds_s.index(slot * 2 + W).store(ds)
+    fence_async_shared()
+    barrier("arrive", 6 + slot, 384)
+
+
+@gluon.jit
+def await_ds(slot):
+    """dQ's warpgroup: both consumers have stored dS."""
+    barrier("sync", 6 + slot, 384)
+
+
+@gluon.jit
+def release_ds(slot):
+    """dQ's warpgroup: it has read both consumers' dS."""
+    barrier("arrive", 8 + slot * 2, 256)
+    barrier("arrive", 9 + slot * 2, 256)
+
+
+@gluon.jit
+def await_ds_read(W: gl.constexpr, slot):
+    """Consumer W: its dS of the step before last has been read."""
+    barrier("sync", 8 + slot * 2 + W, 256)
