@@ -28,6 +28,7 @@ from kernels.tile_ops import (
     ALL,
     LN2,
     LOG2E,
+    LOWEST,
     NONE,
     SOME,
     dot,
@@ -42,10 +43,6 @@ from kernels.tile_ops import (
     within,
 )
 from kernels.tiles import Tiles, tiles
-
-# Where row maxima start: below any score, and its product with any scale in use is finite. -inf would give NaN in rows that have
-# seen nothing yet.
-LOWEST = tl.constexpr(-(2.0**100))
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels import flash_v3_steps as steps
 from kernels.flash_v3_backward import backward_kernel
 from kernels.flash_v3_ends import finish_kernel, prepare_kernel
 from kernels.flash_v3_forward import forward_kernel
@@ -28,7 +29,7 @@ from kernels.layout import heads_last
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
-QUERIES, KEYS = 64, 128  # rows of a warpgroup's tile of queries and of a block of keys
+QUERIES, KEYS = steps.QUERIES.value, steps.KEYS.value  # rows of a warpgroup's tile of queries and of a block of keys
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:

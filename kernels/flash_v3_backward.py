@@ -188,7 +188,10 @@ def _unseen(start, stop, offset, memory, rings, W: gl.constexpr, s_layout: gl.co
 
 @gluon.jit
 def _dp_less_delta(v, do, stats, zero, s_layout: gl.constexpr):
-    """V dO^T - delta: the product begins with -delta in every row, which so needs no registers of its own."""
+    """V dO^T - delta: the product begins with -delta in every row, which so needs no registers of its own.
+
+    As a difference, not copied from -delta in memory: for the copy Triton 3.9's assembler lacks registers at head_dim 128.
+    """
     delta = stats.slice(QUERIES, QUERIES, dim=1).load(s_layout)
     return warpgroup_mma(v, do.permute((1, 0)), zero - delta, is_async=True)
 

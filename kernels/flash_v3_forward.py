@@ -24,10 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.hopper_ops import barrier_at, draw, interval, locate, take, tanh_of_ratio, tma_load, tma_store, with_distance
-from kernels.tile_ops import LN2, LOG2E
-
-LOWEST = gl.constexpr(-(2.0**100))  # where row maxima start, as in flash_v2
-
+from kernels.tile_ops import LN2, LOG2E, LOWEST
 
 # ---- whose turn it is at the tensor cores ----
 

@@ -13,6 +13,9 @@ from kernels.jit import INTERPRET
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+# Where row maxima start: below any score, and its product with any scale in use is finite. -inf would give NaN in rows that have
+# seen nothing yet.
+LOWEST = tl.constexpr(-(2.0**100))
 # Which tiles of a loop are masked: none, all, or those that a bound cuts.
 NONE, ALL, SOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot takes bfloat16 for integers; the same values in float32 are right

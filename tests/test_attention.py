@@ -308,6 +308,35 @@ def test_pytorchs_switch_makes_sdpa_deterministic(pretend_gpu):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_wish_for_determinism_reaches_the_backward(monkeypatch, compiled):
+    """Asked for by argument or by PyTorch's switch; the rung whose sums need it must hear of it."""
+    heard = []
+    real = BACKENDS["flash_v2"].backward
+
+    def backward(*tensors, deterministic, **meaning):
+        heard.append(deterministic)
+        return real(*tensors, **meaning)
+
+    monkeypatch.setattr(BACKENDS["flash_v2"], "backward", backward)
+    query, key, value = (torch.randn(1, 1, 16, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+
+    def gradient(**asked):
+        torch._dynamo.reset()
+        call = torch.compile(attention, backend="aot_eager") if compiled else attention
+        torch.autograd.grad(call(query, key, value, backend="flash_v2", **asked).sum(), query)
+
+    gradient()
+    gradient(deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradient()
+        gradient(deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert heard == [False, True, True, False]
+
+
 # ---- wiring into torch ----
 
 

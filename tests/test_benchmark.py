@@ -261,10 +261,13 @@ def test_a_backward_that_fails_leaves_the_forward(monkeypatch):
         def backward(ctx, grad_output):
             raise RuntimeError("this build\nhas no backward")
 
-    monkeypatch.setattr(module, "attend_with", lambda *_: ForwardAlone.apply)
     cfg = decided()
+    right = yardstick(cfg, CAUSAL, CPU)
+    monkeypatch.setattr(module, "attend_with", lambda *_: ForwardAlone.apply)
     cell = measure(cfg, "fa3", CAUSAL, cfg.seq_len[0], CPU)
-    assert cell.note == "no backward: RuntimeError: this build has no backward" and cell.peak_gib is None
+    error = measure_error(cfg, "fa3", CAUSAL, right, CPU)
+    assert cell.note == error.note == "no backward: RuntimeError: this build has no backward"
+    assert cell.peak_gib is None and error.output > 0 and error.dq is None
 
 
 # ---- errors ----

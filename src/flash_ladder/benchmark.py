@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flash_ladder.benchmark_call import backward_milliseconds, forward_milliseconds, random_inputs, trouble
+from flash_ladder.benchmark_call import NoBackward, backward_milliseconds, forward_milliseconds, gradients, random_inputs, trouble
 from flash_ladder.benchmark_masks import measure_masks, takers
 from flash_ladder.benchmark_plots import plot
 from flash_ladder.benchmark_report import header, row_lines, summary, table_head
@@ -26,7 +26,7 @@ from flash_ladder.benchmark_result import GIB, GRADIENTS, Cell, Error, Panel, Re
 from flash_ladder.flops import BACKWARD, forward_flops
 from flash_ladder.machine import cudnn_version, nvidia_driver, version_of
 from flash_ladder.peak_memory import peak_bytes
-from flash_ladder.peers import PEERS, Attend, one_line, peer, why_not_installed
+from flash_ladder.peers import PEERS, Attend, peer, why_not_installed
 from flash_ladder.probe import Layer, eager_may_fit
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import BenchmarkConfig
@@ -195,16 +195,10 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
         inputs, grad_output = random_inputs(cfg, panel, batch, seq_len, device)
 
         def forward_and_backward() -> None:
-            output = attend(*inputs)
             try:
-                if output.requires_grad:
-                    torch.autograd.grad(output, inputs, grad_output)
-                else:
-                    cell.note = "no backward"
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # a package that has the forward alone says so here
-                cell.note = f"no backward: {one_line(error)}"
+                gradients(attend(*inputs), inputs, grad_output)
+            except NoBackward as error:
+                cell.note = str(error)
 
         if device.type == "cuda":
             forward_and_backward()  # compiles; sets up the matrix library's workspace
@@ -292,10 +286,11 @@ def measure_error(cfg: BenchmarkConfig, backend: str, panel: Panel, right: Yards
     def work() -> None:
         output = attend_with(backend, panel, cfg.error_seq_len, device)(*right.inputs)
         error.output = relative_error(output, right.exact[0])
-        if not output.requires_grad:
-            error.note = "no backward"
+        try:
+            grads = gradients(output, right.inputs, right.grad_output)
+        except NoBackward as none:
+            error.note = str(none)
             return
-        grads = torch.autograd.grad(output, right.inputs, right.grad_output)
         for name, grad, exact in zip(GRADIENTS, grads, right.exact[1:], strict=True):
             setattr(error, name, relative_error(grad, exact))
 

@@ -33,6 +33,22 @@ def random_inputs(
     return [x.requires_grad_() for x in (query, key, value)], grad_output
 
 
+class NoBackward(Exception):
+    """A backend that has the forward alone; the message says so."""
+
+
+def gradients(output: Tensor, inputs: list[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
+    """Of query, key and value. Raises NoBackward; some packages say only when they are called that they have none."""
+    if not output.requires_grad:
+        raise NoBackward("no backward")
+    try:
+        return torch.autograd.grad(output, inputs, grad_output)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NoBackward(f"no backward: {one_line(error)}") from None
+
+
 def trouble(work: Callable[[], None]) -> str:
     """Does `work`; returns "", or in one line why it came to no end.
 
