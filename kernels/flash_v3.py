@@ -183,11 +183,12 @@ def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
     chosen = use or forward_setting(block_d, seq_q, cut_twice or inputs.bent())
     # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
     between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
+    half = is_causal and not cut_twice and chosen.warpgroups == 2 and (inputs.seq_k - seq_q) % KEYS == 0
     n_tile = -(-seq_q // (QUERIES * chosen.warpgroups))
     n_tiles = n_tile * batch * n_head
     at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * group)
     consumer, producer, average = chosen.registers()
-    constants = (group, chosen.warpgroups, KEYS, block_d, chosen.buffers, chosen.q_in_registers, between, consumer, producer)
+    constants = (group, chosen.warpgroups, KEYS, block_d, chosen.buffers, chosen.q_in_registers, between, half, consumer, producer)
     sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
     run = ready(forward_kernel, average, *inputs.kind(), constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, (*asked, *sizes, *constants))

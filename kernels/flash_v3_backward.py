@@ -28,7 +28,6 @@ from kernels.flash_v3_steps import (
     await_ds,
     await_ds_read,
     await_q,
-    block_of,
     hand_over_ds,
     release_do,
     release_ds,
@@ -61,14 +60,13 @@ def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
     tensors, meaning, sizes, memory, rings, schedule = shared
     q_desc, do_desc, k_desc, v_desc, stats_desc, _, _, _ = tensors
     first_ptr, last_ptr, _, _, behind, ahead, _ = meaning
-    n_kv_head, seq_q, seq_k, n_tile, n_tiles, heads_at_once, batch_heads = sizes
+    n_kv_head, seq_q, seq_k, _, _, _, _ = sizes
     q_s, do_s, k_s, v_s, stats_s, _, _ = memory
     kv_full, kv_empty, q_full, do_full = rings
     step = 0
     n = 0
-    tile = draw(schedule, n, DETERMINISTIC)
-    while tile < n_tiles:
-        place, batch, kv_head = block_of(tile, sizes, DETERMINISTIC)
+    place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
+    while place >= 0:
         key = place * KEYS
         lowest, highest, whole_from, whole_to = tiles_of(key, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
         mbarrier.wait(kv_empty.index(0), (n & 1) ^ 1)
@@ -92,7 +90,7 @@ def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
                 tma_load(do_desc, [batch, head, q_tile * QUERIES, 0], do_full.index(slot), do_s.index(slot))
                 step += 1
         n += 1
-        tile = draw(schedule, n, DETERMINISTIC)
+        place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
     for slot in gl.static_range(2):  # what the consumers have released last
         await_q(slot)
         await_do(slot)
@@ -112,7 +110,7 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
     tensors, meaning, sizes, memory, rings, schedule = shared
     _, _, _, _, _, dq_desc, _, _ = tensors
     first_ptr, last_ptr, _, _, behind, ahead, _ = meaning
-    n_kv_head, seq_q, seq_k, n_tile, n_tiles, heads_at_once, batch_heads = sizes
+    n_kv_head, seq_q, seq_k, n_tile, _, _, _ = sizes
     _, _, k_s, _, _, ds_s, dq_s = memory
     kv_full, kv_empty, _, _ = rings
     _, _, _, counter = schedule
@@ -123,9 +121,8 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
     release_ds(1)
     step = 0
     n = 0
-    tile = take(schedule, n)
-    while tile < n_tiles:
-        place, batch, kv_head = block_of(tile, sizes, DETERMINISTIC)
+    place, batch, kv_head = take(schedule, n)
+    while place >= 0:
         lowest, highest, whole_from, whole_to = tiles_of(
             place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
@@ -165,7 +162,7 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
                 publish(passed + highest, turn + 1, PENDING=0)
         mbarrier.arrive(kv_empty.index(0), count=1)
         n += 1
-        tile = take(schedule, n)
+        place, batch, kv_head = take(schedule, n)
     tma.store_wait(0)
 
 
@@ -263,7 +260,7 @@ def _consume(
     tensors, meaning, sizes, memory, rings, schedule = shared
     _, _, _, _, _, _, dk_desc, dv_desc = tensors
     first_ptr, last_ptr, slopes_ptr, scale, behind, ahead, cap = meaning
-    _, seq_q, seq_k, _, n_tiles, _, _ = sizes
+    _, seq_q, seq_k, _, _, _, _ = sizes
     _, _, k_s, v_s, _, _, _ = memory
     kv_full, kv_empty, _, _ = rings
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUERIES, 16])
@@ -276,9 +273,8 @@ def _consume(
         release_do(slot)
     done = 0
     n = 0
-    tile = take(schedule, n)
-    while tile < n_tiles:
-        place, batch, kv_head = block_of(tile, sizes, DETERMINISTIC)
+    place, batch, kv_head = take(schedule, n)
+    while place >= 0:
         key = place * KEYS + 64 * W
         all_lowest, all_highest, all_from, all_to = tiles_of(
             place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
@@ -336,7 +332,7 @@ def _consume(
         _write(dk_desc, [batch, kv_head, key, 0], (dk * scale).to(dtype), v_s.index(W), HEAD_DIM)
         mbarrier.arrive(kv_empty.index(0), count=1)
         n += 1
-        tile = take(schedule, n)
+        place, batch, kv_head = take(schedule, n)
     for slot in gl.static_range(2):  # what dQ's warpgroup has released last
         await_ds_read(W, slot)
 
@@ -376,7 +372,7 @@ def backward_kernel(
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    drawn = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    drawn = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     published = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_empty.index(0), count=3)

@@ -23,7 +23,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.hopper_ops import barrier_at, draw, interval, locate, take, tanh_of_ratio, tma_load, tma_store, with_distance
+from kernels.hopper_ops import (
+    barrier_at,
+    draw,
+    interval,
+    raised,
+    rescaled,
+    take,
+    tanh_of_ratio,
+    tma_load,
+    tma_store,
+    with_distance,
+)
 from kernels.tile_ops import LN2, LOG2E, LOWEST
 
 # ---- whose turn it is at the tensor cores ----
@@ -62,16 +73,14 @@ def _produce(
     tensors, meaning, sizes, memory, rings, schedule = shared
     q_desc, k_desc, v_desc, _, _ = tensors
     first_ptr, last_ptr, _, _, behind, ahead, _ = meaning
-    n_head, seq_q, seq_k, n_tile, n_tiles, heads_at_once, batch_heads = sizes
+    _, seq_q, seq_k, _, _, _, _ = sizes
     q_s, _, k_s, v_s = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     ROWS: gl.constexpr = WARPGROUPS * 64
     step = 0
     n = 0
-    tile = draw(schedule, n)
-    while tile < n_tiles:
-        place, batch, head = locate(tile, n_tile, n_head, heads_at_once, batch_heads)
-        q_tile = n_tile - 1 - place  # longest first
+    q_tile, batch, head = draw(schedule, n, sizes, FROM_LAST=True)  # with causality the longest first
+    while q_tile >= 0:
         lowest, highest, whole_from, whole_to = _blocks(
             q_tile * ROWS, ROWS, BLOCK_K, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
@@ -92,7 +101,7 @@ def _produce(
             tma_load(v_desc, [batch, head // GROUP, row, 0], v_full.index(slot), v_s.index(slot))
             step += 1
         n += 1
-        tile = draw(schedule, n)
+        q_tile, batch, head = draw(schedule, n, sizes, FROM_LAST=True)
 
 
 # ---- the consumers ----
@@ -126,6 +135,13 @@ def _bend(s, rows, cols, cap, slope):
 
 
 @gluon.jit
+def _rows_of(s_layout: gl.constexpr, rows, first, last):
+    """What belongs to the rows of S, as S's layout holds them."""
+    row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    return gl.convert_layout(rows, row), gl.convert_layout(first, row), gl.convert_layout(last, row)
+
+
+@gluon.jit
 def _mask(s, cols, first, last, FROM: gl.constexpr):
     seen = cols[None, :] <= last[:, None]
     if FROM:
@@ -134,9 +150,32 @@ def _mask(s, cols, first, last, FROM: gl.constexpr):
 
 
 @gluon.jit
-def _row_sums(p, BLOCK_K: gl.constexpr):
-    """[64, 4]: the four lanes that share a row keep their sums apart, and no shuffle is needed until the tile's end."""
-    return gl.sum(gl.sum(p.reshape([64, BLOCK_K // 8, 4, 2]), 3), 1)
+def _softmax(s, m, qk_scale, s_layout: gl.constexpr):
+    """P against a maximum m that may lag behind; m itself, what has been added up so far is to be multiplied by, and P's row sums.
+
+    m only has to keep P in range: any other value cancels in O and lse. So it is raised when a score passes it by 8 (P up to 256),
+    which past a tile's first block is rare, and else there is nothing to reduce over lanes and nothing to rescale. All but P are
+    [64, 4]: the four lanes that share a row keep their copies of m, and their sums apart until the tile's end.
+    """
+    KEYS: gl.constexpr = s.shape[1]
+    s = s.reshape([64, KEYS // 8, 4, 2])
+    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, s.type.layout))
+    before = gl.convert_layout(m, lanes)
+    # Maxima of four groups first: the 16 of one chain would wait for each other.
+    high = gl.max(gl.max(gl.max(s, 3).reshape([64, 4, KEYS // 32, 4]), 2), 1)
+    after = raised(before, gl.convert_layout(high, lanes), 8.0 / qk_scale)
+    p = gl.exp2(s * qk_scale - (after * qk_scale)[:, None, :, None])
+    sums = gl.convert_layout(gl.sum(gl.sum(p, 3), 1), m.type.layout)
+    after = gl.convert_layout(after, m.type.layout)
+    rescale = gl.exp2((m - after) * qk_scale)  # of the difference, as in flash_v2
+    return gl.convert_layout(p.reshape([64, KEYS]), s_layout), after, rescale, sums
+
+
+@gluon.jit
+def _beside_nothing(p, s_layout: gl.constexpr):
+    """P of half a block of keys, and zeros for the other half."""
+    p = gl.join(p, gl.full(p.shape, 0.0, gl.float32, p.type.layout))
+    return gl.convert_layout(p.permute((0, 2, 1)).reshape([64, 2 * p.shape[1]]), s_layout)
 
 
 @gluon.jit
@@ -170,15 +209,11 @@ def _steps(
             s = _bend(s, rows, cols, cap, slope)
             if MASKED:
                 s = _mask(s, cols, first, last, FROM)
-        m_new = gl.maximum(m, gl.max(s, 1))
-        shift = m_new * qk_scale
-        p = gl.exp2(s * qk_scale - shift[:, None])
-        rescale = gl.exp2((m - m_new) * qk_scale)  # of the difference, as in flash_v2
-        m = m_new
-        l = l * gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None] + _row_sums(p, BLOCK_K)
+        p, m, rescale, sums = _softmax(s, m, qk_scale, s_layout)
+        l = l * rescale + sums
         acc = warpgroup_mma_wait(0, deps=(o_later,))
         mbarrier.arrive(v_empty.index(owed), count=1)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
+        acc = rescaled(acc, rescale, HEAD_DIM)
     return acc, l, m, p, step
 
 
@@ -186,13 +221,13 @@ def _steps(
 def _consume(
     W: gl.constexpr, shared,
     GROUP: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, BUFFERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, BETWEEN: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, BETWEEN: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows 64 W to 64 W + 63 of every tile."""
     tensors, meaning, sizes, memory, rings, schedule = shared
     _, _, _, o_desc, lse_ptr = tensors
     first_ptr, last_ptr, slopes_ptr, scale, behind, ahead, cap = meaning
-    n_head, seq_q, seq_k, n_tile, n_tiles, heads_at_once, batch_heads = sizes
+    n_head, seq_q, seq_k, _, _, _, _ = sizes
     q_s, o_s, k_s, v_s = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty = rings
     ROWS: gl.constexpr = WARPGROUPS * 64
@@ -203,14 +238,17 @@ def _consume(
     dtype: gl.constexpr = k_s.dtype
     qk_scale = scale * LOG2E
     zero = gl.zeros([64, BLOCK_K], gl.float32, s_layout)
+    # The keys of the last block that this warpgroup sees. HALF: causality lets the first of two see the first half.
+    NEAR: gl.constexpr = 64 if HALF and W == 0 else BLOCK_K
+    near_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NEAR, 16])
+    near_zero = gl.zeros([64, NEAR], gl.float32, near_layout)
+    lowest_m = gl.max(gl.max(zero.reshape([64, BLOCK_K // 8, 4, 2]), 3), 1) + LOWEST
     if W == WARPGROUPS - 1:
         _pass_tensor_cores(W, WARPGROUPS)  # warpgroup 0 may start
     step = 0
     n = 0
-    tile = take(schedule, n)
-    while tile < n_tiles:
-        place, batch, head = locate(tile, n_tile, n_head, heads_at_once, batch_heads)
-        q_tile = n_tile - 1 - place
+    q_tile, batch, head = take(schedule, n)
+    while q_tile >= 0:
         row = q_tile * ROWS + 64 * W
         slope = None
         if slopes_ptr is not None:
@@ -237,15 +275,17 @@ def _consume(
         slot = step % BUFFERS
         mbarrier.wait(k_full.index(slot), (step // BUFFERS) & 1)
         _take_tensor_cores(W)
-        s = warpgroup_mma(q, k_s.index(slot).reshape([BLOCK_K, HEAD_DIM]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        near = k_s.index(slot).reshape([BLOCK_K, HEAD_DIM]).slice(0, NEAR)
+        s = warpgroup_mma(q, near.permute((1, 0)), near_zero, use_acc=False, is_async=True)
         _pass_tensor_cores(W, WARPGROUPS)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(slot), count=1)
-        cols = highest * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, s_layout))
-        s = _mask(_bend(s, rows, cols, cap, slope), cols, first, last, FROM)
-        m = gl.maximum(gl.max(s, 1), LOWEST)
-        p = gl.exp2(s * qk_scale - (m * qk_scale)[:, None])
-        l = _row_sums(p, BLOCK_K)
+        cols = highest * BLOCK_K + gl.arange(0, NEAR, layout=gl.SliceLayout(0, near_layout))
+        near_rows, near_first, near_last = _rows_of(near_layout, rows, first, last)
+        s = _mask(_bend(s, near_rows, cols, cap, slope), cols, near_first, near_last, FROM)
+        p, m, rescale, l = _softmax(s, lowest_m, qk_scale, near_layout)
+        if NEAR < BLOCK_K:
+            p = _beside_nothing(p, s_layout)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
         block = highest - 1
         if BETWEEN:  # further blocks that the diagonal or a document's end cuts
@@ -276,8 +316,9 @@ def _consume(
             gl.convert_layout(p.to(dtype), p_layout), v_s.index(slot).reshape([BLOCK_K, HEAD_DIM]), acc, is_async=True
         )
         sums = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, s_layout))
+        highest_m = gl.convert_layout(gl.max(m, 1), gl.SliceLayout(1, s_layout))
         blind = sums == 0.0
-        lse = gl.where(blind, float("-inf"), (m * qk_scale + gl.log2(sums)) * LN2)
+        lse = gl.where(blind, float("-inf"), (highest_m * qk_scale + gl.log2(sums)) * LN2)
         gl.store(lse_ptr + (batch.to(gl.int64) * n_head + head) * seq_q + index, lse, mask=index < seq_q)
         share = gl.where(blind, 0.0, 1.0 / sums)
         tma.store_wait(0)
@@ -291,7 +332,7 @@ def _consume(
         fence_async_shared()
         tma_store(o_desc, [batch, head, row, 0], o)
         n += 1
-        tile = take(schedule, n)
+        q_tile, batch, head = take(schedule, n)
     if W == 0:
         _take_tensor_cores(W)  # what the last warpgroup has passed on
     tma.store_wait(0)
@@ -305,11 +346,13 @@ def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, first_ptr, last_ptr, slopes_ptr, counter, scale, behind, ahead, cap,
     n_head, seq_q, seq_k, n_tile, n_tiles, heads_at_once, batch_heads,
     GROUP: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, BUFFERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, BETWEEN: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, BETWEEN: gl.constexpr, HALF: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Allocates shared memory and barriers, and sends each warpgroup to its work.
 
-    BETWEEN: beside the last block that a tile sees, others may be cut at their end.
+    BETWEEN: beside the last block that a tile sees, others may be cut at their end. HALF: of the last, the first of two warpgroups
+    sees the first half.
     """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
     o_s = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
@@ -321,7 +364,7 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    drawn = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    drawn = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     published = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
@@ -347,8 +390,8 @@ def forward_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (gl.constexpr(0), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN)),
-                (_consume, (gl.constexpr(1), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN)),
+                (_consume, (gl.constexpr(0), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN, HALF)),
+                (_consume, (gl.constexpr(1), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN, HALF)),
                 (_produce, (shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS)),
             ],
             [4, 1],
@@ -357,9 +400,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (gl.constexpr(0), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN)),
-                (_consume, (gl.constexpr(1), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN)),
-                (_consume, (gl.constexpr(2), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN)),
+                (_consume, (gl.constexpr(0), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN, HALF)),
+                (_consume, (gl.constexpr(1), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN, HALF)),
+                (_consume, (gl.constexpr(2), shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, Q_IN_REGISTERS, BETWEEN, HALF)),
                 (_produce, (shared, GROUP, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS)),
             ],
             [4, 4, 1],

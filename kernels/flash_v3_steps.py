@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from kernels.hopper_ops import barrier, interval, locate
+from kernels.hopper_ops import barrier, interval
 
 QUERIES = gl.constexpr(64)  # of a tile
 KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup
@@ -30,16 +30,6 @@ def tiles_of(key, ROWS: gl.constexpr, batch, seq_q, seq_k, behind, ahead, first_
     if key + ROWS > seq_k:  # keys beyond the end must be masked everywhere
         whole_from = NEVER
     return start // QUERIES, gl.maximum(end, -1) // QUERIES + gl.where(end < 0, -1, 0), whole_from, whole_to
-
-
-@gluon.jit
-def block_of(tile, sizes, DETERMINISTIC: gl.constexpr):
-    """The block of keys, batch entry and key/value head of a number drawn. In order, the last keys of a head come first."""
-    n_kv_head, _, _, n_tile, _, heads_at_once, batch_heads = sizes
-    place, batch, kv_head = locate(tile, n_tile, n_kv_head, heads_at_once, batch_heads)
-    if DETERMINISTIC:
-        place = n_tile - 1 - place
-    return place, batch, kv_head
 
 
 # ---- who tells whom ----

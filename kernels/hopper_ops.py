@@ -85,7 +85,7 @@ def publish(pointer, number, PENDING: gl.constexpr):
     gl.inline_asm_elementwise(RAISE, "=r,r,l,r", [thread, where, numbers], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# ---- scores, tiles and the schedule ----
+# ---- scores ----
 
 
 @gluon.jit
@@ -117,6 +117,68 @@ def with_distance(s, slope, own, partners):
     return s - slope * gl.maximum(distance, -distance).to(gl.float32)
 
 
+# ---- the softmax's running maximum ----
+
+
+@gluon.jit
+def raised(m, high, slack):
+    """m [64, 4], or where any score of the warp's rows exceeds it by more than `slack`: the rows' maxima where they do.
+
+    The four lanes that share a row have a column each: of `high` the maximum of their own scores, of m equal copies. The reduction
+    over them is behind a branch that is rarely taken.
+    """
+    TEXT: gl.constexpr = _raised_text()
+    return gl.inline_asm_elementwise(TEXT, "=&f,=&f,f,f,f,f,f,f", [high, m, m + slack], dtype=gl.float32, is_pure=False, pack=2)
+
+
+@gluon.constexpr_function
+def _raised_text() -> str:
+    """Two rows of a thread: $0 and $1 from their scores ($2, $3), their m ($4, $5) and the limits ($6, $7)."""
+    reduce = """
+        shfl.sync.bfly.b32 other, {high}, 1, 31, -1; max.f32 all, {high}, other;
+        shfl.sync.bfly.b32 other, all, 2, 31, -1; max.f32 all, all, other;
+        setp.gt.f32 above, all, {limit}; @above mov.f32 {out}, all;"""
+    return (
+        "{ .reg .pred above; .reg .f32 all, other; mov.f32 $0, $4; mov.f32 $1, $5;"
+        "setp.gt.f32 above, $2, $6; setp.gt.or.f32 above, $3, $7, above; vote.sync.any.pred above, above, -1; @!above bra DONE;"
+        + reduce.format(high="$2", limit="$6", out="$0")
+        + reduce.format(high="$3", limit="$7", out="$1")
+        + "DONE: }"
+    )
+
+
+@gluon.jit
+def rescaled(acc, factor, HEAD_DIM: gl.constexpr):
+    """acc [64, HEAD_DIM] times factor [64, 4], a row's four copies; nothing is done where all of the warp's are one."""
+    TEXT: gl.constexpr = _rescaled_text(HEAD_DIM // 2)
+    OPERANDS: gl.constexpr = _rescaled_operands(HEAD_DIM // 2)
+    x = acc.reshape([64, HEAD_DIM // 8, 4, 2])
+    row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
+    x = gl.inline_asm_elementwise(
+        TEXT, OPERANDS, [x, gl.convert_layout(factor, row)[:, None, :, None]], dtype=gl.float32, is_pure=False, pack=HEAD_DIM // 2
+    )
+    return gl.convert_layout(x.reshape([64, HEAD_DIM]), acc.type.layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _rescaled_text(n: int) -> str:
+    """All of a thread's n elements, two of one row and two of another in turns, and from $2n on as many factors."""
+    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
+    return (
+        f"{{ .reg .pred other; setp.neu.f32 other, ${2 * n}, 0f3F800000; setp.neu.or.f32 other, ${2 * n + 2}, 0f3F800000, other;"
+        f"vote.sync.any.pred other, other, -1; @!other bra DONE; {products} DONE: }}"
+    )
+
+
+@gluon.constexpr_function
+def _rescaled_operands(n: int) -> str:
+    """n results, in the registers of the n elements that come in, and n factors."""
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+# ---- the schedule ----
+
+
 @gluon.jit
 def locate(tile, n_tile, n_head, heads_at_once, batch_heads):
     """Tile number -> (place, batch, head): heads in groups that share L2, and in a group place by place, over all its heads."""
@@ -130,34 +192,55 @@ def locate(tile, n_tile, n_head, heads_at_once, batch_heads):
 
 
 @gluon.jit
-def draw(schedule, n, IN_ORDER: gl.constexpr = False):
-    """For the producer: the block's n-th tile, drawn from the counter and published to the consumers through a ring of two.
+def draw(schedule, n, sizes, FROM_LAST: gl.constexpr, IN_ORDER: gl.constexpr = False):
+    """For the producer: place, batch entry and head of the block's n-th tile, which is drawn from the counter and published to the
+    consumers through a ring of two. The place is negative when there are no more. FROM_LAST: a head's last place comes first.
 
-    The first one is the block's own number, which costs no wait. Not so IN_ORDER, where blocks wait for earlier tiles: then no
+    The first tile is the block's own number, which costs no wait. Not so IN_ORDER, where blocks wait for earlier tiles: then no
     tile may belong to a block that has not started, and could not while others wait.
     """
     drawn, published, taken, counter = schedule
-    slot = n % 2
+    n_head, _, _, n_tile, n_tiles, heads_at_once, batch_heads = sizes
     if IN_ORDER:
         tile = gl.atomic_add(counter, 1)
     else:
         tile = gl.program_id(0)
         if n > 0:
             tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    place, batch, head = locate(gl.minimum(tile, n_tiles - 1), n_tile, n_head, heads_at_once, batch_heads)
+    if FROM_LAST:
+        place = n_tile - 1 - place
+    place = gl.where(tile < n_tiles, place, -1)
+    slot = n % 2
     mbarrier.wait(taken.index(slot), ((n // 2) & 1) ^ 1)
-    drawn.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    _put(drawn.index(slot * 3), place)
+    _put(drawn.index(slot * 3 + 1), batch)
+    _put(drawn.index(slot * 3 + 2), head)
     mbarrier.arrive(published.index(slot), count=1)
-    return tile
+    return place, batch, head
 
 
 @gluon.jit
 def take(schedule, n):
-    """For a consumer: the n-th tile that the producer has published."""
+    """For a consumer: place, batch entry and head of the n-th tile that the producer has published."""
     drawn, published, taken, _ = schedule
     slot = n % 2
     mbarrier.wait(published.index(slot), (n // 2) & 1)
-    tile = drawn.index(slot).load(gl.BlockedLayout([1], [32], [4], [0]))
-    # Every thread has read the number; lane 0's copy, so that the compiler may take it for one number of the warp.
-    tile = gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [tile], dtype=gl.int32, is_pure=False, pack=1)
+    place = _get(drawn.index(slot * 3))
+    batch = _get(drawn.index(slot * 3 + 1))
+    head = _get(drawn.index(slot * 3 + 2))
     mbarrier.arrive(taken.index(slot), count=1)
-    return gl.max(tile, 0)
+    return gl.max(place, 0), gl.max(batch, 0), gl.max(head, 0)
+
+
+@gluon.jit
+def _put(memory, number):
+    memory.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _get(memory):
+    """[1]: every thread reads the number; lane 0's copy, so that the compiler may take it for one number of the warp."""
+    number = memory.load(gl.BlockedLayout([1], [32], [4], [0]))
+    TEXT: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 31, -1;"
+    return gl.inline_asm_elementwise(TEXT, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)

@@ -94,7 +94,9 @@ def compile_flash_v3(
         rows, keys = descriptor(1, 1, 64, block_d), descriptor(1, 1, 128, block_d)
         pointers = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "o_desc": rows}
         consumer, producer, average = setting.registers()
-        values = (group, setting.warpgroups, 128, block_d, setting.buffers, setting.q_in_registers, cut_twice, consumer, producer)
+        half = meaning == "causal" and setting.warpgroups == 2
+        block = (128, block_d, setting.buffers, setting.q_in_registers)
+        values = (group, setting.warpgroups, *block, cut_twice, half, consumer, producer)
     else:
         kernel, average = flash_v3.backward_kernel, 128
         rows = descriptor(1, 1, 64, block_d)
