@@ -14,7 +14,6 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -62,15 +61,11 @@ class Forward(NamedTuple):
         return (240, 24, 168) if self.warpgroups == 2 else (160, 32, 128)
 
 
-# Three warpgroups with 160 registers each are fastest at head_dim 64. Triton 3.8 alone spills 160 accesses in their loop.
-THREE_WARPGROUPS = not triton.__version__.startswith("3.8.")
-
-
-def forward_setting(block_d: int, seq_q: int, cut: bool) -> Forward:
+def forward_setting(block_d: int, seq_q: int, is_causal: bool, cut: bool) -> Forward:
     """The fastest of those timed on an H200 (docs/log.md). `cut`: something but causality bends or cuts the scores."""
     if block_d == 128:
         return Forward(warpgroups=2, buffers=2, q_in_registers=False)
-    if seq_q < 2048 or cut or not THREE_WARPGROUPS:  # where scores are bent or cut at both ends they would spill everywhere
+    if cut or (is_causal and seq_q < 2048):
         return Forward(warpgroups=2, buffers=3, q_in_registers=True)
     return Forward(warpgroups=3, buffers=2, q_in_registers=False)
 
@@ -180,7 +175,7 @@ def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
     """The forward's launch."""
     (batch, n_head, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
     cut_twice = asked.behind is not None or inputs.documents
-    chosen = use or forward_setting(block_d, seq_q, cut_twice or inputs.bent())
+    chosen = use or forward_setting(block_d, seq_q, is_causal, cut_twice or inputs.bent())
     # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
     between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
     half = is_causal and not cut_twice and chosen.warpgroups == 2 and (inputs.seq_k - seq_q) % KEYS == 0

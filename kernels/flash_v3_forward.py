@@ -23,19 +23,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.flash_v3_softmax import as_operand, beside_nothing, rescaled, softmax_of_first, softmax_of_next
 from kernels.hopper_ops import (
     barrier_at,
     draw,
     interval,
-    raised,
-    rescaled,
     take,
     tanh_of_ratio,
     tma_load,
     tma_store,
     with_distance,
 )
-from kernels.tile_ops import LN2, LOG2E, LOWEST
+from kernels.tile_ops import LN2, LOG2E
 
 # ---- whose turn it is at the tensor cores ----
 
@@ -150,41 +149,17 @@ def _mask(s, cols, first, last, FROM: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, qk_scale, s_layout: gl.constexpr):
-    """P against a maximum m that may lag behind; m itself, what has been added up so far is to be multiplied by, and P's row sums.
-
-    m only has to keep P in range: any other value cancels in O and lse. So it is raised when a score passes it by 8 (P up to 256),
-    which past a tile's first block is rare, and else there is nothing to reduce over lanes and nothing to rescale. All but P are
-    [64, 4]: the four lanes that share a row keep their copies of m, and their sums apart until the tile's end.
-    """
-    KEYS: gl.constexpr = s.shape[1]
-    s = s.reshape([64, KEYS // 8, 4, 2])
-    lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, s.type.layout))
-    before = gl.convert_layout(m, lanes)
-    # Maxima of four groups first: the 16 of one chain would wait for each other.
-    high = gl.max(gl.max(gl.max(s, 3).reshape([64, 4, KEYS // 32, 4]), 2), 1)
-    after = raised(before, gl.convert_layout(high, lanes), 8.0 / qk_scale)
-    p = gl.exp2(s * qk_scale - (after * qk_scale)[:, None, :, None])
-    sums = gl.convert_layout(gl.sum(gl.sum(p, 3), 1), m.type.layout)
-    after = gl.convert_layout(after, m.type.layout)
-    rescale = gl.exp2((m - after) * qk_scale)  # of the difference, as in flash_v2
-    return gl.convert_layout(p.reshape([64, KEYS]), s_layout), after, rescale, sums
-
-
-@gluon.jit
-def _beside_nothing(p, s_layout: gl.constexpr):
-    """P of half a block of keys, and zeros for the other half."""
-    p = gl.join(p, gl.full(p.shape, 0.0, gl.float32, p.type.layout))
-    return gl.convert_layout(p.permute((0, 2, 1)).reshape([64, 2 * p.shape[1]]), s_layout)
-
-
-@gluon.jit
 def _steps(
     acc, l, m, p, block, steps, step, q, memory, rings, rows, first, last, qk_scale, cap, slope,
     W: gl.constexpr, WARPGROUPS: gl.constexpr, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, BUFFERS: gl.constexpr,
     MASKED: gl.constexpr, FROM: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
 ):  # fmt: skip
-    """Blocks from `block` downwards: scores of this one, then the product of the one before with its values, still owed."""
+    """Blocks from `block` downwards: scores of this one, then the product of the one before with its values, still owed.
+
+    With two warpgroups the softmax also runs under the warpgroup's own P V. With three there are no registers for its P beside the
+    next one, and the others' products suffice.
+    """
+    OVERLAP: gl.constexpr = WARPGROUPS == 2
     _, _, k_s, v_s = memory
     _, _, k_full, k_empty, v_full, v_empty = rings
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
@@ -195,24 +170,32 @@ def _steps(
         owed_phase = (step // BUFFERS) & 1
         step += 1
         slot = step % BUFFERS
-        p_now = gl.convert_layout(p.to(dtype), p_layout)
         mbarrier.wait(k_full.index(slot), (step // BUFFERS) & 1)
         _take_tensor_cores(W)
         s_later = warpgroup_mma(q, k_s.index(slot).reshape([BLOCK_K, HEAD_DIM]).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if OVERLAP:
+            # With zero, which the compiler cannot know: P has to leave the registers in which the next one is made.
+            p = p ^ (step >> 31)
+        p_now = as_operand(p, dtype, p_layout)
         mbarrier.wait(v_full.index(owed), owed_phase)
         o_later = warpgroup_mma(p_now, v_s.index(owed).reshape([BLOCK_K, HEAD_DIM]), acc, is_async=True)
         _pass_tensor_cores(W, WARPGROUPS)
-        s = warpgroup_mma_wait(1, deps=(s_later,))
+        if OVERLAP:
+            s = warpgroup_mma_wait(1, deps=(s_later,))
+        else:
+            s, acc = warpgroup_mma_wait(0, deps=(s_later, o_later))
+            mbarrier.arrive(v_empty.index(owed), count=1)
         mbarrier.arrive(k_empty.index(slot), count=1)
         if MASKED or cap is not None or slope is not None:
             cols = (block - i) * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, s_layout))
             s = _bend(s, rows, cols, cap, slope)
             if MASKED:
                 s = _mask(s, cols, first, last, FROM)
-        p, m, rescale, sums = _softmax(s, m, qk_scale, s_layout)
-        l = l * rescale + sums
-        acc = warpgroup_mma_wait(0, deps=(o_later,))
-        mbarrier.arrive(v_empty.index(owed), count=1)
+        p_next, m, l, rescale = softmax_of_next(s, m, l, qk_scale, dtype)
+        p = gl.convert_layout(p_next, p.type.layout)
+        if OVERLAP:
+            acc = warpgroup_mma_wait(0, deps=(o_later,))
+            mbarrier.arrive(v_empty.index(owed), count=1)
         acc = rescaled(acc, rescale, HEAD_DIM)
     return acc, l, m, p, step
 
@@ -237,12 +220,10 @@ def _consume(
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
     dtype: gl.constexpr = k_s.dtype
     qk_scale = scale * LOG2E
-    zero = gl.zeros([64, BLOCK_K], gl.float32, s_layout)
     # The keys of the last block that this warpgroup sees. HALF: causality lets the first of two see the first half.
     NEAR: gl.constexpr = 64 if HALF and W == 0 else BLOCK_K
     near_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NEAR, 16])
     near_zero = gl.zeros([64, NEAR], gl.float32, near_layout)
-    lowest_m = gl.max(gl.max(zero.reshape([64, BLOCK_K // 8, 4, 2]), 3), 1) + LOWEST
     if W == WARPGROUPS - 1:
         _pass_tensor_cores(W, WARPGROUPS)  # warpgroup 0 may start
     step = 0
@@ -283,9 +264,9 @@ def _consume(
         cols = highest * BLOCK_K + gl.arange(0, NEAR, layout=gl.SliceLayout(0, near_layout))
         near_rows, near_first, near_last = _rows_of(near_layout, rows, first, last)
         s = _mask(_bend(s, near_rows, cols, cap, slope), cols, near_first, near_last, FROM)
-        p, m, rescale, l = _softmax(s, lowest_m, qk_scale, near_layout)
+        p, m, l = softmax_of_first(s, qk_scale, dtype)
         if NEAR < BLOCK_K:
-            p = _beside_nothing(p, s_layout)
+            p = beside_nothing(p)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
         block = highest - 1
         if BETWEEN:  # further blocks that the diagonal or a document's end cuts
@@ -312,13 +293,11 @@ def _consume(
             mbarrier.arrive(q_empty.index(W), count=1)  # the last read of Q is done
         slot = step % BUFFERS
         mbarrier.wait(v_full.index(slot), (step // BUFFERS) & 1)
-        acc = warpgroup_mma(
-            gl.convert_layout(p.to(dtype), p_layout), v_s.index(slot).reshape([BLOCK_K, HEAD_DIM]), acc, is_async=True
-        )
+        acc = warpgroup_mma(as_operand(p, dtype, p_layout), v_s.index(slot).reshape([BLOCK_K, HEAD_DIM]), acc, is_async=True)
         sums = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, s_layout))
-        highest_m = gl.convert_layout(gl.max(m, 1), gl.SliceLayout(1, s_layout))
+        m_of_rows = gl.convert_layout(gl.max(m, 1), gl.SliceLayout(1, s_layout))
         blind = sums == 0.0
-        lse = gl.where(blind, float("-inf"), (highest_m * qk_scale + gl.log2(sums)) * LN2)
+        lse = gl.where(blind, float("-inf"), (m_of_rows * qk_scale + gl.log2(sums)) * LN2)
         gl.store(lse_ptr + (batch.to(gl.int64) * n_head + head) * seq_q + index, lse, mask=index < seq_q)
         share = gl.where(blind, 0.0, 1.0 / sums)
         tma.store_wait(0)

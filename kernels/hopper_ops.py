@@ -117,65 +117,6 @@ def with_distance(s, slope, own, partners):
     return s - slope * gl.maximum(distance, -distance).to(gl.float32)
 
 
-# ---- the softmax's running maximum ----
-
-
-@gluon.jit
-def raised(m, high, slack):
-    """m [64, 4], or where any score of the warp's rows exceeds it by more than `slack`: the rows' maxima where they do.
-
-    The four lanes that share a row have a column each: of `high` the maximum of their own scores, of m equal copies. The reduction
-    over them is behind a branch that is rarely taken.
-    """
-    TEXT: gl.constexpr = _raised_text()
-    return gl.inline_asm_elementwise(TEXT, "=&f,=&f,f,f,f,f,f,f", [high, m, m + slack], dtype=gl.float32, is_pure=False, pack=2)
-
-
-@gluon.constexpr_function
-def _raised_text() -> str:
-    """Two rows of a thread: $0 and $1 from their scores ($2, $3), their m ($4, $5) and the limits ($6, $7)."""
-    reduce = """
-        shfl.sync.bfly.b32 other, {high}, 1, 31, -1; max.f32 all, {high}, other;
-        shfl.sync.bfly.b32 other, all, 2, 31, -1; max.f32 all, all, other;
-        setp.gt.f32 above, all, {limit}; @above mov.f32 {out}, all;"""
-    return (
-        "{ .reg .pred above; .reg .f32 all, other; mov.f32 $0, $4; mov.f32 $1, $5;"
-        "setp.gt.f32 above, $2, $6; setp.gt.or.f32 above, $3, $7, above; vote.sync.any.pred above, above, -1; @!above bra DONE;"
-        + reduce.format(high="$2", limit="$6", out="$0")
-        + reduce.format(high="$3", limit="$7", out="$1")
-        + "DONE: }"
-    )
-
-
-@gluon.jit
-def rescaled(acc, factor, HEAD_DIM: gl.constexpr):
-    """acc [64, HEAD_DIM] times factor [64, 4], a row's four copies; nothing is done where all of the warp's are one."""
-    TEXT: gl.constexpr = _rescaled_text(HEAD_DIM // 2)
-    OPERANDS: gl.constexpr = _rescaled_operands(HEAD_DIM // 2)
-    x = acc.reshape([64, HEAD_DIM // 8, 4, 2])
-    row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, x.type.layout))
-    x = gl.inline_asm_elementwise(
-        TEXT, OPERANDS, [x, gl.convert_layout(factor, row)[:, None, :, None]], dtype=gl.float32, is_pure=False, pack=HEAD_DIM // 2
-    )
-    return gl.convert_layout(x.reshape([64, HEAD_DIM]), acc.type.layout, assert_trivial=True)
-
-
-@gluon.constexpr_function
-def _rescaled_text(n: int) -> str:
-    """All of a thread's n elements, two of one row and two of another in turns, and from $2n on as many factors."""
-    products = "".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
-    return (
-        f"{{ .reg .pred other; setp.neu.f32 other, ${2 * n}, 0f3F800000; setp.neu.or.f32 other, ${2 * n + 2}, 0f3F800000, other;"
-        f"vote.sync.any.pred other, other, -1; @!other bra DONE; {products} DONE: }}"
-    )
-
-
-@gluon.constexpr_function
-def _rescaled_operands(n: int) -> str:
-    """n results, in the registers of the n elements that come in, and n factors."""
-    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
-
-
 # ---- the schedule ----
 
 

@@ -142,7 +142,7 @@ def read(compiled: Any) -> dict:
 def settings(block_d: int, meaning: str) -> list[tuple[str, flash_v3.Forward | bool]]:
     """Every setting that flash_v3 may take for a head_dim, with its kernel's name."""
     cut = meaning not in ("full", "causal")
-    forward = dict.fromkeys(flash_v3.forward_setting(block_d, seq_q, cut) for seq_q in (1024, 4096))
+    forward = dict.fromkeys(flash_v3.forward_setting(block_d, seq_q, meaning != "full", cut) for seq_q in (1024, 4096))
     return [*(("forward", x) for x in forward), ("backward", False), ("backward", True)]
 
 

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -92,6 +91,8 @@ def test_a_descriptor_is_what_triton_makes():
 
 
 def test_settings_fit_every_case():
-    """Three warpgroups only where nothing but causality cuts, and not with the Triton that spills there."""
-    assert flash_v3.forward_setting(64, 4096, False).warpgroups == (2 if triton.__version__.startswith("3.8.") else 3)
-    assert flash_v3.forward_setting(64, 4096, True).warpgroups == flash_v3.forward_setting(64, 1024, False).warpgroups == 2
+    """Three warpgroups only where nothing but causality cuts, and not for short causal sequences."""
+    assert flash_v3.forward_setting(64, 4096, True, False).warpgroups == 3
+    assert flash_v3.forward_setting(64, 1024, False, False).warpgroups == 3
+    assert flash_v3.forward_setting(64, 4096, True, True).warpgroups == 2
+    assert flash_v3.forward_setting(64, 1024, True, False).warpgroups == 2

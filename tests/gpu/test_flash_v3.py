@@ -88,6 +88,24 @@ def test_float32_output_in_the_backward(name):
         assert n_unlike("flash_v3", grads[0], grads[-1], ("dq", "dk", "dv")) == 0
 
 
+@pytest.mark.parametrize("rows", ["all", "few"])
+@pytest.mark.parametrize("size", [3.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_scores_that_rise(is_causal, head_dim, dtype, size, rows):
+    """Blocks are walked from the last keys to the first. Of each, scores lie above what the maximum so far allows for: by more than
+    2^14 or, at 40, by more than float32 can hold; in every row, or in a few of which a warp may have one."""
+    seq = 700
+    case = make_case(1, 2, 1, seq, seq, head_dim, dtype)
+    blocks_to_come = (seq - 1) // 128 - torch.arange(seq, device="cuda") // 128
+    case.key = (case.key * (1 + size * blocks_to_come)[:, None]).to(dtype).double()
+    if rows == "few":
+        small = torch.arange(seq, device="cuda") % 37 != 5
+        case.query = torch.where(small[:, None], 0.01 * case.query, case.query).to(dtype).double()
+    check(case, "flash_v3", is_causal=is_causal)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", MEANINGS)
 def test_deterministic_gradients(name, head_dim):
