@@ -229,7 +229,8 @@ def backward(
     delta = torch.empty_like(lse)
     asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
     more = meaning_tensors(query, alibi_slopes, document_ids)
-    chosen, group = use or tiles(query.device, query.dtype, head_dim), n_head // n_kv_head
+    cut = window_size is not None or document_ids is not None
+    chosen, group = use or tiles(query.device, query.dtype, head_dim, cut), n_head // n_kv_head
     tile = chosen.dq
     launch(
         dq_kernel, tile, -(-seq_q // tile.block_q) * batch * n_head,

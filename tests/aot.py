@@ -188,7 +188,11 @@ if __name__ == "__main__":
                 result = compile_flash_v3(name, dtype, size, setting, meaning)
                 print(json.dumps({"capability": 90, "head_dim": size, "meaning": meaning} | result), flush=True)
             continue
-        chosen = tiles_v1_for(dtype, size) if rung == "flash_v1" else tiles_for(divmod(capability, 10), dtype, size)
+        chosen = (
+            tiles_v1_for(dtype, size)
+            if rung == "flash_v1"
+            else tiles_for(divmod(capability, 10), dtype, size, meaning not in ("full", "causal"))
+        )
         for name in KERNELS[rung]:
             result = compile_kernel(rung, name, capability, dtype, size, getattr(chosen, name), meaning)
             print(json.dumps({"capability": capability, "head_dim": size, "meaning": meaning} | result), flush=True)

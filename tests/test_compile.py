@@ -22,7 +22,7 @@ CONFIGURATIONS = {
     80: [*V1_ROWS, *V2_ROWS, "flash_v2/window/128"],
     86: [*V2_ROWS, "flash_v1/documents/128"],
     89: ["flash_v2/causal/128", "flash_v1/causal/64"],
-    90: [*V1_ROWS, *V2_ROWS, "flash_v2/everything/64", "flash_v2/full/64"],
+    90: [*V1_ROWS, *V2_ROWS, "flash_v2/everything/64", "flash_v2/full/64", "flash_v2/window/128"],
     100: [*V2_ROWS, "flash_v1/causal/128"],
     120: ["flash_v2/causal/128", "flash_v1/causal/64"],
 }
