@@ -175,13 +175,13 @@ def take(schedule, n):
 
 
 @gluon.jit
-def _put(memory, number):
-    memory.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+def _put(drawn, number):
+    drawn.store(gl.full([1], number, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 
 
 @gluon.jit
-def _get(memory):
+def _get(drawn):
     """[1]: every thread reads the number; lane 0's copy, so that the compiler may take it for one number of the warp."""
-    number = memory.load(gl.BlockedLayout([1], [32], [4], [0]))
+    number = drawn.load(gl.BlockedLayout([1], [32], [4], [0]))
     TEXT: gl.constexpr = "shfl.sync.idx.b32 $0, $1, 0, 31, -1;"
     return gl.inline_asm_elementwise(TEXT, "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)

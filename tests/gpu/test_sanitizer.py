@@ -29,7 +29,8 @@ KERNELS = [f"kns={name}_kernel" for name in ("forward", "backward", "dq", "dkdv"
 # What racecheck reports of flash_v3 though it is ordered, because it does not follow mbarriers and barriers of some warps: the
 # number of the next tile, and what the compiler hands to specialised warps at a kernel's start. By the text of the lines it names.
 ORDERED_UNSEEN = (
-    "drawn.index(slot)",
+    "drawn.store(",
+    "= drawn.load(",
     "def forward_kernel(",
     "def backward_kernel(",
     "gl.warp_specialize(",
