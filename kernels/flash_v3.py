@@ -171,7 +171,7 @@ class Inputs(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
+def forward_plan(inputs: Inputs, is_causal: bool, output_dtype: torch.dtype, use: Forward | None) -> Plan:
     """The forward's launch."""
     (batch, n_head, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
     cut_twice = asked.behind is not None or inputs.documents
@@ -185,7 +185,7 @@ def forward_plan(inputs: Inputs, is_causal: bool, use: Forward | None) -> Plan:
     consumer, producer, average = chosen.registers()
     constants = (group, chosen.warpgroups, KEYS, block_d, chosen.buffers, chosen.q_in_registers, between, half, consumer, producer)
     sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
-    run = ready(forward_kernel, average, *inputs.kind(), constants)
+    run = ready(forward_kernel, average, *inputs.kind(), output_dtype, constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, (*asked, *sizes, *constants))
 
 
@@ -215,19 +215,20 @@ def forward(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
     use: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D], in the inputs' dtype) and lse [B, Hq, Sq] float32.
+    """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]; in `output_dtype`, by default the inputs') and lse [B, Hq, Sq] float32.
 
     Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the setting.
     """
-    output = heads_last(query)
+    output = heads_last(query, output_dtype)
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
     if output.numel() == 0 or key.shape[2] == 0:
         return output.zero_(), lse.fill_(-math.inf)
     asked = meaning(query.shape[2], key.shape[2], scale, is_causal, window_size, softcap)
     inputs = _inputs(query, key, asked, alibi_slopes, document_ids)
-    plan = forward_plan(inputs, is_causal, use)
+    plan = forward_plan(inputs, is_causal, output.dtype, use)
     d = plan.block_d
     with on(query.device):
         query, key, value = reachable(query), reachable(key), reachable(value)

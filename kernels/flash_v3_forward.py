@@ -307,7 +307,7 @@ def _consume(
         if FROM:
             step = _hand_on(lowest - tile_lowest, step, rings, W, WARPGROUPS, BUFFERS)
         o = o_s.index(W)
-        o.reshape([64, HEAD_DIM]).store((acc * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(dtype))
+        o.reshape([64, HEAD_DIM]).store((acc * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(o.dtype))
         fence_async_shared()
         tma_store(o_desc, [batch, head, row, 0], o)
         n += 1
@@ -334,7 +334,7 @@ def forward_kernel(
     sees the first half.
     """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
-    o_s = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
+    o_s = gl.allocate_shared_memory(o_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], o_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [BUFFERS, 1, 1, BLOCK_K, HEAD_DIM], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [BUFFERS, 1, 1, BLOCK_K, HEAD_DIM], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())

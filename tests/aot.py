@@ -81,7 +81,13 @@ def compile_kernel(
 
 
 def compile_flash_v3(
-    name: str, dtype: torch.dtype, block_d: int, setting: flash_v3.Forward | bool, meaning: str = "causal", group: int = 1
+    name: str,
+    dtype: torch.dtype,
+    block_d: int,
+    setting: flash_v3.Forward | bool,
+    meaning: str = "causal",
+    group: int = 1,
+    output_dtype: torch.dtype | None = None,
 ) -> dict:
     """The same of a kernel of flash_v3, for Hopper. `setting`: of the backward, whether it is deterministic."""
 
@@ -92,7 +98,12 @@ def compile_flash_v3(
     if name == "forward":
         kernel = flash_v3.forward_kernel
         rows, keys = descriptor(1, 1, 64, block_d), descriptor(1, 1, 128, block_d)
-        pointers = {"q_desc": rows, "k_desc": keys, "v_desc": keys, "o_desc": rows}
+        pointers = {
+            "q_desc": rows,
+            "k_desc": keys,
+            "v_desc": keys,
+            "o_desc": descriptor(1, 1, 64, block_d, of=output_dtype or dtype),
+        }
         consumer, producer, average = setting.registers()
         half = meaning == "causal" and setting.warpgroups == 2
         block = (128, block_d, setting.buffers, setting.q_in_registers)
@@ -185,8 +196,10 @@ if __name__ == "__main__":
         size = int(head_dim)
         if rung == "flash_v3":
             for name, setting in settings(size, meaning):
-                result = compile_flash_v3(name, dtype, size, setting, meaning)
-                print(json.dumps({"capability": 90, "head_dim": size, "meaning": meaning} | result), flush=True)
+                outputs = (dtype, torch.float32) if (name, meaning) == ("forward", "causal") else (dtype,)
+                for output_dtype in outputs:
+                    result = compile_flash_v3(name, dtype, size, setting, meaning, output_dtype=output_dtype)
+                    print(json.dumps({"capability": 90, "head_dim": size, "meaning": meaning} | result), flush=True)
             continue
         chosen = (
             tiles_v1_for(dtype, size)

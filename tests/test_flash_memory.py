@@ -138,10 +138,6 @@ def test_writes_nothing_outside_its_outputs(rung, monkeypatch, name):
 
 def test_float32_output_for_ring_steps(rung):
     skip_unless_runs(rung, FP16, 32)
-    if rung == "flash_v3":
-        pytest.skip(
-            "flash_v3 writes its output in the inputs' dtype; its backward takes a float32 one (tests/gpu/test_flash_v3.py)"
-        )
     case, module = make_case(1, 2, 1, 50, 50, 32, FP16), BACKENDS[rung]
     query, key, value = case.inputs(FP16)
     output, lse = module.forward(query, key, value, scale=0.2, is_causal=True, output_dtype=FP32)

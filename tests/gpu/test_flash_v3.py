@@ -73,6 +73,19 @@ def test_unsorted_documents_end():
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("head_dim", "seq"), [(40, 300), (64, 2100), (128, 300)])
+def test_float32_output(head_dim, seq, is_causal):
+    """What is rounded for a half-precision output, unrounded, by every setting."""
+    case = make_case(1, 2, 1, seq, seq, head_dim, BF16)
+    exact = run(case, torch.float64, backend="eager", is_causal=is_causal)[0]
+    asked = {"scale": head_dim**-0.5, "is_causal": is_causal}
+    output, lse = flash_v3.forward(*case.inputs(BF16), **asked, output_dtype=torch.float32)
+    rounded, same = flash_v3.forward(*case.inputs(BF16), **asked)
+    assert output.dtype == torch.float32 and torch.equal(output.to(BF16), rounded) and torch.equal(lse, same)
+    assert (output - exact).norm() < (rounded - exact).norm()
+
+
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_float32_output_in_the_backward(name):
     """Outputs merged from several forwards are float32; the launch remembered for half precision must not serve them."""
