@@ -3,8 +3,8 @@
 Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024), sections 3.1 and 3.2. One
 block per multiprocessor stays for the whole launch and draws tiles of queries from a counter. Inside it:
 
-    producer    one warp. It draws the next tile, publishes where that lies, and has TMA bring Q once and K and V block by block into
-                rings of shared memory.
+    producer    one warp. It draws the next tile, publishes where that is, and has TMA bring Q once and K and V block by block
+                into rings of shared memory.
     consumers   two or three warpgroups, 64 queries each. Q K^T of the next block is issued before P V of this one, so that the
                 softmax of one runs under the products of the other; named barriers pass the tensor cores from warpgroup to
                 warpgroup ("ping-pong"), so that one's softmax runs under another's products. What the softmax leaves out is in
