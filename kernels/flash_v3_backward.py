@@ -22,16 +22,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from kernels.flash_v3_steps import (
+    DO,
     KEYS,
     QUERIES,
-    await_do,
+    Q,
     await_ds,
     await_ds_read,
-    await_q,
+    await_release,
     hand_over_ds,
-    release_do,
+    release,
     release_ds,
-    release_q,
     tiles_of,
 )
 from kernels.hopper_ops import (
@@ -81,19 +81,19 @@ def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
             stats_row = (batch * n_kv_head * GROUP + head) * gl.cdiv(seq_q, QUERIES)
             for q_tile in range(lowest, highest + 1):
                 slot = step % 2
-                await_q(slot)
+                await_release(Q, slot)
                 mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
                 tma_load(q_desc, [batch, head, q_tile * QUERIES, 0], q_full.index(slot), q_s.index(slot))
                 tma_load(stats_desc, [stats_row + q_tile, 0], q_full.index(slot), stats_s.index(slot))
-                await_do(slot)
+                await_release(DO, slot)
                 mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
                 tma_load(do_desc, [batch, head, q_tile * QUERIES, 0], do_full.index(slot), do_s.index(slot))
                 step += 1
         n += 1
         place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
     for slot in gl.static_range(2):  # what the consumers have released last
-        await_q(slot)
-        await_do(slot)
+        await_release(Q, slot)
+        await_release(DO, slot)
 
 
 # ---- dQ's warpgroup ----
@@ -178,8 +178,8 @@ def _unseen(start, stop, offset, memory, rings, W: gl.constexpr, s_layout: gl.co
         phase = ((offset + tile) // 2) & 1
         mbarrier.wait(q_full.index(slot), phase)
         mbarrier.wait(do_full.index(slot), phase)
-        release_q(slot)
-        release_do(slot)
+        release(Q, slot)
+        release(DO, slot)
         hand_over_ds(W, gl.zeros([64, QUERIES], dtype, s_layout), slot, memory)
 
 
@@ -245,9 +245,9 @@ def _seen(
         dk_later = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
         hand_over_ds(W, ds, slot, memory)
         dv = warpgroup_mma_wait(1, deps=(dv_later,))
-        release_do(slot)
+        release(DO, slot)
         dk = warpgroup_mma_wait(0, deps=(dk_later,))
-        release_q(slot)
+        release(Q, slot)
     return dk, dv
 
 
@@ -269,8 +269,8 @@ def _consume(
     zero = gl.zeros([64, QUERIES], gl.float32, s_layout)
     qk_scale = scale * LOG2E
     for slot in gl.static_range(2):
-        release_q(slot)
-        release_do(slot)
+        release(Q, slot)
+        release(DO, slot)
     done = 0
     n = 0
     place, batch, kv_head = take(schedule, n)

@@ -197,7 +197,7 @@ def _steps(
         if OVERLAP:
             acc = warpgroup_mma_wait(0, deps=(o_later,))
             mbarrier.arrive(v_empty.index(owed), count=1)
-        acc = rescaled(acc, rescale, HEAD_DIM)
+        acc = rescaled(acc, rescale)
     return acc, l, m, p, step
 
 

@@ -120,8 +120,9 @@ def as_operand(p, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def rescaled(acc, rescale, HEAD_DIM: gl.constexpr):
-    """acc [64, HEAD_DIM] times its rows' factors; nothing is done where all of the warp's are one."""
+def rescaled(acc, rescale):
+    """acc [64, head_dim] times its rows' factors; nothing is done where all of the warp's are one."""
+    HEAD_DIM: gl.constexpr = acc.shape[1]
     TEXT: gl.constexpr = _rescaled_text(HEAD_DIM // 2)
     OPERANDS: gl.constexpr = _rescaled_operands(HEAD_DIM // 2)
     x = acc.reshape([64, HEAD_DIM // 8, 4, 2])

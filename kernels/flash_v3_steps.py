@@ -35,28 +35,21 @@ def tiles_of(key, ROWS: gl.constexpr, batch, seq_q, seq_k, behind, ahead, first_
 # ---- who tells whom ----
 
 
-@gluon.jit
-def release_q(slot):
-    """A consumer: it has read the tile's Q and statistics."""
-    barrier("arrive", 12 + slot, 288)
+# The rings of Q with its statistics and of dO, by the barrier of their first slot.
+Q = gl.constexpr(12)
+DO = gl.constexpr(14)
 
 
 @gluon.jit
-def await_q(slot):
-    """The producer: both consumers have read the tile's Q and statistics."""
-    barrier("sync", 12 + slot, 288, WARPS=1)
+def release(RING: gl.constexpr, slot):
+    """A consumer: it has read what the ring holds of a tile."""
+    barrier("arrive", RING + slot, 288)
 
 
 @gluon.jit
-def release_do(slot):
-    """A consumer: it has read the tile's dO."""
-    barrier("arrive", 14 + slot, 288)
-
-
-@gluon.jit
-def await_do(slot):
-    """The producer: both consumers have read the tile's dO."""
-    barrier("sync", 14 + slot, 288, WARPS=1)
+def await_release(RING: gl.constexpr, slot):
+    """The producer: both consumers have."""
+    barrier("sync", RING + slot, 288, WARPS=1)
 
 
 @gluon.jit

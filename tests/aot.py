@@ -44,6 +44,11 @@ MEANINGS = {
 }
 
 
+def is_cut(meaning: str) -> bool:
+    """Whether more than causality cuts the scores or bends them."""
+    return meaning not in ("full", "causal")
+
+
 def compile_kernel(
     rung: str, name: str, capability: int, dtype: torch.dtype, head_dim: int, tile: Tile, meaning: str = "causal", group: int = 1
 ) -> dict:
@@ -94,7 +99,7 @@ def compile_flash_v3(
     def descriptor(*block: int, of: torch.dtype = dtype, layout: NVMMASharedLayout | None = None) -> str:
         return f"tensordesc<{TYPES[of]}[{','.join(map(str, block))}],{layout or flash_v3._layout(block, of)!r}>"
 
-    cut_twice = meaning not in ("full", "causal")
+    cut_twice = is_cut(meaning)
     if name == "forward":
         kernel = flash_v3.forward_kernel
         rows, keys = descriptor(1, 1, 64, block_d), descriptor(1, 1, 128, block_d)
@@ -145,6 +150,7 @@ def read(compiled: Any) -> dict:
         "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
         "register_moves": [int(n, 16) for n in re.findall(r"\bUSETMAXREG\S* (?:UP\d, )?0x([0-9a-f]+)", sass)],
         "loop_spills": loop_spills(sass),
+        "steady_instructions": len(steady_loop(sass)),
         "steady_spills": _count(SPILL, steady_loop(sass)),
         "steady_waits": _count(r"\bWARPGROUP\.DEPBAR\b", steady_loop(sass)),
     }
@@ -152,7 +158,7 @@ def read(compiled: Any) -> dict:
 
 def settings(block_d: int, meaning: str) -> list[tuple[str, flash_v3.Forward | bool]]:
     """Every setting that flash_v3 may take for a head_dim, with its kernel's name."""
-    cut = meaning not in ("full", "causal")
+    cut = is_cut(meaning)
     forward = dict.fromkeys(flash_v3.forward_setting(block_d, seq_q, meaning != "full", cut) for seq_q in (1024, 4096))
     return [*(("forward", x) for x in forward), ("backward", False), ("backward", True)]
 
@@ -202,9 +208,7 @@ if __name__ == "__main__":
                     print(json.dumps({"capability": 90, "head_dim": size, "meaning": meaning} | result), flush=True)
             continue
         chosen = (
-            tiles_v1_for(dtype, size)
-            if rung == "flash_v1"
-            else tiles_for(divmod(capability, 10), dtype, size, meaning not in ("full", "causal"))
+            tiles_v1_for(dtype, size) if rung == "flash_v1" else tiles_for(divmod(capability, 10), dtype, size, is_cut(meaning))
         )
         for name in KERNELS[rung]:
             result = compile_kernel(rung, name, capability, dtype, size, getattr(chosen, name), meaning)

@@ -11,19 +11,17 @@ LANES = 32
 def run(text: str, operands: list[np.ndarray]) -> None:
     """Executes `text`; `operands` are $0, $1, ..., of 32 lanes each, float32 or uint32, and are written in place."""
     registers: dict[str, np.ndarray] = {f"${i}": operand for i, operand in enumerate(operands)}
-    statements = [statement.strip() for statement in text.strip().strip("{}").split(";")]
-    skipping = False
-    for statement in filter(None, statements):
-        statement, arrived = re.subn(r"^DONE:\s*", "", statement)
-        if arrived or statement == "DONE:":
-            return
-        if skipping or statement.startswith(".reg"):
+    *statements, end = [statement.strip() for statement in text.strip("{} ").split(";")]
+    assert end == "DONE:", "branches lead to the end, and nowhere else"
+    for statement in statements:
+        if statement.startswith(".reg"):
             continue
         branch = re.fullmatch(r"@!(\w+) bra DONE", statement)
         if branch:
             taken = ~registers[branch[1]]
             assert taken.all() or not taken.any(), "a branch that not all lanes take"
-            skipping = bool(taken.all())
+            if taken.all():
+                return
             continue
         operation, arguments = statement.split(None, 1)
         target, *sources = [argument.strip() for argument in arguments.split(",")]
@@ -70,11 +68,12 @@ def _result(operation: str, x: list) -> np.ndarray:
             case "shfl.sync.bfly.b32":
                 return x[0][np.arange(LANES) ^ x[1]]
             case "cvt.rn.bf16x2.f32":
-                return (_half(x[0], torch.bfloat16) << 16) | _half(x[1], torch.bfloat16)
+                return (half_bits(x[0], torch.bfloat16) << 16) | half_bits(x[1], torch.bfloat16)
             case "cvt.rn.f16x2.f32":
-                return (_half(x[0], torch.float16) << 16) | _half(x[1], torch.float16)
+                return (half_bits(x[0], torch.float16) << 16) | half_bits(x[1], torch.float16)
     raise ValueError(f"{operation} is not among the instructions that tests/ptx.py knows")
 
 
-def _half(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+def half_bits(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """float32, rounded to a half-precision dtype -> its 16 bits, in uint32."""
     return torch.from_numpy(x.astype(np.float32)).to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32)

@@ -82,22 +82,25 @@ def test_float32():
 def test_flash_v3():
     """Every setting fits Hopper, moves tiles by TMA and registers from the producer to the consumers, and has a clean steady loop.
 
-    Triton 3.6 spills nothing there; 3.9's assembler up to 10 of 400 instructions. Where it finds too few registers for products in
-    flight it waits after each of 16 or 24.
+    The forward spills nothing there; of the backward's 321 instructions 3.9's assembler spills up to 10. Where it finds too few
+    registers for products in flight it waits after each of 16 or 24.
     """
     for result in compiled(90, "bfloat16", FLASH_V3):
         assert result["shared_kib"] <= SHARED_KIB[90] and result["tensor_core"] >= 48 and result["tma"] >= 8, result
         assert any(moves <= set(result["register_moves"]) for moves in ({240, 24}, {160, 32}, {216, 64, 24})), result
-        assert result["steady_spills"] <= 10 and result["steady_waits"] <= 4, result
+        spills, waits = (0, 2) if result["kernel"] == "flash_v3 forward" else (10, 4)
+        assert result["steady_spills"] <= spills and result["steady_waits"] <= waits, result
 
 
 def test_the_reader_finds_the_steady_loop():
     """Of two loops with as many products, the shorter one: the other one also masks."""
-    from tests.aot import steady_loop
+    from tests.aot import SPILL, _count, steady_loop
 
     masked = "/*0010*/ HGMMA R0 ;\n/*0020*/ LDL R4, [R1] ;\n/*0030*/ ISETP P0 ;\n/*0040*/ @P0 BRA 0x10 ;\n"
     steady = "/*0050*/ HGMMA R0 ;\n/*0060*/ {} ;\n/*0070*/ @P0 BRA 0x50 ;\n"
     assert steady_loop(masked + steady.format("NOP")) == ["HGMMA R0 ", "NOP ", "@P0 BRA 0x50 "]
+    assert _count(SPILL, steady_loop(masked + steady.format("NOP"))) == 0
+    assert _count(SPILL, steady_loop(masked + steady.format("STL [R1], R4"))) == 1
 
 
 def test_the_reader_sees_spills():

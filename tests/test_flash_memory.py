@@ -149,6 +149,21 @@ def test_float32_output_for_ring_steps(rung):
 
 # ---- tiles ----
 
+
+@pytest.mark.parametrize("asked", [{}, {"window_size": 20}, {"document_ids": torch.arange(50)[None] // 20}])
+def test_the_backward_takes_its_tiles_by_what_cuts(rung, monkeypatch, asked):
+    """A window and documents have rows of their own in flash_v2's table; causality alone has not."""
+    if rung != "flash_v2":
+        pytest.skip("flash_v2's table alone has such rows")
+    module, heard = BACKENDS[rung], []
+    real = module.tiles
+    monkeypatch.setattr(module, "tiles", lambda *kind: heard.append(kind[3:]) or real(*kind))
+    inputs = [torch.randn(1, 1, 50, 32, device=DEVICE, dtype=FP16, requires_grad=True) for _ in range(3)]
+    given = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in asked.items()}
+    torch.autograd.grad(attention(*inputs, is_causal=True, backend=rung, **given).sum(), inputs)
+    assert heard == [(), (bool(asked),)]
+
+
 # Beyond FAR, no tile of queries or keys shares anything with one that the poison below reaches: tiles are of up to 64 positions in
 # the interpreter and up to 128 on a GPU.
 SEQ, FAR = (300, 260) if INTERPRET else (450, 390)

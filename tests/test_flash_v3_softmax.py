@@ -45,7 +45,7 @@ def operands(constraints: str, started: list[np.ndarray], others: list[np.ndarra
 
 def pairs(p: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """[64, 32] float32 -> [32, 32]: two neighbours in a number, the first in its lower half."""
-    half = torch.from_numpy(np.ascontiguousarray(p)).to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    half = ptx.half_bits(p, dtype)
     return half[0::2] | half[1::2] << 16
 
 
