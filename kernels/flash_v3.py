@@ -41,8 +41,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
         return f"flash_v3 needs a Hopper GPU (compute capability 9.0), not {there}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash_v3 takes float16 and bfloat16, not {dtype_name(dtype)}"
-    if not 16 <= head_dim <= 128 or head_dim % 8:  # TMA reads rows of a multiple of 16 bytes
-        return f"flash_v3 takes head_dim 16 to 128 in steps of 8, not {head_dim}"
+    if not 16 <= head_dim <= 256 or head_dim % 8:  # TMA reads rows of a multiple of 16 bytes
+        return f"flash_v3 takes head_dim 16 to 256 in steps of 8, not {head_dim}"
     return None
 
 
@@ -50,11 +50,12 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
 
 
 class Forward(NamedTuple):
-    """A setting of the forward: 64 queries a warpgroup, and how many blocks of keys and of values TMA may bring ahead."""
+    """A setting of the forward: 64 queries a warpgroup, how many blocks of keys and values TMA may bring ahead, and of how many."""
 
     warpgroups: int
     buffers: int
     q_in_registers: bool
+    block_k: int = KEYS
 
     def registers(self) -> tuple[int, int, int]:
         """Registers of a consumer's thread, of a producer's, and of the average thread, which the launch asks for."""
@@ -63,6 +64,8 @@ class Forward(NamedTuple):
 
 def forward_setting(block_d: int, seq_q: int, is_causal: bool, cut: bool) -> Forward:
     """The fastest of those timed on an H200 (docs/log.md). `cut`: something but causality bends or cuts the scores."""
+    if block_d == 256:
+        return Forward(warpgroups=2, buffers=2, q_in_registers=False, block_k=64)
     if block_d == 128:
         return Forward(warpgroups=2, buffers=2, q_in_registers=False)
     if cut or (is_causal and seq_q < 2048):
@@ -138,6 +141,7 @@ class Plan(NamedTuple):
     run: Ready
     programs: int
     block_d: int
+    block_k: int
     numbers: tuple[Any, ...]  # the arguments after the tensors
 
 
@@ -163,7 +167,7 @@ class Inputs(NamedTuple):
 
     def block_d(self) -> int:
         """head_dim, rounded up to what the kernels have."""
-        return 64 if self.shape[3] <= 64 else 128
+        return 64 if self.shape[3] <= 64 else 128 if self.shape[3] <= 128 else 256
 
     def bent(self) -> bool:
         """Whether something but a mask changes the scores."""
@@ -178,15 +182,17 @@ def forward_plan(inputs: Inputs, is_causal: bool, output_dtype: torch.dtype, use
     chosen = use or forward_setting(block_d, seq_q, is_causal, cut_twice or inputs.bent())
     # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
     between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
-    half = is_causal and not cut_twice and chosen.warpgroups == 2 and (inputs.seq_k - seq_q) % KEYS == 0
+    aligned = chosen.warpgroups == 2 and chosen.block_k == 2 * QUERIES and (inputs.seq_k - seq_q) % chosen.block_k == 0
+    half = is_causal and not cut_twice and aligned
     n_tile = -(-seq_q // (QUERIES * chosen.warpgroups))
     n_tiles = n_tile * batch * n_head
     at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * group)
     consumer, producer, average = chosen.registers()
-    constants = (group, chosen.warpgroups, KEYS, block_d, chosen.buffers, chosen.q_in_registers, between, half, consumer, producer)
+    block = (chosen.block_k, block_d, chosen.buffers, chosen.q_in_registers)
+    constants = (group, chosen.warpgroups, *block, between, half, consumer, producer)
     sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
     run = ready(forward_kernel, average, *inputs.kind(), output_dtype, constants)
-    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, (*asked, *sizes, *constants))
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*asked, *sizes, *constants))
 
 
 @lru_cache(maxsize=4096)
@@ -194,14 +200,15 @@ def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     """The launch of the backward's main kernel."""
     (batch, _, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
     batch_heads = batch * inputs.n_kv_head
-    n_tile = -(-inputs.seq_k // KEYS)
+    block_k = KEYS // 2 if block_d == 256 else KEYS
+    n_tile = -(-inputs.seq_k // block_k)
     n_tiles = n_tile * batch_heads
     at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * group)))
     cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
     constants = (group, block_d, cut_from, cut_to, deterministic)
     sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
     run = ready(backward_kernel, 128, *inputs.kind(), constants)
-    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, (*asked, *sizes, *constants))
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*asked, *sizes, *constants))
 
 
 def forward(
@@ -222,6 +229,8 @@ def forward(
 
     Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the setting.
     """
+    if output_dtype == torch.float32 and query.shape[3] > 128:
+        raise ValueError("flash_v3 writes a float32 output up to head_dim 128; there is no shared memory for more")
     output = heads_last(query, output_dtype)
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
     if output.numel() == 0 or key.shape[2] == 0:
@@ -229,13 +238,13 @@ def forward(
     asked = meaning(query.shape[2], key.shape[2], scale, is_causal, window_size, softcap)
     inputs = _inputs(query, key, asked, alibi_slopes, document_ids)
     plan = forward_plan(inputs, is_causal, output.dtype, use)
-    d = plan.block_d
+    d, keys = plan.block_d, plan.block_k
     with on(query.device):
         query, key, value = reachable(query), reachable(key), reachable(value)
         counter = torch.zeros(1, device=query.device, dtype=torch.int32)
         plan.run(
             plan.programs,
-            _descriptor(query, 1, 1, QUERIES, d), _descriptor(key, 1, 1, KEYS, d), _descriptor(value, 1, 1, KEYS, d),
+            _descriptor(query, 1, 1, QUERIES, d), _descriptor(key, 1, 1, keys, d), _descriptor(value, 1, 1, keys, d),
             _descriptor(output, 1, 1, QUERIES, d), lse, *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip
     return output, lse
@@ -269,6 +278,7 @@ def backward(
     asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
     plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), deterministic)
     d, half = plan.block_d, KEYS // 2
+    width = min(d, 2 * QUERIES)  # of the parts in which the kernel has tiles
     with on(query.device):
         grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
         query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))
@@ -284,10 +294,10 @@ def backward(
         )  # fmt: skip
         plan.run(
             plan.programs,
-            _descriptor(query, 1, 1, QUERIES, d), _descriptor(grad_output, 1, 1, QUERIES, d),
-            _descriptor(key, 1, 1, half, d), _descriptor(value, 1, 1, half, d),
+            _descriptor(query, 1, 1, QUERIES, width), _descriptor(grad_output, 1, 1, QUERIES, width),
+            _descriptor(key, 1, 1, half, width), _descriptor(value, 1, 1, half, width),
             _descriptor(stats, 1, 2 * QUERIES, layout=FLAT), _descriptor(dq_sum, 2 * QUERIES, 32),
-            _descriptor(dk, 1, 1, half, d), _descriptor(dv, 1, 1, half, d),
+            _descriptor(dk, 1, 1, half, width), _descriptor(dv, 1, 1, half, width),
             *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip
         ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)

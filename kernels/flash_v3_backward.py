@@ -28,6 +28,7 @@ from kernels.flash_v3_steps import (
     Q,
     await_ds,
     await_ds_read,
+    await_other_consumer,
     await_release,
     hand_over_ds,
     release,
@@ -61,33 +62,42 @@ def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
     q_desc, do_desc, k_desc, v_desc, stats_desc, _, _, _ = tensors
     first_ptr, last_ptr, _, _, behind, ahead, _ = meaning
     n_kv_head, seq_q, seq_k, _, _, _, _ = sizes
-    q_s, do_s, k_s, v_s, stats_s, _, _ = memory
+    q_s, do_s, k_s, v_s, stats_s, ds_s, _ = memory
     kv_full, kv_empty, q_full, do_full = rings
+    # A tile of Q or dO is in PARTS of 128 columns, or whole. K and V are in two: 64 keys each or, at head_dim 256, 128 columns.
+    PARTS: gl.constexpr = q_s.shape[0] // 2
+    BLOCK: gl.constexpr = KEYS // PARTS
     step = 0
     n = 0
     place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
     while place >= 0:
-        key = place * KEYS
-        lowest, highest, whole_from, whole_to = tiles_of(key, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
+        key = place * BLOCK
+        lowest, highest, whole_from, whole_to = tiles_of(key, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
         mbarrier.wait(kv_empty.index(0), (n & 1) ^ 1)
         mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes)
         for w in gl.static_range(2):
-            tma_load(k_desc, [batch, kv_head, key + 64 * w, 0], kv_full.index(0), k_s.index(w))
+            at = [batch, kv_head, key + 64 * w, 0] if PARTS == 1 else [batch, kv_head, key, 128 * w]
+            tma_load(k_desc, at, kv_full.index(0), k_s.index(w))
         mbarrier.expect(kv_full.index(1), 2 * v_desc.block_type.nbytes)
         for w in gl.static_range(2):
-            tma_load(v_desc, [batch, kv_head, key + 64 * w, 0], kv_full.index(1), v_s.index(w))
+            at = [batch, kv_head, key + 64 * w, 0] if PARTS == 1 else [batch, kv_head, key, 128 * w]
+            tma_load(v_desc, at, kv_full.index(1), v_s.index(w))
         for member in range(GROUP):
             head = kv_head * GROUP + member
             stats_row = (batch * n_kv_head * GROUP + head) * gl.cdiv(seq_q, QUERIES)
             for q_tile in range(lowest, highest + 1):
                 slot = step % 2
                 await_release(Q, slot)
-                mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
-                tma_load(q_desc, [batch, head, q_tile * QUERIES, 0], q_full.index(slot), q_s.index(slot))
+                mbarrier.expect(q_full.index(slot), PARTS * q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+                for part in gl.static_range(PARTS):
+                    at = [batch, head, q_tile * QUERIES, 128 * part]
+                    tma_load(q_desc, at, q_full.index(slot), q_s.index(slot * PARTS + part))
                 tma_load(stats_desc, [stats_row + q_tile, 0], q_full.index(slot), stats_s.index(slot))
                 await_release(DO, slot)
-                mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes)
-                tma_load(do_desc, [batch, head, q_tile * QUERIES, 0], do_full.index(slot), do_s.index(slot))
+                mbarrier.expect(do_full.index(slot), PARTS * do_desc.block_type.nbytes)
+                for part in gl.static_range(PARTS):
+                    at = [batch, head, q_tile * QUERIES, 128 * part]
+                    tma_load(do_desc, at, do_full.index(slot), do_s.index(slot * PARTS + part))
                 step += 1
         n += 1
         place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
@@ -115,21 +125,24 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
     kv_full, kv_empty, _, _ = rings
     _, _, _, counter = schedule
     PARTS: gl.constexpr = HEAD_DIM // 64
+    HALVES: gl.constexpr = ds_s.shape[0] // 2  # of dS: 64 keys each
+    BLOCK: gl.constexpr = 64 * HALVES
+    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     zero = gl.zeros([QUERIES, 64], gl.float32, layout)
-    release_ds(0)
-    release_ds(1)
+    release_ds(0, HALVES)
+    release_ds(1, HALVES)
     step = 0
     n = 0
     place, batch, kv_head = take(schedule, n)
     while place >= 0:
         lowest, highest, whole_from, whole_to = tiles_of(
-            place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
+            place * BLOCK, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
         if DETERMINISTIC:
             turn = n_tile - 1 - place
             from_tile, to_tile, whole_from, whole_to = tiles_of(
-                gl.minimum(place + 1, n_tile - 1) * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
+                gl.minimum(place + 1, n_tile - 1) * BLOCK, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
             )
         mbarrier.wait(kv_full.index(0), n & 1)
         for member in range(GROUP):
@@ -140,18 +153,19 @@ def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: 
                 nought = (seq_q - q_tile) >> 31  # zero, as in _seen
                 if DETERMINISTIC and turn > 0 and q_tile >= from_tile and q_tile <= to_tile:
                     await_at_least(passed + q_tile, turn)
-                await_ds(slot)
+                await_ds(slot, HALVES)
                 for part in gl.static_range(PARTS):
-                    k0 = k_s.index(nought).reshape([64, HEAD_DIM]).slice(64 * part, 64, dim=1)
-                    k1 = k_s.index(1 + nought).reshape([64, HEAD_DIM]).slice(64 * part, 64, dim=1)
-                    dq = warpgroup_mma(ds_s.index(slot * 2).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
-                    dq = warpgroup_mma(ds_s.index(slot * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
+                    k0 = k_s.index(part // 2 * (2 - HALVES) + nought).reshape([64, WIDTH]).slice(64 * part % WIDTH, 64, dim=1)
+                    dq = warpgroup_mma(ds_s.index(slot * HALVES).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
+                    if HALVES == 2:
+                        k1 = k_s.index(1 + nought).reshape([64, WIDTH]).slice(64 * part, 64, dim=1)
+                        dq = warpgroup_mma(ds_s.index(slot * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=(dq,))
                     if part == PARTS - 1:
-                        release_ds(slot)
+                        release_ds(slot, HALVES)
                     held = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([2 * QUERIES, 32])
-                    buffer = dq_s.index(part if PARTS == 2 else slot)
-                    tma.store_wait(1)
+                    buffer = dq_s.index(slot if PARTS == 1 else part % dq_s.shape[0])
+                    tma.store_wait(dq_s.shape[0] - 1)
                     buffer.store(held)
                     fence_async_shared()
                     tma_add(dq_desc, [((head_tiles + q_tile) * PARTS + part) * (2 * QUERIES), 0], buffer)
@@ -201,26 +215,35 @@ def _seen(
 ):  # fmt: skip
     """The tiles from `start` to before `stop`.
 
-    At head_dim 64 K and V stay in registers. At 128 there is no room for them, dP is issued only when the scores have become P, and
-    P is rounded for dV only when dS is made of it: it would need registers of its own beside P.
+    At head_dim 64 K and V stay in registers. Beyond there is no room for them, dP is issued only when the scores have become P,
+    and P is rounded for dV only when dS is made of it: it would need registers of its own beside P. At 256 both warpgroups compute
+    all of S and dP, and half of dK's and dV's columns each.
     """
     q_s, do_s, k_s, v_s, stats_s, _, _ = memory
     _, _, q_full, do_full = rings
+    WIDE: gl.constexpr = HEAD_DIM == 256
+    PARTS: gl.constexpr = 2 if WIDE else 1
+    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
+    OWN: gl.constexpr = W if WIDE else 0  # the columns of dK and dV that are this warpgroup's
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     for tile in range(start, stop):
         slot = (offset + tile) % 2
         phase = ((offset + tile) // 2) & 1
         # Always zero, which the compiler cannot know: it would keep addresses of K and V in 24 registers over the loop, and spill.
         nought = (seq_q - tile) >> 31
-        q = q_s.index(slot).reshape([QUERIES, HEAD_DIM])
-        do = do_s.index(slot).reshape([QUERIES, HEAD_DIM])
+        q = q_s.index(slot * PARTS + OWN).reshape([QUERIES, WIDTH])
+        do = do_s.index(slot * PARTS + OWN).reshape([QUERIES, WIDTH])
         k_now = k
         v_now = v
-        if HEAD_DIM == 128:
-            k_now = k_s.index(W + nought).reshape([64, HEAD_DIM])
-            v_now = v_s.index(W + nought).reshape([64, HEAD_DIM])
+        if HEAD_DIM >= 128:
+            k_now = k_s.index(W + nought).reshape([64, WIDTH])
+            v_now = v_s.index(W + nought).reshape([64, WIDTH])
         mbarrier.wait(q_full.index(slot), phase)
         s_later = warpgroup_mma(k_now, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if WIDE:
+            k_more = k_s.index(1 - W + nought).reshape([64, WIDTH])
+            q_more = q_s.index(slot * PARTS + 1 - OWN).reshape([QUERIES, WIDTH])
+            s_later = warpgroup_mma(k_more, q_more.permute((1, 0)), s_later, is_async=True)
         mbarrier.wait(do_full.index(slot), phase)
         if HEAD_DIM == 64:
             dp_later = _dp_less_delta(v_now, do, stats_s.index(slot), zero, s_layout)
@@ -235,8 +258,12 @@ def _seen(
         p = gl.exp2(s * qk_scale - lse)
         if MASKED:
             p = gl.where((queries[None, :] >= first[:, None]) & (queries[None, :] <= last[:, None]), p, 0.0)
-        if HEAD_DIM == 128:
+        if HEAD_DIM >= 128:
             dp_later = _dp_less_delta(v_now, do, stats_s.index(slot), zero, s_layout)
+        if WIDE:
+            v_more = v_s.index(1 - W + nought).reshape([64, WIDTH])
+            do_more = do_s.index(slot * PARTS + 1 - OWN).reshape([QUERIES, WIDTH])
+            dp_later = warpgroup_mma(v_more, do_more.permute((1, 0)), dp_later, is_async=True)
         ds = p * warpgroup_mma_wait(0, deps=(dp_later,))
         if cap is not None:
             ds = ds * (1.0 - bent * bent)
@@ -264,7 +291,10 @@ def _consume(
     _, _, k_s, v_s, _, _, _ = memory
     kv_full, kv_empty, _, _ = rings
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUERIES, 16])
-    kv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16])
+    WIDE: gl.constexpr = HEAD_DIM == 256
+    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
+    BLOCK: gl.constexpr = 64 if WIDE else KEYS
+    kv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     dtype: gl.constexpr = k_s.dtype
     zero = gl.zeros([64, QUERIES], gl.float32, s_layout)
     qk_scale = scale * LOG2E
@@ -275,9 +305,9 @@ def _consume(
     n = 0
     place, batch, kv_head = take(schedule, n)
     while place >= 0:
-        key = place * KEYS + 64 * W
+        key = place * BLOCK + (0 if WIDE else 64 * W)
         all_lowest, all_highest, all_from, all_to = tiles_of(
-            place * KEYS, KEYS, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
+            place * BLOCK, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
         )
         lowest, highest, whole_from, whole_to = tiles_of(key, 64, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
         if first_ptr is not None:
@@ -295,12 +325,12 @@ def _consume(
         last = gl.where(index < seq_k, last, -1)
         keys = index + (seq_q - seq_k)
 
-        dk = gl.zeros([64, HEAD_DIM], gl.float32, kv_layout)
-        dv = gl.zeros([64, HEAD_DIM], gl.float32, kv_layout)
+        dk = gl.zeros([64, WIDTH], gl.float32, kv_layout)
+        dv = gl.zeros([64, WIDTH], gl.float32, kv_layout)
         mbarrier.wait(kv_full.index(0), n & 1)
         mbarrier.wait(kv_full.index(1), n & 1)
-        k = k_s.index(W).reshape([64, HEAD_DIM])
-        v = v_s.index(W).reshape([64, HEAD_DIM])
+        k = k_s.index(W).reshape([64, WIDTH])
+        v = v_s.index(W).reshape([64, WIDTH])
         if HEAD_DIM == 64:
             whole: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2)
             k = k.load(whole)
@@ -327,20 +357,24 @@ def _consume(
                 )  # fmt: skip
                 _unseen(highest + 1, all_highest + 1, offset, memory, rings, W, s_layout, dtype)
             done += gl.maximum(all_highest + 1 - all_lowest, 0)
-        # Both through V's buffer, which this warpgroup alone reads: K may still be at work in dQ.
-        _write(dv_desc, [batch, kv_head, key, 0], dv.to(dtype), v_s.index(W), HEAD_DIM)
-        _write(dk_desc, [batch, kv_head, key, 0], (dk * scale).to(dtype), v_s.index(W), HEAD_DIM)
+        # Both through V's buffer: K may still be at work in dQ. This warpgroup alone reads it or, at head_dim 256, both do.
+        if WIDE:
+            await_other_consumer()
+        at = [batch, kv_head, key, 128 * W if WIDE else 0]
+        _write(dv_desc, at, dv.to(dtype), v_s.index(W), WIDTH)
+        _write(dk_desc, at, (dk * scale).to(dtype), v_s.index(W), WIDTH)
         mbarrier.arrive(kv_empty.index(0), count=1)
         n += 1
         place, batch, kv_head = take(schedule, n)
     for slot in gl.static_range(2):  # what dQ's warpgroup has released last
-        await_ds_read(W, slot)
+        if W == 0 or not WIDE:
+            await_ds_read(W, slot)
 
 
 @gluon.jit
-def _write(descriptor, coordinates, rows, buffer, HEAD_DIM: gl.constexpr):
+def _write(descriptor, coordinates, rows, buffer, WIDTH: gl.constexpr):
     """Rows to memory, through a buffer that is free again on return."""
-    buffer.reshape([64, HEAD_DIM]).store(rows)
+    buffer.reshape([64, WIDTH]).store(rows)
     fence_async_shared()
     tma_store(descriptor, coordinates, buffer)
     tma.store_wait(0)
@@ -360,14 +394,16 @@ def backward_kernel(
     `counter` is the next block of keys to draw, and behind it one number for each tile of queries. FROM, TO: which ends of the
     interval of queries that see a key may cut a tile.
     """
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, QUERIES, HEAD_DIM], q_desc.layout)
-    do_s = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, QUERIES, HEAD_DIM], q_desc.layout)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, HEAD_DIM], k_desc.layout)
-    v_s = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, HEAD_DIM], k_desc.layout)
+    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
+    PARTS: gl.constexpr = HEAD_DIM // WIDTH
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, 1, 1, QUERIES, WIDTH], q_desc.layout)
+    do_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, 1, 1, QUERIES, WIDTH], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, WIDTH], k_desc.layout)
+    v_s = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, WIDTH], k_desc.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [2, 1, 2 * QUERIES], stats_desc.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, QUERIES], q_desc.dtype)
-    ds_s = gl.allocate_shared_memory(q_desc.dtype, [4, 64, QUERIES], ds_layout)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2, 2 * QUERIES, 32], dq_desc.layout)
+    ds_s = gl.allocate_shared_memory(q_desc.dtype, [4 // PARTS, 64, QUERIES], ds_layout)
+    dq_s = gl.allocate_shared_memory(gl.float32, [2 // PARTS, 2 * QUERIES, 32], dq_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

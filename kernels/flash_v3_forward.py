@@ -290,7 +290,7 @@ def _consume(
                 acc, l, m, p, block, block - lowest + 1, step, q, memory, rings, rows, first, last, qk_scale, cap, slope,
                 W, WARPGROUPS, BLOCK_K, HEAD_DIM, BUFFERS, True, FROM, s_layout, o_layout,
             )  # fmt: skip
-        if not Q_IN_REGISTERS:
+        if not Q_IN_REGISTERS and HEAD_DIM < 256:
             mbarrier.arrive(q_empty.index(W), count=1)  # the last read of Q is done
         slot = step % BUFFERS
         mbarrier.wait(v_full.index(slot), (step // BUFFERS) & 1)
@@ -311,6 +311,9 @@ def _consume(
         o.reshape([64, HEAD_DIM]).store((acc * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(o.dtype))
         fence_async_shared()
         tma_store(o_desc, [batch, head, row, 0], o)
+        if HEAD_DIM == 256:
+            tma.store_wait(0)  # O lies in Q's place
+            mbarrier.arrive(q_empty.index(W), count=1)
         n += 1
         q_tile, batch, head = take(schedule, n)
     if W == 0:
@@ -335,7 +338,9 @@ def forward_kernel(
     sees the first half.
     """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
-    o_s = gl.allocate_shared_memory(o_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], o_desc.layout)
+    o_s = q_s  # at head_dim 256 there is no room for both
+    if HEAD_DIM < 256:
+        o_s = gl.allocate_shared_memory(o_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], o_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [BUFFERS, 1, 1, BLOCK_K, HEAD_DIM], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [BUFFERS, 1, 1, BLOCK_K, HEAD_DIM], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())

@@ -55,9 +55,12 @@ def softmax_of_next(s, m, l, qk_scale, dtype: gl.constexpr):
 
 @gluon.jit
 def _of_rows(x):
-    """[64, 16, 4, 2], of which a thread's elements in a row are equal or left out but the first -> [64, 4]."""
+    """[64, 8 or 16, 4, 2], of which a thread's elements in a row are equal or left out but the first -> [64, 4]."""
+    GROUPS: gl.constexpr = x.shape[1]
     x, _ = gl.split(x)
-    x, _ = gl.split(x.permute((0, 2, 1)).reshape([64, 4, 8, 2]))
+    x = x.permute((0, 2, 1))
+    if GROUPS == 16:
+        x, _ = gl.split(x.reshape([64, 4, 8, 2]))
     x, _ = gl.split(x.reshape([64, 4, 4, 2]))
     x, _ = gl.split(x.reshape([64, 4, 2, 2]))
     x, _ = gl.split(x)

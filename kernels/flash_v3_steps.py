@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from kernels.hopper_ops import barrier, interval
 
 QUERIES = gl.constexpr(64)  # of a tile
-KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup
+KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup; at head_dim 256 half as many, for both
 NEVER = gl.constexpr(2**30)  # a tile that does not come
 
 
@@ -56,23 +56,31 @@ def await_release(RING: gl.constexpr, slot):
 def hand_over_ds(W: gl.constexpr, ds, slot, memory):
     """A consumer: stores its dS, once dQ's warpgroup has read the one before in this buffer, and says so."""
     _, _, _, _, _, ds_s, _ = memory
-    await_ds_read(W, slot)
-    ds_s.index(slot * 2 + W).store(ds)
-    fence_async_shared()
-    barrier("arrive", 6 + slot, 384)
+    HALVES: gl.constexpr = ds_s.shape[0] // 2
+    if W < HALVES:
+        await_ds_read(W, slot)
+        ds_s.index(slot * HALVES + W).store(ds)
+        fence_async_shared()
+        barrier("arrive", 6 + slot, 128 + 128 * HALVES)
 
 
 @gluon.jit
-def await_ds(slot):
-    """dQ's warpgroup: both consumers have stored dS."""
-    barrier("sync", 6 + slot, 384)
+def await_ds(slot, HALVES: gl.constexpr):
+    """dQ's warpgroup: the consumers have stored dS: a half each, or the first of them all of it."""
+    barrier("sync", 6 + slot, 128 + 128 * HALVES)
 
 
 @gluon.jit
-def release_ds(slot):
-    """dQ's warpgroup: it has read both consumers' dS."""
-    barrier("arrive", 8 + slot * 2, 256)
-    barrier("arrive", 9 + slot * 2, 256)
+def release_ds(slot, HALVES: gl.constexpr):
+    """dQ's warpgroup: it has read the consumers' dS."""
+    for half in gl.static_range(HALVES):
+        barrier("arrive", 8 + slot * 2 + half, 256)
+
+
+@gluon.jit
+def await_other_consumer():
+    """A consumer at head_dim 256: the other one has come here too. (9 is free where there is one half of dS.)"""
+    barrier("sync", 9, 256)
 
 
 @gluon.jit

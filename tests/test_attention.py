@@ -193,8 +193,7 @@ def test_flash_v3_on_other_gpus(pretend_gpu, capability):
     [
         (torch.float32, 64, "flash_v3 takes float16 and bfloat16, not float32"),
         (torch.float64, 64, "flash_v3 takes float16 and bfloat16, not float64"),
-        (torch.bfloat16, 256, "flash_v3 takes head_dim 16 to 128 in steps of 8, not 256"),
-        (torch.bfloat16, 100, "flash_v3 takes head_dim 16 to 128 in steps of 8, not 100"),
+        (torch.bfloat16, 100, "flash_v3 takes head_dim 16 to 256 in steps of 8, not 100"),
     ],
 )
 def test_what_flash_v3_refuses_on_hopper(pretend_gpu, dtype, head_dim, expected):
@@ -209,12 +208,12 @@ def test_what_flash_v3_refuses_on_hopper(pretend_gpu, dtype, head_dim, expected)
 
 
 def test_what_flash_v3_takes_on_hopper(pretend_gpu):
-    """float16 and bfloat16, head_dim 16 to 128 in steps of 8, and every argument of attention."""
+    """float16 and bfloat16, head_dim 16 to 256 in steps of 8, and every argument of attention."""
     pretend_gpu("NVIDIA H200", (9, 0))
     cuda, features = torch.device("cuda"), frozenset(FEATURES)
     for dtype in (torch.float16, torch.bfloat16):
         taken = [d for d in range(1, 300) if why_not("flash_v3", cuda, dtype, d, features) is None]
-        assert taken == list(range(16, 129, 8))
+        assert taken == list(range(16, 257, 8))
     assert str(choose(cuda, torch.bfloat16, 64, features=features)) == (
         "flash_v3 (NVIDIA H200, Hopper sm_90, bfloat16, head_dim 64; TMA and asynchronous wgmma tensor cores)"
     )
@@ -291,7 +290,7 @@ def test_choice_says_what_it_passed_over(pretend_gpu):
     choice = choose(torch.device("cuda"), torch.bfloat16, 300, features=frozenset({"is_causal", "document_ids"}))
     assert choice == Choice(
         "sdpa",
-        "NVIDIA H200, Hopper sm_90, bfloat16, head_dim 300; not flash_v3: flash_v3 takes head_dim 16 to 128 in steps of 8, not 300"
+        "NVIDIA H200, Hopper sm_90, bfloat16, head_dim 300; not flash_v3: flash_v3 takes head_dim 16 to 256 in steps of 8, not 300"
         "; not flash_v2: flash_v2 takes head_dim 16 to 256, not 300",
     )
 

@@ -28,7 +28,7 @@ CONFIGURATIONS = {
 }
 OTHER_HEAD_DIMS = [f"{rung}/causal/{head_dim}" for rung in ("flash_v1", "flash_v2") for head_dim in (40, 192)]
 KERNELS_OF = {"flash_v1": 2, "flash_v2": 3, "flash_v3": 2}
-FLASH_V3 = ["flash_v3/causal/64", "flash_v3/causal/128", "flash_v3/full/64", "flash_v3/window/128"]
+FLASH_V3 = ["flash_v3/causal/64", "flash_v3/causal/128", "flash_v3/full/64", "flash_v3/window/128", "flash_v3/causal/256"]
 
 
 def compiled(capability: int, dtype: str, configurations: list[str]) -> list[dict]:

@@ -162,11 +162,11 @@ def test_what_the_rungs_lack_on_hopper(gpu):
     gpu(("NVIDIA H200", (9, 0)))
     found = doctor.diagnose(DoctorConfig())
     rungs = {rung.name: rung for rung in found.rungs}
-    spans = {"float16": "16 to 128", "bfloat16": "16 to 128"}
+    spans = {"float16": "16 to 256", "bfloat16": "16 to 256"}
     assert rungs["flash_v3"] == doctor.Rung("flash_v3", None, spans, [])
     assert found.auto.startswith("flash_v3 (") and rungs["flash_v2"].refusal is None
     text = " ".join(doctor.report(found).split())
-    assert "flash_v3 runs the call takes float16, bfloat16 with head_dim 16 to 128" in text
+    assert "flash_v3 runs the call takes float16, bfloat16 with head_dim 16 to 256" in text
     found = doctor.diagnose(DoctorConfig(deterministic=True))
     rungs = {rung.name: rung for rung in found.rungs}
     assert found.auto.startswith("flash_v3 (") and "no deterministic" in rungs["sdpa"].refusal

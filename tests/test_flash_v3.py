@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -15,7 +16,7 @@ from kernels import flash_v3
 from kernels.flash_v3_ends import finish_kernel, prepare_kernel
 
 TILE = flash_v3.QUERIES
-CASES = [(64, 128), (80, 1), (128, 100), (16, 65)]
+CASES = [(64, 128), (80, 1), (128, 100), (16, 65), (192, 70)]
 
 
 def padded(x: torch.Tensor, block_d: int) -> torch.Tensor:
@@ -30,7 +31,7 @@ def padded(x: torch.Tensor, block_d: int) -> torch.Tensor:
 @pytest.mark.parametrize(("head_dim", "seq"), CASES)
 def test_prepare(head_dim, seq):
     """Row statistics, infinite for rows that see nothing and rows beyond the end; a cleared sum and counters."""
-    block_d = 64 if head_dim <= 64 else 128
+    block_d = max(64, triton.next_power_of_2(head_dim))
     output, grad = torch.randn(2, 2, 3, seq, head_dim).unbind()
     lse, grad_lse = torch.randn(2, 2, 3, seq).unbind()
     lse = lse.clone()
@@ -51,7 +52,7 @@ def test_prepare(head_dim, seq):
 @pytest.mark.parametrize(("head_dim", "seq"), CASES)
 def test_finish(head_dim, seq):
     """The sum as a warpgroup's threads hold it, back in order, scaled, and nothing written beside it."""
-    block_d = 64 if head_dim <= 64 else 128
+    block_d = max(64, triton.next_power_of_2(head_dim))
     dq = torch.randn(2, 3, seq, head_dim)
     # [tile, row / 16, row / 8 % 2, row % 8, part, column / 8, column % 8 / 2, column % 2], as wgmma spreads them over threads.
     spread = padded(dq, block_d).flatten(0, 2).reshape(-1, 4, 2, 8, block_d // 64, 8, 4, 2)

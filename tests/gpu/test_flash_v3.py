@@ -45,7 +45,7 @@ def repeat(head_dim: int, deterministic: bool, times: int = 1000) -> int:
 
 
 @pytest.mark.parametrize("order", ["any-order", "deterministic"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_thousand_times_without_a_hang_or_a_race(head_dim, order):
     """In a process of its own, which can be ended: a barrier that nobody arrives at would wait for ever."""
     command = [sys.executable, "-m", "tests.gpu.test_flash_v3", str(head_dim), order]
@@ -104,7 +104,7 @@ def test_float32_output_in_the_backward(name):
 @pytest.mark.parametrize("rows", ["all", "few"])
 @pytest.mark.parametrize("size", [3.0, 40.0])
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_scores_that_rise(is_causal, head_dim, dtype, size, rows):
     """Blocks are walked from the last keys to the first. Of each, scores lie above what the maximum so far allows for: by more than
@@ -119,7 +119,7 @@ def test_scores_that_rise(is_causal, head_dim, dtype, size, rows):
     check(case, "flash_v3", is_causal=is_causal)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", MEANINGS)
 def test_deterministic_gradients(name, head_dim):
     """As exact as those in any order, and the same bits every time, for grouped heads and lengths that end within a tile."""
@@ -136,7 +136,7 @@ def test_deterministic_gradients(name, head_dim):
 def test_deterministic_gradients_of_documents():
     """Sorted, of lengths from one position to several blocks of keys."""
     ids = documents(1000, (1, 2, 130, 700), (64, 128, 900, 999))
-    for head_dim, is_causal in itertools.product((64, 128), (True, False)):
+    for head_dim, is_causal in itertools.product((64, 128, 256), (True, False)):
         case = make_case(2, 2, 1, 1000, 1000, head_dim, BF16)
         asked = {"is_causal": is_causal, "document_ids": ids, "deterministic": True}
         check(case, "flash_v3", **asked)
