@@ -195,6 +195,11 @@ def forward_plan(inputs: Inputs, is_causal: bool, output_dtype: torch.dtype, use
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*asked, *sizes, *constants))
 
 
+def output_width(block_d: int, output_dtype: torch.dtype) -> int:
+    """Columns of the output that the forward stores at once: at head_dim 256 they must fit in Q's place."""
+    return 128 if block_d == 256 and output_dtype == torch.float32 else block_d
+
+
 @lru_cache(maxsize=4096)
 def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     """The launch of the backward's main kernel."""
@@ -229,8 +234,6 @@ def forward(
 
     Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the setting.
     """
-    if output_dtype == torch.float32 and query.shape[3] > 128:
-        raise ValueError("flash_v3 writes a float32 output up to head_dim 128; there is no shared memory for more")
     output = heads_last(query, output_dtype)
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
     if output.numel() == 0 or key.shape[2] == 0:
@@ -245,7 +248,7 @@ def forward(
         plan.run(
             plan.programs,
             _descriptor(query, 1, 1, QUERIES, d), _descriptor(key, 1, 1, keys, d), _descriptor(value, 1, 1, keys, d),
-            _descriptor(output, 1, 1, QUERIES, d), lse, *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+            _descriptor(output, 1, 1, QUERIES, output_width(d, output.dtype)), lse, *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip
     return output, lse
 

@@ -29,6 +29,7 @@ from kernels.hopper_ops import (
     barrier_at,
     draw,
     interval,
+    seen_as,
     take,
     tanh_of_ratio,
     tma_load,
@@ -308,9 +309,13 @@ def _consume(
         if FROM:
             step = _hand_on(lowest - tile_lowest, step, rings, W, WARPGROUPS, BUFFERS)
         o = o_s.index(W)
-        o.reshape([64, HEAD_DIM]).store((acc * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(o.dtype))
-        fence_async_shared()
-        tma_store(o_desc, [batch, head, row, 0], o)
+        out = (acc * gl.convert_layout(share, gl.SliceLayout(1, o_layout))[:, None]).to(o.dtype)
+        if o.shape[3] == HEAD_DIM:
+            o.reshape([64, HEAD_DIM]).store(out)
+            fence_async_shared()
+            tma_store(o_desc, [batch, head, row, 0], o)
+        else:
+            _store_in_halves(o_desc, batch, head, row, out, o)
         if HEAD_DIM == 256:
             tma.store_wait(0)  # O lies in Q's place
             mbarrier.arrive(q_empty.index(W), count=1)
@@ -319,6 +324,18 @@ def _consume(
     if W == 0:
         _take_tensor_cores(W)  # what the last warpgroup has passed on
     tma.store_wait(0)
+
+
+@gluon.jit
+def _store_in_halves(o_desc, batch, head, row, out, o):
+    """The output of 64 rows, [64, head_dim], through shared memory for half of the columns."""
+    WIDTH: gl.constexpr = o.shape[3]
+    halves = gl.split(out.reshape([64, 2, WIDTH]).permute((0, 2, 1)))
+    for i in gl.static_range(2):
+        tma.store_wait(0)
+        o.reshape([64, WIDTH]).store(halves[i])
+        fence_async_shared()
+        tma_store(o_desc, [batch, head, row, WIDTH * i], o)
 
 
 SIZES = ["behind", "ahead", "n_head", "seq_q", "seq_k", "n_tile", "n_tiles", "heads_at_once", "batch_heads"]
@@ -338,9 +355,10 @@ def forward_kernel(
     sees the first half.
     """
     q_s = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
-    o_s = q_s  # at head_dim 256 there is no room for both
     if HEAD_DIM < 256:
         o_s = gl.allocate_shared_memory(o_desc.dtype, [WARPGROUPS, 1, 1, 64, HEAD_DIM], o_desc.layout)
+    else:  # there is no room for both, nor for all columns in float32
+        o_s = seen_as(q_s, o_desc.dtype, [WARPGROUPS, 1, 1, 64, o_desc.block_type.shape[3]], o_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [BUFFERS, 1, 1, BLOCK_K, HEAD_DIM], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [BUFFERS, 1, 1, BLOCK_K, HEAD_DIM], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())

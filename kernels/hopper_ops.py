@@ -5,7 +5,7 @@ Named barriers are an inline instruction; TMA's names changed from Triton 3.6 to
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -20,6 +20,13 @@ else:  # Triton 3.6 and 3.7 have the instruction and no word for it
         """Adds shared memory to a block of the tensor."""
         coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, coordinates, source.handle)
+
+
+@builtin
+def seen_as(memory, dtype, shape, layout, _semantic=None):
+    """The same shared memory with another dtype, shape and layout. (Gluon's own word for it changed with Triton 3.9.)"""
+    dtype, layout = _unwrap_if_constexpr(dtype), _unwrap_if_constexpr(layout)
+    return _semantic.memdesc_reinterpret(memory, dtype, [_unwrap_if_constexpr(n) for n in shape], layout)
 
 
 @gluon.constexpr_function

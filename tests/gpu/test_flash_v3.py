@@ -74,7 +74,7 @@ def test_unsorted_documents_end():
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize(("head_dim", "seq"), [(40, 300), (64, 2100), (128, 300)])
+@pytest.mark.parametrize(("head_dim", "seq"), [(40, 300), (64, 2100), (128, 300), (192, 300), (256, 70)])
 def test_float32_output(head_dim, seq, is_causal):
     """What is rounded for a half-precision output, unrounded, by every setting."""
     case = make_case(1, 2, 1, seq, seq, head_dim, BF16)

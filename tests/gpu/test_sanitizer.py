@@ -46,7 +46,7 @@ def unexplained(report: str) -> list[str]:
 
 
 @pytest.mark.skipif(compute_sanitizer() is None, reason="compute-sanitizer is neither on PATH nor in CUDA_HOME")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 @pytest.mark.parametrize("rung", RUNGS)
 def test_nothing_to_report(rung, tool):
     """PyTorch's allocator hands out pieces of larger blocks, between which memcheck would see no border: it is switched off."""
