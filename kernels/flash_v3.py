@@ -28,7 +28,7 @@ from kernels.layout import heads_last
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
-QUERIES, KEYS = steps.QUERIES.value, steps.KEYS.value  # rows of a warpgroup's tile of queries and of a block of keys
+QUERIES = steps.QUERIES.value  # of a warpgroup's tile
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
@@ -50,12 +50,12 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
 
 
 class Forward(NamedTuple):
-    """A setting of the forward: 64 queries a warpgroup, how many blocks of keys and values TMA may bring ahead, and of how many."""
+    """A setting of the forward: 64 queries a warpgroup; how many blocks of keys and values TMA may bring ahead, and their size."""
 
     warpgroups: int
     buffers: int
     q_in_registers: bool
-    block_k: int = KEYS
+    block_k: int = 128
 
     def registers(self) -> tuple[int, int, int]:
         """Registers of a consumer's thread, of a producer's, and of the average thread, which the launch asks for."""
@@ -205,7 +205,7 @@ def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     """The launch of the backward's main kernel."""
     (batch, _, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
     batch_heads = batch * inputs.n_kv_head
-    block_k = KEYS // 2 if block_d == 256 else KEYS
+    block_k = steps.keys_of(block_d)
     n_tile = -(-inputs.seq_k // block_k)
     n_tiles = n_tile * batch_heads
     at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * group)))
@@ -248,7 +248,8 @@ def forward(
         plan.run(
             plan.programs,
             _descriptor(query, 1, 1, QUERIES, d), _descriptor(key, 1, 1, keys, d), _descriptor(value, 1, 1, keys, d),
-            _descriptor(output, 1, 1, QUERIES, output_width(d, output.dtype)), lse, *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+            _descriptor(output, 1, 1, QUERIES, output_width(d, output.dtype)), lse,
+            *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip
     return output, lse
 
@@ -280,8 +281,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
     plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), deterministic)
-    d, half = plan.block_d, KEYS // 2
-    width = min(d, 2 * QUERIES)  # of the parts in which the kernel has tiles
+    d, box = plan.block_d, (1, 1, 64, min(plan.block_d, 128))  # what TMA moves at a time, of queries and of keys
     with on(query.device):
         grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
         query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))
@@ -297,10 +297,9 @@ def backward(
         )  # fmt: skip
         plan.run(
             plan.programs,
-            _descriptor(query, 1, 1, QUERIES, width), _descriptor(grad_output, 1, 1, QUERIES, width),
-            _descriptor(key, 1, 1, half, width), _descriptor(value, 1, 1, half, width),
+            _descriptor(query, *box), _descriptor(grad_output, *box), _descriptor(key, *box), _descriptor(value, *box),
             _descriptor(stats, 1, 2 * QUERIES, layout=FLAT), _descriptor(dq_sum, 2 * QUERIES, 32),
-            _descriptor(dk, 1, 1, half, width), _descriptor(dv, 1, 1, half, width),
+            _descriptor(dk, *box), _descriptor(dv, *box),
             *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip
         ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)

@@ -1,15 +1,16 @@
 """flash_v3's backward: one kernel, five matrix products, dQ added up in float32 by TMA.
 
 Shah et al. (2024), section 3.1 and appendix B.1, with dQ in a warpgroup of its own. One block per multiprocessor stays for the
-whole launch. It draws 128 keys of one key/value head at a time and walks the tiles of 64 queries that see any of them, for every
-query head of the group. Inside it:
+whole launch. It draws 128 keys of one key/value head at a time (64 at head_dim 256) and walks the tiles of 64 queries that see
+any of them, for every query head of the group. Inside it:
 
     producer    one warp: TMA brings K and V once, then Q with its row statistics, and dO, tile by tile into rings of shared
                 memory.
     consumers   two warpgroups, 64 keys each. S and dP are computed transposed, keys by queries, so that P and dS enter dV and dK
                 from registers, where dK and dV stay to the end. dS also goes to shared memory, and the warpgroup goes on.
-    dQ          one warpgroup: takes both halves of dS, multiplies them with K, and has TMA add the product to memory. The consumers
-                never wait for each other, so that one's exponentials run under the other's products.
+                At head_dim 256 there are registers for half the columns of dK and dV: both compute all of S and dP.
+    dQ          one warpgroup (flash_v3_dq.py): takes dS, multiplies it with K, and has TMA add the product to memory. The
+                consumers never wait for each other, so that one's exponentials run under the other's products.
 
 The order in which blocks add to a tile of dQ is that of their arrival or, asked for DETERMINISTIC gradients, from the last keys to
 the first: where causality or a window cuts, the block with later keys comes to a tile of queries earlier.
@@ -21,28 +22,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from kernels.flash_v3_dq import sum_dq
 from kernels.flash_v3_steps import (
     DO,
-    KEYS,
     QUERIES,
     Q,
-    await_ds,
     await_ds_read,
     await_other_consumer,
     await_release,
     hand_over_ds,
+    keys_of,
     release,
-    release_ds,
     tiles_of,
 )
 from kernels.hopper_ops import (
-    await_at_least,
     draw,
     interval,
-    publish,
     take,
     tanh_of_ratio,
-    tma_add,
     tma_load,
     tma_store,
     with_distance,
@@ -57,16 +54,16 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
-def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
+def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: gl.constexpr):
     tensors, meaning, sizes, memory, rings, schedule = shared
     q_desc, do_desc, k_desc, v_desc, stats_desc, _, _, _ = tensors
     first_ptr, last_ptr, _, _, behind, ahead, _ = meaning
     n_kv_head, seq_q, seq_k, _, _, _, _ = sizes
-    q_s, do_s, k_s, v_s, stats_s, ds_s, _ = memory
+    q_s, do_s, k_s, v_s, stats_s, _, _ = memory
     kv_full, kv_empty, q_full, do_full = rings
     # A tile of Q or dO is in PARTS of 128 columns, or whole. K and V are in two: 64 keys each or, at head_dim 256, 128 columns.
     PARTS: gl.constexpr = q_s.shape[0] // 2
-    BLOCK: gl.constexpr = KEYS // PARTS
+    BLOCK: gl.constexpr = keys_of(HEAD_DIM)
     step = 0
     n = 0
     place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
@@ -104,80 +101,6 @@ def _produce(shared, GROUP: gl.constexpr, DETERMINISTIC: gl.constexpr):
     for slot in gl.static_range(2):  # what the consumers have released last
         await_release(Q, slot)
         await_release(DO, slot)
-
-
-# ---- dQ's warpgroup ----
-
-
-@gluon.jit
-def _sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: gl.constexpr):
-    """dQ = dS^T K of each tile, 64 columns at a time, added to the sum in memory in the order in which the threads hold it.
-
-    16 bytes of each thread lie side by side, so that shared memory is written without bank conflicts; flash_v3_ends puts them in
-    their places. DETERMINISTIC: a tile's counter says how many blocks of keys its sum has passed, counted from the last, and each
-    waits for the one before it, which was drawn earlier.
-    """
-    tensors, meaning, sizes, memory, rings, schedule = shared
-    _, _, _, _, _, dq_desc, _, _ = tensors
-    first_ptr, last_ptr, _, _, behind, ahead, _ = meaning
-    n_kv_head, seq_q, seq_k, n_tile, _, _, _ = sizes
-    _, _, k_s, _, _, ds_s, dq_s = memory
-    kv_full, kv_empty, _, _ = rings
-    _, _, _, counter = schedule
-    PARTS: gl.constexpr = HEAD_DIM // 64
-    HALVES: gl.constexpr = ds_s.shape[0] // 2  # of dS: 64 keys each
-    BLOCK: gl.constexpr = 64 * HALVES
-    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    zero = gl.zeros([QUERIES, 64], gl.float32, layout)
-    release_ds(0, HALVES)
-    release_ds(1, HALVES)
-    step = 0
-    n = 0
-    place, batch, kv_head = take(schedule, n)
-    while place >= 0:
-        lowest, highest, whole_from, whole_to = tiles_of(
-            place * BLOCK, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
-        )
-        if DETERMINISTIC:
-            turn = n_tile - 1 - place
-            from_tile, to_tile, whole_from, whole_to = tiles_of(
-                gl.minimum(place + 1, n_tile - 1) * BLOCK, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
-            )
-        mbarrier.wait(kv_full.index(0), n & 1)
-        for member in range(GROUP):
-            head_tiles = ((batch * n_kv_head + kv_head) * GROUP + member) * gl.cdiv(seq_q, QUERIES)
-            passed = counter + 1 + head_tiles
-            for q_tile in range(lowest, highest + 1):
-                slot = step % 2
-                nought = (seq_q - q_tile) >> 31  # zero, as in _seen
-                if DETERMINISTIC and turn > 0 and q_tile >= from_tile and q_tile <= to_tile:
-                    await_at_least(passed + q_tile, turn)
-                await_ds(slot, HALVES)
-                for part in gl.static_range(PARTS):
-                    k0 = k_s.index(part // 2 * (2 - HALVES) + nought).reshape([64, WIDTH]).slice(64 * part % WIDTH, 64, dim=1)
-                    dq = warpgroup_mma(ds_s.index(slot * HALVES).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
-                    if HALVES == 2:
-                        k1 = k_s.index(1 + nought).reshape([64, WIDTH]).slice(64 * part, 64, dim=1)
-                        dq = warpgroup_mma(ds_s.index(slot * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
-                    dq = warpgroup_mma_wait(0, deps=(dq,))
-                    if part == PARTS - 1:
-                        release_ds(slot, HALVES)
-                    held = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([2 * QUERIES, 32])
-                    buffer = dq_s.index(slot if PARTS == 1 else part % dq_s.shape[0])
-                    tma.store_wait(dq_s.shape[0] - 1)
-                    buffer.store(held)
-                    fence_async_shared()
-                    tma_add(dq_desc, [((head_tiles + q_tile) * PARTS + part) * (2 * QUERIES), 0], buffer)
-                if DETERMINISTIC and q_tile > lowest:
-                    publish(passed + q_tile - 1, turn + 1, PENDING=PARTS)
-                step += 1
-            if DETERMINISTIC and highest >= lowest:
-                publish(passed + highest, turn + 1, PENDING=0)
-        mbarrier.arrive(kv_empty.index(0), count=1)
-        n += 1
-        place, batch, kv_head = take(schedule, n)
-    tma.store_wait(0)
 
 
 # ---- the consumers: tiles that their keys are seen from, and those that they are not ----
@@ -283,7 +206,7 @@ def _consume(
     W: gl.constexpr, shared,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, FROM: gl.constexpr, TO: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
-    """Warpgroup W: keys 64 W to 64 W + 63 of each block."""
+    """Warpgroup W: keys 64 W to 64 W + 63 of each block or, at head_dim 256, columns 128 W to 128 W + 127."""
     tensors, meaning, sizes, memory, rings, schedule = shared
     _, _, _, _, _, _, dk_desc, dv_desc = tensors
     first_ptr, last_ptr, slopes_ptr, scale, behind, ahead, cap = meaning
@@ -293,7 +216,7 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUERIES, 16])
     WIDE: gl.constexpr = HEAD_DIM == 256
     WIDTH: gl.constexpr = min(HEAD_DIM, 128)
-    BLOCK: gl.constexpr = 64 if WIDE else KEYS
+    BLOCK: gl.constexpr = keys_of(HEAD_DIM)
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     dtype: gl.constexpr = k_s.dtype
     zero = gl.zeros([64, QUERIES], gl.float32, s_layout)
@@ -431,8 +354,8 @@ def backward_kernel(
         [
             (_consume, (gl.constexpr(0), shared, GROUP, HEAD_DIM, FROM, TO, DETERMINISTIC)),
             (_consume, (gl.constexpr(1), shared, GROUP, HEAD_DIM, FROM, TO, DETERMINISTIC)),
-            (_sum_dq, (shared, GROUP, HEAD_DIM, DETERMINISTIC)),
-            (_produce, (shared, GROUP, DETERMINISTIC)),
+            (sum_dq, (shared, GROUP, HEAD_DIM, DETERMINISTIC)),
+            (_produce, (shared, GROUP, HEAD_DIM, DETERMINISTIC)),
         ],
         [4, 4, 1],
         [CONSUMER_REGISTERS, DQ_REGISTERS, PRODUCER_REGISTERS],

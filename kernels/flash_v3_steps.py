@@ -11,8 +11,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from kernels.hopper_ops import barrier, interval
 
 QUERIES = gl.constexpr(64)  # of a tile
-KEYS = gl.constexpr(128)  # of a block, 64 to a warpgroup; at head_dim 256 half as many, for both
 NEVER = gl.constexpr(2**30)  # a tile that does not come
+
+
+@gluon.constexpr_function
+def keys_of(head_dim: int) -> int:
+    """Keys of a block: 64 to a consumer or, at head_dim 256, 64 for both."""
+    return 64 if head_dim == 256 else 128
 
 
 # ---- which tiles ----
