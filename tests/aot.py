@@ -205,7 +205,8 @@ if __name__ == "__main__":
                 outputs = (dtype, torch.float32) if (name, meaning) == ("forward", "causal") else (dtype,)
                 for output_dtype in outputs:
                     result = compile_flash_v3(name, dtype, size, setting, meaning, output_dtype=output_dtype)
-                    print(json.dumps({"capability": 90, "head_dim": size, "meaning": meaning} | result), flush=True)
+                    about = {"triton": triton.__version__, "capability": 90, "head_dim": size, "meaning": meaning}
+                    print(json.dumps(about | result), flush=True)
             continue
         chosen = (
             tiles_v1_for(dtype, size) if rung == "flash_v1" else tiles_for(divmod(capability, 10), dtype, size, is_cut(meaning))

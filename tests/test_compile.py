@@ -31,9 +31,16 @@ KERNELS_OF = {"flash_v1": 2, "flash_v2": 3, "flash_v3": 2}
 FLASH_V3 = ["flash_v3/causal/64", "flash_v3/causal/128", "flash_v3/full/64", "flash_v3/window/128", "flash_v3/causal/256"]
 
 
-def compiled(capability: int, dtype: str, configurations: list[str]) -> list[dict]:
+# A folder with the oldest Triton that the kernels are written for: pip install --no-deps --target FOLDER triton==3.6.0
+OLDEST_TRITON = os.environ.get("OLDEST_TRITON")
+
+
+def compiled(capability: int, dtype: str, configurations: list[str], triton: str | None = None) -> list[dict]:
+    """What the machine code says, compiled by the installed Triton or by that in a folder."""
     command = [sys.executable, "-m", "tests.aot", str(capability), dtype, *configurations]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, (triton, os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     results = [json.loads(line) for line in run.stdout.splitlines()]
     found = {f"{result['kernel'].split()[0]}/{result['meaning']}/{result['head_dim']}" for result in results}
@@ -79,16 +86,25 @@ def test_float32():
             assert result["loop_spills"] == 0, result
 
 
-def test_flash_v3():
+@pytest.mark.parametrize(
+    "triton",
+    [
+        pytest.param(None, id="installed"),
+        pytest.param(OLDEST_TRITON, id="oldest", marks=pytest.mark.skipif(not OLDEST_TRITON, reason="OLDEST_TRITON is not set")),
+    ],
+)
+def test_flash_v3(triton):
     """Every setting fits Hopper, moves tiles by TMA and registers from the producer to the consumers, and has a clean steady loop.
 
-    The forward spills nothing there; of the backward's 321 instructions 3.9's assembler spills up to 10. Where it finds too few
+    Nothing is spilled there, but that Triton 3.9's assembler spills up to 10 numbers in the backward. Where one finds too few
     registers for products in flight it waits after each of 16 or 24.
     """
-    for result in compiled(90, "bfloat16", FLASH_V3):
+    for result in compiled(90, "bfloat16", FLASH_V3, triton):
         assert result["shared_kib"] <= SHARED_KIB[90] and result["tensor_core"] >= 48 and result["tma"] >= 8, result
         assert any(moves <= set(result["register_moves"]) for moves in ({240, 24}, {160, 32}, {216, 64, 24})), result
-        spills, waits = (0, 2) if result["kernel"] == "flash_v3 forward" else (10, 4)
+        backward = result["kernel"] == "flash_v3 backward"
+        spills, waits = 10 if backward and result["triton"].startswith("3.9.") else 0, 4 if backward else 2
+        assert triton is None or result["triton"].startswith("3.6."), result
         assert result["steady_spills"] <= spills and result["steady_waits"] <= waits, result
 
 
