@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -28,6 +29,7 @@ from kernels.layout import heads_last
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 QUERIES = steps.QUERIES.value  # of a warpgroup's tile
 
 
@@ -123,10 +125,18 @@ class Ready:
 
 
 @cache
-def ready(kernel: Any, average_registers: int | None, *kind: Any) -> Ready:
+def ready(kernel: Any, options: tuple[tuple[str, Any], ...], *kind: Any) -> Ready:
     """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on."""
-    options = {"num_warps": 4, "enable_fp_fusion": True}
-    return Ready(kernel, options | ({"maxnreg": average_registers} if average_registers else {}))
+    return Ready(kernel, {"num_warps": 4, "enable_fp_fusion": True} | dict(options))
+
+
+def backward_options(block_d: int) -> dict[str, Any]:
+    """What Triton is asked for when it compiles the backward's main kernel.
+
+    At head_dim 128 the assembler that comes with Triton 3.9 spills up to 39 numbers of a consumer's loop, and up to 5 when LLVM has
+    ordered the instructions for few registers. At 64 that makes no difference, and at 256 it gives up products in flight.
+    """
+    return {"maxnreg": 128} | ({"sched4reg": True} if block_d == 128 and TRITON >= (3, 9) else {})
 
 
 @cache
@@ -191,7 +201,7 @@ def forward_plan(inputs: Inputs, is_causal: bool, output_dtype: torch.dtype, use
     block = (chosen.block_k, block_d, chosen.buffers, chosen.q_in_registers)
     constants = (group, chosen.warpgroups, *block, between, half, consumer, producer)
     sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
-    run = ready(forward_kernel, average, *inputs.kind(), output_dtype, constants)
+    run = ready(forward_kernel, (("maxnreg", average),), *inputs.kind(), output_dtype, constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*asked, *sizes, *constants))
 
 
@@ -212,7 +222,7 @@ def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
     constants = (group, block_d, cut_from, cut_to, deterministic)
     sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
-    run = ready(backward_kernel, 128, *inputs.kind(), constants)
+    run = ready(backward_kernel, tuple(backward_options(block_d).items()), *inputs.kind(), constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*asked, *sizes, *constants))
 
 
@@ -291,7 +301,7 @@ def backward(
         counter = torch.empty(1 + tiles, device=query.device, dtype=torch.int32)
         constants = (head_dim, d, QUERIES)
         kind = (query.device, query.dtype, constants)
-        ready(prepare_kernel, None, *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
+        ready(prepare_kernel, (), *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
             tiles, output, grad_output, lse, grad_lse, stats, dq_sum, counter,
             *output.stride()[:3], *grad_output.stride()[:3], n_head, seq_q, *constants,
         )  # fmt: skip
@@ -302,7 +312,7 @@ def backward(
             _descriptor(dk, *box), _descriptor(dv, *box),
             *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip
-        ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)
+        ready(finish_kernel, (), *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)
     return dq, dk, dv
 
 

@@ -110,11 +110,12 @@ def compile_flash_v3(
             "o_desc": descriptor(1, 1, 64, flash_v3.output_width(block_d, output_dtype or dtype), of=output_dtype or dtype),
         }
         consumer, producer, average = setting.registers()
+        asked, consumers = {"maxnreg": average}, setting.warpgroups
         half = meaning == "causal" and setting.warpgroups == 2 and setting.block_k == 128
         block = (setting.block_k, block_d, setting.buffers, setting.q_in_registers)
         values = (group, setting.warpgroups, *block, cut_twice, half, consumer, producer)
     else:
-        kernel, average = flash_v3.backward_kernel, 128
+        kernel, asked, consumers = flash_v3.backward_kernel, flash_v3.backward_options(block_d), 2
         rows = descriptor(1, 1, 64, min(block_d, 128))
         pointers = dict.fromkeys(("q_desc", "do_desc", "k_desc", "v_desc", "dk_desc", "dv_desc"), rows) | {
             "stats_desc": descriptor(1, 128, of=torch.float32, layout=flash_v3.FLAT),
@@ -131,17 +132,20 @@ def compile_flash_v3(
         for argument in kernel.arg_names
     }
     source = GluonASTSource(kernel, signature=signature, constexprs=constants, attrs={})
-    options = {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": average}
-    return {"kernel": f"flash_v3 {name}"} | read(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
+    options = {"num_warps": 4, "enable_fp_fusion": True} | asked
+    return {"kernel": f"flash_v3 {name}"} | read(
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options), consumers
+    )
 
 
-def read(compiled: Any) -> dict:
-    """What the machine code says."""
+def read(compiled: Any, consumers: int = 0) -> dict:
+    """What the machine code says; of the steady loops, one for each of flash_v3's consumers, the worst."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         sass = _run("cuobjdump", "-sass", cubin.name)
         usage = _run("cuobjdump", "-res-usage", cubin.name)
+    steady = steady_loops(sass, consumers)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -150,9 +154,9 @@ def read(compiled: Any) -> dict:
         "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
         "register_moves": [int(n, 16) for n in re.findall(r"\bUSETMAXREG\S* (?:UP\d, )?0x([0-9a-f]+)", sass)],
         "loop_spills": loop_spills(sass),
-        "steady_instructions": len(steady_loop(sass)),
-        "steady_spills": _count(SPILL, steady_loop(sass)),
-        "steady_waits": _count(r"\bWARPGROUP\.DEPBAR\b", steady_loop(sass)),
+        "steady_instructions": max(map(len, steady), default=0),
+        "steady_spills": max((_count(SPILL, body) for body in steady), default=0),
+        "steady_waits": max((_count(r"\bWARPGROUP\.DEPBAR\b", body) for body in steady), default=0),
     }
 
 
@@ -185,11 +189,10 @@ def loop_spills(sass: str) -> int:
     return sum(_count(SPILL, body) for body in matrix_loops(sass))
 
 
-def steady_loop(sass: str) -> list[str]:
-    """The loop that flash_v3 spends its time in: the shortest of those with most products, since others also mask."""
+def steady_loops(sass: str, consumers: int) -> list[list[str]]:
+    """The loops that flash_v3 spends its time in, one for each consumer: the shortest of those with most products. Others mask."""
     products = max((_count(r"\bHGMMA\b", body) for body in matrix_loops(sass)), default=0)
-    steady = [body for body in matrix_loops(sass) if _count(r"\bHGMMA\b", body) == products]
-    return min(steady, key=len, default=[])
+    return sorted((body for body in matrix_loops(sass) if _count(r"\bHGMMA\b", body) == products), key=len)[:consumers]
 
 
 def _count(pattern: str, instructions: list[str]) -> int:

@@ -96,27 +96,36 @@ def test_float32():
 def test_flash_v3(triton):
     """Every setting fits Hopper, moves tiles by TMA and registers from the producer to the consumers, and has a clean steady loop.
 
-    Nothing is spilled there, but that Triton 3.9's assembler spills up to 10 numbers in the backward. Where one finds too few
-    registers for products in flight it waits after each of 16 or 24.
+    Where an assembler finds too few registers for products in flight it waits after each of 16, 24 or 40.
     """
     for result in compiled(90, "bfloat16", FLASH_V3, triton):
+        assert triton is None or result["triton"].startswith("3.6."), result
         assert result["shared_kib"] <= SHARED_KIB[90] and result["tensor_core"] >= 48 and result["tma"] >= 8, result
         assert any(moves <= set(result["register_moves"]) for moves in ({240, 24}, {160, 32}, {216, 64, 24})), result
-        backward = result["kernel"] == "flash_v3 backward"
-        spills, waits = 10 if backward and result["triton"].startswith("3.9.") else 0, 4 if backward else 2
-        assert triton is None or result["triton"].startswith("3.6."), result
-        assert result["steady_spills"] <= spills and result["steady_waits"] <= waits, result
+        assert result["steady_spills"] <= steady_spills(result), result
+        assert result["steady_waits"] <= (4 if result["kernel"] == "flash_v3 backward" else 2), result
 
 
-def test_the_reader_finds_the_steady_loop():
-    """Of two loops with as many products, the shorter one: the other one also masks."""
-    from tests.aot import SPILL, _count, steady_loop
+def steady_spills(result: dict) -> int:
+    """How much of a steady loop may be spilled: nothing, but numbers that a loop of the backward only reads, among 271 to 529
+    instructions. Triton 3.9's assembler has more of them than the others."""
+    if result["kernel"] == "flash_v3 forward":
+        return 0
+    by_head_dim = {64: 15, 128: 5, 256: 27} if result["triton"].startswith("3.9.") else {64: 0, 128: 2, 256: 3}
+    return by_head_dim[result["head_dim"]]
 
-    masked = "/*0010*/ HGMMA R0 ;\n/*0020*/ LDL R4, [R1] ;\n/*0030*/ ISETP P0 ;\n/*0040*/ @P0 BRA 0x10 ;\n"
-    steady = "/*0050*/ HGMMA R0 ;\n/*0060*/ {} ;\n/*0070*/ @P0 BRA 0x50 ;\n"
-    assert steady_loop(masked + steady.format("NOP")) == ["HGMMA R0 ", "NOP ", "@P0 BRA 0x50 "]
-    assert _count(SPILL, steady_loop(masked + steady.format("NOP"))) == 0
-    assert _count(SPILL, steady_loop(masked + steady.format("STL [R1], R4"))) == 1
+
+def test_the_reader_finds_the_steady_loops():
+    """Of three loops with as many products the two shortest, for two consumers: the third also masks."""
+    from tests.aot import steady_loops
+
+    loop = "/*00{}0*/ HGMMA R0 ;\n/*00{}4*/ {} ;\n/*00{}8*/ {} ;\n/*00{}c*/ @P0 BRA 0x{}0 ;\n"
+    masked = loop.format(1, 1, "LDL R4, [R1]", 1, "ISETP P0", 1, 1) + "/*0020*/ NOP ;\n"
+    first, second = (f"/*00{i}0*/ HGMMA R0 ;\n/*00{i}4*/ {{}} ;\n/*00{i}8*/ @P0 BRA 0x{i}0 ;\n" for i in (3, 4))
+    assert steady_loops(masked + first.format("NOP") + second.format("STL [R1], R4"), 2) == [
+        ["HGMMA R0 ", "NOP ", "@P0 BRA 0x30 "],
+        ["HGMMA R0 ", "STL [R1], R4 ", "@P0 BRA 0x40 "],
+    ]
 
 
 def test_the_reader_sees_spills():
