@@ -130,13 +130,14 @@ def ready(kernel: Any, options: tuple[tuple[str, Any], ...], *kind: Any) -> Read
     return Ready(kernel, {"num_warps": 4, "enable_fp_fusion": True} | dict(options))
 
 
-def backward_options(block_d: int) -> dict[str, Any]:
-    """What Triton is asked for when it compiles the backward's main kernel.
+def backward_options(block_d: int, bent: bool) -> dict[str, Any]:
+    """What Triton is asked for when it compiles the backward's main kernel. `bent`: by a softcap or slopes.
 
     At head_dim 128 the assembler that comes with Triton 3.9 spills up to 39 numbers of a consumer's loop, and up to 5 when LLVM has
-    ordered the instructions for few registers. At 64 that makes no difference, and at 256 it gives up products in flight.
+    ordered the instructions for few registers. At 64 that makes no difference; at 256, and with bent scores, products would no
+    longer be in flight at once.
     """
-    return {"maxnreg": 128} | ({"sched4reg": True} if block_d == 128 and TRITON >= (3, 9) else {})
+    return {"maxnreg": 128} | ({"sched4reg": True} if block_d == 128 and not bent and TRITON >= (3, 9) else {})
 
 
 @cache
@@ -222,7 +223,7 @@ def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
     constants = (group, block_d, cut_from, cut_to, deterministic)
     sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
-    run = ready(backward_kernel, tuple(backward_options(block_d).items()), *inputs.kind(), constants)
+    run = ready(backward_kernel, tuple(backward_options(block_d, inputs.bent()).items()), *inputs.kind(), constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*asked, *sizes, *constants))
 
 
@@ -291,7 +292,7 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
     plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), deterministic)
-    d, box = plan.block_d, (1, 1, 64, min(plan.block_d, 128))  # what TMA moves at a time, of queries and of keys
+    d, box = plan.block_d, (1, 1, 64, steps.width_of(plan.block_d))  # what TMA moves at a time, of queries and of keys
     with on(query.device):
         grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
         query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))

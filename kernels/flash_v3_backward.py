@@ -8,9 +8,10 @@ any of them, for every query head of the group. Inside it:
                 memory.
     consumers   two warpgroups, 64 keys each. S and dP are computed transposed, keys by queries, so that P and dS enter dV and dK
                 from registers, where dK and dV stay to the end. dS also goes to shared memory, and the warpgroup goes on.
-                At head_dim 256 there are registers for half the columns of dK and dV: both compute all of S and dP.
+                Not so at head_dim 256, where registers hold half the columns of dK and dV: a block has 64 keys, and both
+                compute all of its S and dP.
     dQ          one warpgroup (flash_v3_dq.py): takes dS, multiplies it with K, and has TMA add the product to memory. The
-                consumers never wait for each other, so that one's exponentials run under the other's products.
+                consumers do not wait for each other from tile to tile, so that one's exponentials run under the other's products.
 
 The order in which blocks add to a tile of dQ is that of their arrival or, asked for DETERMINISTIC gradients, from the last keys to
 the first: where causality or a window cuts, the block with later keys comes to a tile of queries earlier.
@@ -34,6 +35,7 @@ from kernels.flash_v3_steps import (
     keys_of,
     release,
     tiles_of,
+    width_of,
 )
 from kernels.hopper_ops import (
     draw,
@@ -146,7 +148,7 @@ def _seen(
     _, _, q_full, do_full = rings
     WIDE: gl.constexpr = HEAD_DIM == 256
     PARTS: gl.constexpr = 2 if WIDE else 1
-    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
+    WIDTH: gl.constexpr = width_of(HEAD_DIM)
     OWN: gl.constexpr = W if WIDE else 0  # the columns of dK and dV that are this warpgroup's
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     for tile in range(start, stop):
@@ -215,7 +217,7 @@ def _consume(
     kv_full, kv_empty, _, _ = rings
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QUERIES, 16])
     WIDE: gl.constexpr = HEAD_DIM == 256
-    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
+    WIDTH: gl.constexpr = width_of(HEAD_DIM)
     BLOCK: gl.constexpr = keys_of(HEAD_DIM)
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     dtype: gl.constexpr = k_s.dtype
@@ -317,7 +319,7 @@ def backward_kernel(
     `counter` is the next block of keys to draw, and behind it one number for each tile of queries. FROM, TO: which ends of the
     interval of queries that see a key may cut a tile.
     """
-    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
+    WIDTH: gl.constexpr = width_of(HEAD_DIM)
     PARTS: gl.constexpr = HEAD_DIM // WIDTH
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, 1, 1, QUERIES, WIDTH], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, 1, 1, QUERIES, WIDTH], q_desc.layout)

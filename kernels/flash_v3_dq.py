@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.flash_v3_steps import QUERIES, await_ds, keys_of, release_ds, tiles_of
+from kernels.flash_v3_steps import QUERIES, await_ds, keys_of, release_ds, tiles_of, width_of
 from kernels.hopper_ops import await_at_least, publish, take, tma_add
 
 
@@ -23,10 +23,10 @@ def sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: g
     _, _, k_s, _, _, ds_s, dq_s = memory
     kv_full, kv_empty, _, _ = rings
     _, _, _, counter = schedule
-    PARTS: gl.constexpr = HEAD_DIM // 64
+    STRIPS: gl.constexpr = HEAD_DIM // 64
     BLOCK: gl.constexpr = keys_of(HEAD_DIM)
-    HALVES: gl.constexpr = BLOCK // 64  # of dS
-    WIDTH: gl.constexpr = min(HEAD_DIM, 128)
+    HALVES: gl.constexpr = BLOCK // 64  # of dS, 64 keys each: two, or at head_dim 256 one
+    WIDTH: gl.constexpr = width_of(HEAD_DIM)
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     zero = gl.zeros([QUERIES, 64], gl.float32, layout)
     release_ds(0, HALVES)
@@ -53,23 +53,23 @@ def sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: g
                 if DETERMINISTIC and turn > 0 and q_tile >= from_tile and q_tile <= to_tile:
                     await_at_least(passed + q_tile, turn)
                 await_ds(slot, HALVES)
-                for part in gl.static_range(PARTS):
-                    k0 = k_s.index(part // 2 * (2 - HALVES) + nought).reshape([64, WIDTH]).slice(64 * part % WIDTH, 64, dim=1)
+                for strip in gl.static_range(STRIPS):
+                    k0 = k_s.index(strip // 2 * (2 - HALVES) + nought).reshape([64, WIDTH]).slice(64 * strip % WIDTH, 64, dim=1)
                     dq = warpgroup_mma(ds_s.index(slot * HALVES).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
                     if HALVES == 2:
-                        k1 = k_s.index(1 + nought).reshape([64, WIDTH]).slice(64 * part, 64, dim=1)
+                        k1 = k_s.index(1 + nought).reshape([64, WIDTH]).slice(64 * strip, 64, dim=1)
                         dq = warpgroup_mma(ds_s.index(slot * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=(dq,))
-                    if part == PARTS - 1:
+                    if strip == STRIPS - 1:
                         release_ds(slot, HALVES)
                     held = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([2 * QUERIES, 32])
-                    buffer = dq_s.index(slot if PARTS == 1 else part % dq_s.shape[0])
+                    buffer = dq_s.index(slot if STRIPS == 1 else strip % dq_s.shape[0])
                     tma.store_wait(dq_s.shape[0] - 1)
                     buffer.store(held)
                     fence_async_shared()
-                    tma_add(dq_desc, [((head_tiles + q_tile) * PARTS + part) * (2 * QUERIES), 0], buffer)
+                    tma_add(dq_desc, [((head_tiles + q_tile) * STRIPS + strip) * (2 * QUERIES), 0], buffer)
                 if DETERMINISTIC and q_tile > lowest:
-                    publish(passed + q_tile - 1, turn + 1, PENDING=PARTS)
+                    publish(passed + q_tile - 1, turn + 1, PENDING=STRIPS)
                 step += 1
             if DETERMINISTIC and highest >= lowest:
                 publish(passed + highest, turn + 1, PENDING=0)

@@ -20,6 +20,12 @@ def keys_of(head_dim: int) -> int:
     return 64 if head_dim == 256 else 128
 
 
+@gluon.constexpr_function
+def width_of(head_dim: int) -> int:
+    """Columns that a tile has in one piece of shared memory."""
+    return min(head_dim, 128)
+
+
 # ---- which tiles ----
 
 

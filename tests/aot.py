@@ -21,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from kernels import flash_v1, flash_v2, flash_v3, launch
+from kernels.flash_v3_steps import width_of
 from kernels.tiles import Tile, tiles_for, tiles_v1_for
 from kernels.turing import tensor_cores
 
@@ -115,8 +116,8 @@ def compile_flash_v3(
         block = (setting.block_k, block_d, setting.buffers, setting.q_in_registers)
         values = (group, setting.warpgroups, *block, cut_twice, half, consumer, producer)
     else:
-        kernel, asked, consumers = flash_v3.backward_kernel, flash_v3.backward_options(block_d), 2
-        rows = descriptor(1, 1, 64, min(block_d, 128))
+        kernel, asked, consumers = flash_v3.backward_kernel, flash_v3.backward_options(block_d, meaning == "everything"), 2
+        rows = descriptor(1, 1, 64, width_of(block_d))
         pointers = dict.fromkeys(("q_desc", "do_desc", "k_desc", "v_desc", "dk_desc", "dv_desc"), rows) | {
             "stats_desc": descriptor(1, 128, of=torch.float32, layout=flash_v3.FLAT),
             "dq_desc": descriptor(128, 32, of=torch.float32),
@@ -190,7 +191,8 @@ def loop_spills(sass: str) -> int:
 
 
 def steady_loops(sass: str, consumers: int) -> list[list[str]]:
-    """The loops that flash_v3 spends its time in, one for each consumer: the shortest of those with most products. Others mask."""
+    """The loops that flash_v3 spends its time in, one for each consumer: the shortest of those with most products. Others
+    mask, and all consumers make the same products."""
     products = max((_count(r"\bHGMMA\b", body) for body in matrix_loops(sass)), default=0)
     return sorted((body for body in matrix_loops(sass) if _count(r"\bHGMMA\b", body) == products), key=len)[:consumers]
 

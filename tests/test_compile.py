@@ -28,8 +28,7 @@ CONFIGURATIONS = {
 }
 OTHER_HEAD_DIMS = [f"{rung}/causal/{head_dim}" for rung in ("flash_v1", "flash_v2") for head_dim in (40, 192)]
 KERNELS_OF = {"flash_v1": 2, "flash_v2": 3, "flash_v3": 2}
-FLASH_V3 = ["flash_v3/causal/64", "flash_v3/causal/128", "flash_v3/full/64", "flash_v3/window/128", "flash_v3/causal/256"]
-
+FLASH_V3 = [f"flash_v3/{x}" for x in ("causal/64", "causal/128", "causal/256", "full/128", "window/128", "documents/64")]
 
 # A folder with the oldest Triton that the kernels are written for: pip install --no-deps --target FOLDER triton==3.6.0
 OLDEST_TRITON = os.environ.get("OLDEST_TRITON")
@@ -107,11 +106,11 @@ def test_flash_v3(triton):
 
 
 def steady_spills(result: dict) -> int:
-    """How much of a steady loop may be spilled: nothing, but numbers that a loop of the backward only reads, among 271 to 529
-    instructions. Triton 3.9's assembler has more of them than the others."""
+    """How much a steady loop may spill: nothing, but in the backward, where Triton 3.9's assembler needs it more than the others.
+    Scores that a softcap or slopes bend are not held to this."""
     if result["kernel"] == "flash_v3 forward":
         return 0
-    by_head_dim = {64: 15, 128: 5, 256: 27} if result["triton"].startswith("3.9.") else {64: 0, 128: 2, 256: 3}
+    by_head_dim = {64: 21, 128: 5, 256: 20} if result["triton"].startswith("3.9.") else {64: 0, 128: 2, 256: 1}
     return by_head_dim[result["head_dim"]]
 
 
