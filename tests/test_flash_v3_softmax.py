@@ -8,7 +8,6 @@ from triton.experimental.gluon import language as gl
 from kernels import flash_v3_softmax as softmax
 from tests import ptx
 
-KEYS, N = 128, 64  # of a block; of a thread's scores
 SCALE = np.float32(0.18)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -26,9 +25,9 @@ def of_rows(x: np.ndarray, elements: int) -> np.ndarray:
 
 
 def by_lane(p: np.ndarray) -> np.ndarray:
-    """[64, 32] -> [64, 32]: in every element of a row the sum of what its lane has of the row."""
+    """[elements, 32] -> [elements, 32]: in every element of a row the sum of what its lane has of the row."""
     rows = p.reshape(-1, 2, 2, 32)
-    return np.broadcast_to(rows.sum((0, 2), keepdims=True), rows.shape).reshape(N, 32).astype(np.float32)
+    return np.broadcast_to(rows.sum((0, 2), keepdims=True), rows.shape).reshape(p.shape).astype(np.float32)
 
 
 def operands(constraints: str, started: list[np.ndarray], others: list[np.ndarray]) -> list[np.ndarray]:
@@ -44,32 +43,33 @@ def operands(constraints: str, started: list[np.ndarray], others: list[np.ndarra
 
 
 def pairs(p: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """[64, 32] float32 -> [32, 32]: two neighbours in a number, the first in its lower half."""
+    """[elements, 32] float32 -> [elements / 2, 32]: two neighbours in a number, the first in its lower half."""
     half = ptx.half_bits(p, dtype)
     return half[0::2] | half[1::2] << 16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("above", [0.0, 60.0, 120.0, 3000.0])
-def test_p_is_made_again_where_a_score_is_far_above(dtype, above):
+@pytest.mark.parametrize("keys", [128, 64])
+def test_p_is_made_again_where_a_score_is_far_above(keys, dtype, above):
     """One score of one row, `above` m. Up to 2^14 nothing changes; beyond, and if P is infinite, all is as the maxima have it."""
-    generator = np.random.default_rng(0)
-    scores, m = generator.normal(0, 8, (16, KEYS)).astype(np.float32), generator.normal(0, 8, 16).astype(np.float32)
-    scores[11, 77] = m[11] + above
+    generator, n = np.random.default_rng(0), keys // 2  # n: of a thread's scores
+    scores, m = generator.normal(0, 8, (16, keys)).astype(np.float32), generator.normal(0, 8, 16).astype(np.float32)
+    scores[11, 45] = m[11] + above
     with np.errstate(over="ignore"):
         p = np.exp2((scores - m[:, None]) * SCALE)
-    started = [*pairs(spread(p), dtype), *of_rows(m, N), *by_lane(spread(p))]
-    found = operands(softmax._in_range_operands(N), started, [*spread(scores), *np.full((N, 32), SCALE, np.float32)])
-    ptx.run(softmax._in_range_text(N, DTYPES[dtype]), found)
+    started = [*pairs(spread(p), dtype), *of_rows(m, n), *by_lane(spread(p))]
+    found = operands(softmax._in_range_operands(n), started, [*spread(scores), *np.full((n, 32), SCALE, np.float32)])
+    ptx.run(softmax._in_range_text(n, DTYPES[dtype]), found)
     expected_m = m
     if p.reshape(16, -1, 4, 2).sum((1, 3)).max() > 2**14:
         expected_m = np.maximum(m, scores.max(1))
         p = np.exp2((scores - expected_m[:, None]) * SCALE)
     assert (expected_m is m) == (above < 14 / SCALE)
     for row in (0, 2):  # the elements that count: the first of each of a thread's two rows
-        np.testing.assert_array_equal(found[N + row], of_rows(expected_m, N)[row])
-        np.testing.assert_allclose(found[2 * N + row], by_lane(spread(p))[row], rtol=1e-5)
-    got = np.stack(found[0:N:2]).astype(np.uint32)
+        np.testing.assert_array_equal(found[n + row], of_rows(expected_m, n)[row])
+        np.testing.assert_allclose(found[2 * n + row], by_lane(spread(p))[row], rtol=1e-5)
+    got = np.stack(found[0:n:2]).astype(np.uint32)
     for shift, neighbours in ((0, spread(p)[0::2]), (16, spread(p)[1::2])):
         bits = torch.from_numpy((got >> shift & 0xFFFF).astype(np.uint16).view(np.int16))
         np.testing.assert_allclose(bits.view(dtype).float().numpy(), neighbours, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
@@ -77,19 +77,20 @@ def test_p_is_made_again_where_a_score_is_far_above(dtype, above):
 
 def test_rows_without_a_key_stay_without_one():
     """m as it starts, scores of minus infinity: no sum, and so nothing to make again. NaN is none either."""
-    scores, m = np.full((16, KEYS), -np.inf, np.float32), np.full(16, -(2.0**100), np.float32)
+    keys, n = 128, 64
+    scores, m = np.full((16, keys), -np.inf, np.float32), np.full(16, -(2.0**100), np.float32)
     scores[3] = np.nan
-    p = np.zeros((16, KEYS), np.float32)
+    p = np.zeros((16, keys), np.float32)
     p[3] = np.nan
-    started = [*pairs(spread(p), torch.bfloat16), *of_rows(m, N), *by_lane(spread(p))]
-    found = operands(softmax._in_range_operands(N), started, [*spread(scores), *np.full((N, 32), SCALE, np.float32)])
+    started = [*pairs(spread(p), torch.bfloat16), *of_rows(m, n), *by_lane(spread(p))]
+    found = operands(softmax._in_range_operands(n), started, [*spread(scores), *np.full((n, 32), SCALE, np.float32)])
     before = [x.copy() for x in found]
-    ptx.run(softmax._in_range_text(N, gl.bfloat16), found)
+    ptx.run(softmax._in_range_text(n, gl.bfloat16), found)
     for a, b in zip(before, found, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("moved", [(), (2,), (9,), (0, 15)])
 def test_o_is_rescaled_where_m_has_moved(head_dim, moved):
     """All of a row's elements by its factor, whichever of the warp's rows it is."""
