@@ -63,6 +63,10 @@ class Forward(NamedTuple):
         """Registers of a consumer's thread, of a producer's, and of the average thread, which the launch asks for."""
         return (240, 24, 168) if self.warpgroups == 2 else (160, 32, 128)
 
+    def halves(self) -> bool:
+        """Whether causality lets the first warpgroup see the first half of a tile's last block, and the second all of it."""
+        return self.warpgroups == 2 and self.block_k == 2 * QUERIES
+
 
 def forward_setting(block_d: int, seq_q: int, is_causal: bool, cut: bool) -> Forward:
     """The fastest of those timed on an H200 (docs/log.md). `cut`: something but causality bends or cuts the scores."""
@@ -124,10 +128,13 @@ class Ready:
             self.compiled[(programs, 1, 1)](*arguments)
 
 
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
 @cache
 def ready(kernel: Any, options: tuple[tuple[str, Any], ...], *kind: Any) -> Ready:
     """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on."""
-    return Ready(kernel, {"num_warps": 4, "enable_fp_fusion": True} | dict(options))
+    return Ready(kernel, OPTIONS | dict(options))
 
 
 def backward_options(block_d: int, bent: bool) -> dict[str, Any]:
@@ -193,8 +200,7 @@ def forward_plan(inputs: Inputs, is_causal: bool, output_dtype: torch.dtype, use
     chosen = use or forward_setting(block_d, seq_q, is_causal, cut_twice or inputs.bent())
     # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
     between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
-    aligned = chosen.warpgroups == 2 and chosen.block_k == 2 * QUERIES and (inputs.seq_k - seq_q) % chosen.block_k == 0
-    half = is_causal and not cut_twice and aligned
+    half = is_causal and not cut_twice and chosen.halves() and (inputs.seq_k - seq_q) % chosen.block_k == 0
     n_tile = -(-seq_q // (QUERIES * chosen.warpgroups))
     n_tiles = n_tile * batch * n_head
     at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * group)

@@ -63,8 +63,7 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
     n_kv_head, seq_q, seq_k, _, _, _, _ = sizes
     q_s, do_s, k_s, v_s, stats_s, _, _ = memory
     kv_full, kv_empty, q_full, do_full = rings
-    # A tile of Q or dO is in PARTS of 128 columns, or whole. K and V are in two: 64 keys each or, at head_dim 256, 128 columns.
-    PARTS: gl.constexpr = q_s.shape[0] // 2
+    PARTS: gl.constexpr = HEAD_DIM // width_of(HEAD_DIM)  # of a tile of Q or dO, by columns
     BLOCK: gl.constexpr = keys_of(HEAD_DIM)
     step = 0
     n = 0
@@ -73,14 +72,8 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
         key = place * BLOCK
         lowest, highest, whole_from, whole_to = tiles_of(key, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
         mbarrier.wait(kv_empty.index(0), (n & 1) ^ 1)
-        mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes)
-        for w in gl.static_range(2):
-            at = [batch, kv_head, key + 64 * w, 0] if PARTS == 1 else [batch, kv_head, key, 128 * w]
-            tma_load(k_desc, at, kv_full.index(0), k_s.index(w))
-        mbarrier.expect(kv_full.index(1), 2 * v_desc.block_type.nbytes)
-        for w in gl.static_range(2):
-            at = [batch, kv_head, key + 64 * w, 0] if PARTS == 1 else [batch, kv_head, key, 128 * w]
-            tma_load(v_desc, at, kv_full.index(1), v_s.index(w))
+        _bring_block(k_desc, batch, kv_head, key, kv_full.index(0), k_s, PARTS)
+        _bring_block(v_desc, batch, kv_head, key, kv_full.index(1), v_s, PARTS)
         for member in range(GROUP):
             head = kv_head * GROUP + member
             stats_row = (batch * n_kv_head * GROUP + head) * gl.cdiv(seq_q, QUERIES)
@@ -88,21 +81,33 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
                 slot = step % 2
                 await_release(Q, slot)
                 mbarrier.expect(q_full.index(slot), PARTS * q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
-                for part in gl.static_range(PARTS):
-                    at = [batch, head, q_tile * QUERIES, 128 * part]
-                    tma_load(q_desc, at, q_full.index(slot), q_s.index(slot * PARTS + part))
+                _bring_tile(q_desc, batch, head, q_tile, q_full.index(slot), q_s, slot, PARTS)
                 tma_load(stats_desc, [stats_row + q_tile, 0], q_full.index(slot), stats_s.index(slot))
                 await_release(DO, slot)
                 mbarrier.expect(do_full.index(slot), PARTS * do_desc.block_type.nbytes)
-                for part in gl.static_range(PARTS):
-                    at = [batch, head, q_tile * QUERIES, 128 * part]
-                    tma_load(do_desc, at, do_full.index(slot), do_s.index(slot * PARTS + part))
+                _bring_tile(do_desc, batch, head, q_tile, do_full.index(slot), do_s, slot, PARTS)
                 step += 1
         n += 1
         place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
     for slot in gl.static_range(2):  # what the consumers have released last
         await_release(Q, slot)
         await_release(DO, slot)
+
+
+@gluon.jit
+def _bring_block(desc, batch, head, key, full, buffers, PARTS: gl.constexpr):
+    """A block of K or V, in two: 64 keys each or, at head_dim 256, 128 columns."""
+    mbarrier.expect(full, 2 * desc.block_type.nbytes)
+    for half in gl.static_range(2):
+        at = [batch, head, key + 64 * half, 0] if PARTS == 1 else [batch, head, key, 128 * half]
+        tma_load(desc, at, full, buffers.index(half))
+
+
+@gluon.jit
+def _bring_tile(desc, batch, head, q_tile, full, buffers, slot, PARTS: gl.constexpr):
+    """A tile of Q or dO, whole or in parts of 128 columns."""
+    for part in gl.static_range(PARTS):
+        tma_load(desc, [batch, head, q_tile * QUERIES, 128 * part], full, buffers.index(slot * PARTS + part))
 
 
 # ---- the consumers: tiles that their keys are seen from, and those that they are not ----
@@ -147,8 +152,8 @@ def _seen(
     q_s, do_s, k_s, v_s, stats_s, _, _ = memory
     _, _, q_full, do_full = rings
     WIDE: gl.constexpr = HEAD_DIM == 256
-    PARTS: gl.constexpr = 2 if WIDE else 1
     WIDTH: gl.constexpr = width_of(HEAD_DIM)
+    PARTS: gl.constexpr = HEAD_DIM // WIDTH
     OWN: gl.constexpr = W if WIDE else 0  # the columns of dK and dV that are this warpgroup's
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
     for tile in range(start, stop):

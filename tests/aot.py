@@ -112,7 +112,7 @@ def compile_flash_v3(
         }
         consumer, producer, average = setting.registers()
         asked, consumers = {"maxnreg": average}, setting.warpgroups
-        half = meaning == "causal" and setting.warpgroups == 2 and setting.block_k == 128
+        half = meaning == "causal" and setting.halves()
         block = (setting.block_k, block_d, setting.buffers, setting.q_in_registers)
         values = (group, setting.warpgroups, *block, cut_twice, half, consumer, producer)
     else:
@@ -133,10 +133,8 @@ def compile_flash_v3(
         for argument in kernel.arg_names
     }
     source = GluonASTSource(kernel, signature=signature, constexprs=constants, attrs={})
-    options = {"num_warps": 4, "enable_fp_fusion": True} | asked
-    return {"kernel": f"flash_v3 {name}"} | read(
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options), consumers
-    )
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=flash_v3.OPTIONS | asked)
+    return {"kernel": f"flash_v3 {name}"} | read(result, consumers)
 
 
 def read(compiled: Any, consumers: int = 0) -> dict:
