@@ -51,6 +51,39 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
 # ---- how the kernels are set up ----
 
 
+class Inputs(NamedTuple):
+    """What a launch is made of: the tensors' device, dtype and sizes, and what is asked of attention."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]  # the query's
+    n_kv_head: int
+    seq_k: int
+    asked: Meaning
+    documents: bool
+    slopes: bool
+
+    def kind(self) -> tuple[Any, ...]:
+        """What a compilation depends on, beside its constants."""
+        return self.device, self.dtype, *[x is None for x in self.asked], self.documents, self.slopes
+
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.shape[1] // self.n_kv_head
+
+    def block_d(self) -> int:
+        """head_dim, rounded up to what the kernels have."""
+        return 64 if self.shape[3] <= 64 else 128 if self.shape[3] <= 128 else 256
+
+    def bent(self) -> bool:
+        """Whether something but a mask changes the scores."""
+        return self.asked.cap is not None or self.slopes
+
+    def window(self) -> int | None:
+        """Keys that a query sees at most, where a window says it."""
+        return None if self.asked.behind is None else self.asked.behind + self.asked.ahead + 1
+
+
 class Forward(NamedTuple):
     """A setting of the forward: 64 queries a warpgroup; how many blocks of keys and values TMA may bring ahead, and their size."""
 
@@ -68,15 +101,28 @@ class Forward(NamedTuple):
         return self.warpgroups == 2 and self.block_k == 2 * QUERIES
 
 
-def forward_setting(block_d: int, seq_q: int, is_causal: bool, cut: bool) -> Forward:
-    """The fastest of those timed on an H200 (docs/log.md). `cut`: something but causality bends or cuts the scores."""
+def forward_setting(inputs: Inputs) -> Forward:
+    """The fastest of those timed on an H200 (docs/log.md)."""
+    block_d, asked, window = inputs.block_d(), inputs.asked, inputs.window()
     if block_d == 256:
         return Forward(warpgroups=2, buffers=2, q_in_registers=False, block_k=64)
     if block_d == 128:
-        return Forward(warpgroups=2, buffers=2, q_in_registers=False)
-    if cut or (is_causal and seq_q < 2048):
+        narrow = window is not None and window < 1024  # few blocks of keys: their corners weigh more than their number
+        return Forward(warpgroups=2, buffers=4 if narrow else 2, q_in_registers=False, block_k=64 if narrow else 128)
+    if asked.cap is not None or (asked.ahead == 0 and inputs.shape[2] < 2048):
         return Forward(warpgroups=2, buffers=3, q_in_registers=True)
+    if inputs.documents or inputs.slopes or window is not None:
+        return Forward(warpgroups=3, buffers=3, q_in_registers=False, block_k=64)
     return Forward(warpgroups=3, buffers=2, q_in_registers=False)
+
+
+def backward_buffers(inputs: Inputs) -> int:
+    """Blocks of keys and values that the backward has room for: with two the next comes while one is at work.
+
+    Only at head_dim 64 is there room. Where blocks are long, and under a softcap, two are slower (docs/log.md).
+    """
+    cut = inputs.documents or inputs.asked.ahead is not None
+    return 2 if inputs.block_d() == 64 and inputs.asked.cap is None and (cut or inputs.shape[2] < 2048) else 1
 
 
 # ---- what TMA is told ----
@@ -163,53 +209,38 @@ class Plan(NamedTuple):
     numbers: tuple[Any, ...]  # the arguments after the tensors
 
 
-class Inputs(NamedTuple):
-    """What a plan is made of: the tensors' device, dtype and sizes, and what is asked of attention."""
-
-    device: torch.device
-    dtype: torch.dtype
-    shape: tuple[int, int, int, int]  # the query's
-    n_kv_head: int
-    seq_k: int
-    asked: Meaning
-    documents: bool
-    slopes: bool
-
-    def kind(self) -> tuple[Any, ...]:
-        """What a compilation depends on, beside its constants."""
-        return self.device, self.dtype, *[x is None for x in self.asked], self.documents, self.slopes
-
-    def group(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.shape[1] // self.n_kv_head
-
-    def block_d(self) -> int:
-        """head_dim, rounded up to what the kernels have."""
-        return 64 if self.shape[3] <= 64 else 128 if self.shape[3] <= 128 else 256
-
-    def bent(self) -> bool:
-        """Whether something but a mask changes the scores."""
-        return self.asked.cap is not None or self.slopes
-
-
-@lru_cache(maxsize=4096)
-def forward_plan(inputs: Inputs, is_causal: bool, output_dtype: torch.dtype, use: Forward | None) -> Plan:
-    """The forward's launch."""
-    (batch, n_head, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
-    cut_twice = asked.behind is not None or inputs.documents
-    chosen = use or forward_setting(block_d, seq_q, is_causal, cut_twice or inputs.bent())
+def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
+    """What the forward's kernel has compiled in."""
+    (_, _, seq_q, _), asked = inputs.shape, inputs.asked
+    is_causal, cut_twice = asked.ahead == 0, asked.behind is not None or inputs.documents
     # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
     between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
     half = is_causal and not cut_twice and chosen.halves() and (inputs.seq_k - seq_q) % chosen.block_k == 0
+    consumer, producer, _ = chosen.registers()
+    block = (chosen.block_k, inputs.block_d(), chosen.buffers, chosen.q_in_registers)
+    return inputs.group(), chosen.warpgroups, *block, between, half, consumer, producer
+
+
+def backward_constants(inputs: Inputs, deterministic: bool) -> tuple[int, ...]:
+    """What the backward's main kernel has compiled in."""
+    asked = inputs.asked
+    cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
+    return inputs.group(), inputs.block_d(), backward_buffers(inputs), cut_from, cut_to, deterministic
+
+
+@lru_cache(maxsize=4096)
+def forward_plan(inputs: Inputs, output_dtype: torch.dtype, use: Forward | None) -> Plan:
+    """The forward's launch."""
+    (batch, n_head, seq_q, _), block_d = inputs.shape, inputs.block_d()
+    chosen = use or forward_setting(inputs)
     n_tile = -(-seq_q // (QUERIES * chosen.warpgroups))
     n_tiles = n_tile * batch * n_head
-    at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * group)
-    consumer, producer, average = chosen.registers()
-    block = (chosen.block_k, block_d, chosen.buffers, chosen.q_in_registers)
-    constants = (group, chosen.warpgroups, *block, between, half, consumer, producer)
+    at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * inputs.group())
+    constants = forward_constants(inputs, chosen)
     sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
+    _, _, average = chosen.registers()
     run = ready(forward_kernel, (("maxnreg", average),), *inputs.kind(), output_dtype, constants)
-    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*asked, *sizes, *constants))
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*inputs.asked, *sizes, *constants))
 
 
 def output_width(block_d: int, output_dtype: torch.dtype) -> int:
@@ -220,17 +251,16 @@ def output_width(block_d: int, output_dtype: torch.dtype) -> int:
 @lru_cache(maxsize=4096)
 def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     """The launch of the backward's main kernel."""
-    (batch, _, seq_q, _), asked, group, block_d = inputs.shape, inputs.asked, inputs.group(), inputs.block_d()
+    (batch, _, seq_q, _), block_d = inputs.shape, inputs.block_d()
     batch_heads = batch * inputs.n_kv_head
     block_k = steps.keys_of(block_d)
     n_tile = -(-inputs.seq_k // block_k)
     n_tiles = n_tile * batch_heads
-    at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * group)))
-    cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
-    constants = (group, block_d, cut_from, cut_to, deterministic)
+    at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * inputs.group())))
+    constants = backward_constants(inputs, deterministic)
     sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
     run = ready(backward_kernel, tuple(backward_options(block_d, inputs.bent()).items()), *inputs.kind(), constants)
-    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*asked, *sizes, *constants))
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*inputs.asked, *sizes, *constants))
 
 
 def forward(
@@ -257,7 +287,7 @@ def forward(
         return output.zero_(), lse.fill_(-math.inf)
     asked = meaning(query.shape[2], key.shape[2], scale, is_causal, window_size, softcap)
     inputs = _inputs(query, key, asked, alibi_slopes, document_ids)
-    plan = forward_plan(inputs, is_causal, output.dtype, use)
+    plan = forward_plan(inputs, output.dtype, use)
     d, keys = plan.block_d, plan.block_k
     with on(query.device):
         query, key, value = reachable(query), reachable(key), reachable(value)

@@ -33,6 +33,7 @@ from kernels.flash_v3_steps import (
     await_release,
     hand_over_ds,
     keys_of,
+    kv_slot,
     release,
     tiles_of,
     width_of,
@@ -71,9 +72,10 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
     while place >= 0:
         key = place * BLOCK
         lowest, highest, whole_from, whole_to = tiles_of(key, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr)
-        mbarrier.wait(kv_empty.index(0), (n & 1) ^ 1)
-        _bring_block(k_desc, batch, kv_head, key, kv_full.index(0), k_s, PARTS)
-        _bring_block(v_desc, batch, kv_head, key, kv_full.index(1), v_s, PARTS)
+        kv, phase = kv_slot(n, kv_empty.shape[0])
+        mbarrier.wait(kv_empty.index(kv), phase ^ 1)
+        _bring_block(k_desc, batch, kv_head, key, kv_full.index(2 * kv), k_s, kv, PARTS)
+        _bring_block(v_desc, batch, kv_head, key, kv_full.index(2 * kv + 1), v_s, kv, PARTS)
         for member in range(GROUP):
             head = kv_head * GROUP + member
             stats_row = (batch * n_kv_head * GROUP + head) * gl.cdiv(seq_q, QUERIES)
@@ -95,12 +97,12 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
 
 
 @gluon.jit
-def _bring_block(desc, batch, head, key, full, buffers, PARTS: gl.constexpr):
+def _bring_block(desc, batch, head, key, full, buffers, kv, PARTS: gl.constexpr):
     """A block of K or V, in two: 64 keys each or, at head_dim 256, 128 columns."""
     mbarrier.expect(full, 2 * desc.block_type.nbytes)
     for half in gl.static_range(2):
         at = [batch, head, key + 64 * half, 0] if PARTS == 1 else [batch, head, key, 128 * half]
-        tma_load(desc, at, full, buffers.index(half))
+        tma_load(desc, at, full, buffers.index(2 * kv + half))
 
 
 @gluon.jit
@@ -139,9 +141,8 @@ def _dp_less_delta(v, do, stats, zero, s_layout: gl.constexpr):
 
 @gluon.jit
 def _seen(
-    dk, dv, start, stop, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-    W: gl.constexpr, HEAD_DIM: gl.constexpr, MASKED: gl.constexpr, s_layout: gl.constexpr, kv_layout: gl.constexpr,
-    dtype: gl.constexpr,
+    dk, dv, start, stop, offset, k, v, index, batch, slope, zero, shared,
+    W: gl.constexpr, HEAD_DIM: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The tiles from `start` to before `stop`.
 
@@ -149,13 +150,25 @@ def _seen(
     and P is rounded for dV only when dS is made of it: it would need registers of its own beside P. At 256 both warpgroups compute
     all of S and dP, and half of dK's and dV's columns each.
     """
+    _, meaning, sizes, memory, rings, _ = shared
+    first_ptr, last_ptr, _, scale, behind, ahead, cap = meaning
+    _, seq_q, seq_k, _, _, _, _ = sizes
     q_s, do_s, k_s, v_s, stats_s, _, _ = memory
     _, _, q_full, do_full = rings
+    s_layout: gl.constexpr = zero.type.layout
+    dtype: gl.constexpr = k_s.dtype
     WIDE: gl.constexpr = HEAD_DIM == 256
     WIDTH: gl.constexpr = width_of(HEAD_DIM)
     PARTS: gl.constexpr = HEAD_DIM // WIDTH
     OWN: gl.constexpr = W if WIDE else 0  # the columns of dK and dV that are this warpgroup's
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
+    qk_scale = scale * LOG2E
+    keys = index + (seq_q - seq_k)
+    if MASKED:
+        # Anew for each loop that masks, through a zero which the compiler cannot know: it would keep them over the loop between.
+        index += (seq_q - start) >> 31
+        first, last = interval(index, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
+        last = gl.where(index < seq_k, last, -1)
     for tile in range(start, stop):
         slot = (offset + tile) % 2
         phase = ((offset + tile) // 2) & 1
@@ -227,7 +240,6 @@ def _consume(
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     dtype: gl.constexpr = k_s.dtype
     zero = gl.zeros([64, QUERIES], gl.float32, s_layout)
-    qk_scale = scale * LOG2E
     for slot in gl.static_range(2):
         release(Q, slot)
         release(DO, slot)
@@ -251,16 +263,14 @@ def _consume(
         if TO:
             end = gl.maximum(gl.minimum(whole_to, highest) + 1, cut)
         index = key + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-        first, last = interval(index, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
-        last = gl.where(index < seq_k, last, -1)
-        keys = index + (seq_q - seq_k)
 
         dk = gl.zeros([64, WIDTH], gl.float32, kv_layout)
         dv = gl.zeros([64, WIDTH], gl.float32, kv_layout)
-        mbarrier.wait(kv_full.index(0), n & 1)
-        mbarrier.wait(kv_full.index(1), n & 1)
-        k = k_s.index(W).reshape([64, WIDTH])
-        v = v_s.index(W).reshape([64, WIDTH])
+        kv, phase = kv_slot(n, kv_empty.shape[0])
+        mbarrier.wait(kv_full.index(2 * kv), phase)
+        mbarrier.wait(kv_full.index(2 * kv + 1), phase)
+        k = k_s.index(2 * kv + W).reshape([64, WIDTH])
+        v = v_s.index(2 * kv + W).reshape([64, WIDTH])
         if HEAD_DIM == 64:
             whole: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2)
             k = k.load(whole)
@@ -272,28 +282,20 @@ def _consume(
                 slope = gl.load(slopes_ptr + kv_head * GROUP + member) / scale
             if FROM:
                 _unseen(all_lowest, lowest, offset, memory, rings, W, s_layout, dtype)
-            dk, dv = _seen(
-                dk, dv, lowest, cut, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-                W, HEAD_DIM, True, s_layout, kv_layout, dtype,
-            )  # fmt: skip
-            dk, dv = _seen(
-                dk, dv, cut, end, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-                W, HEAD_DIM, False, s_layout, kv_layout, dtype,
-            )  # fmt: skip
+            dk, dv = _seen(dk, dv, lowest, cut, offset, k, v, index, batch, slope, zero, shared, W, HEAD_DIM, MASKED=True)
+            dk, dv = _seen(dk, dv, cut, end, offset, k, v, index, batch, slope, zero, shared, W, HEAD_DIM, MASKED=False)
             if TO:
-                dk, dv = _seen(
-                    dk, dv, end, highest + 1, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-                    W, HEAD_DIM, True, s_layout, kv_layout, dtype,
-                )  # fmt: skip
-                _unseen(highest + 1, all_highest + 1, offset, memory, rings, W, s_layout, dtype)
+                stop = highest + 1
+                dk, dv = _seen(dk, dv, end, stop, offset, k, v, index, batch, slope, zero, shared, W, HEAD_DIM, MASKED=True)
+                _unseen(stop, all_highest + 1, offset, memory, rings, W, s_layout, dtype)
             done += gl.maximum(all_highest + 1 - all_lowest, 0)
         # Both through V's buffer: K may still be at work in dQ. This warpgroup alone reads it or, at head_dim 256, both do.
         if WIDE:
             await_other_consumer()
         at = [batch, kv_head, key, 128 * W if WIDE else 0]
-        _write(dv_desc, at, dv.to(dtype), v_s.index(W), WIDTH)
-        _write(dk_desc, at, (dk * scale).to(dtype), v_s.index(W), WIDTH)
-        mbarrier.arrive(kv_empty.index(0), count=1)
+        _write(dv_desc, at, dv.to(dtype), v_s.index(2 * kv + W), WIDTH)
+        _write(dk_desc, at, (dk * scale).to(dtype), v_s.index(2 * kv + W), WIDTH)
+        mbarrier.arrive(kv_empty.index(kv), count=1)
         n += 1
         place, batch, kv_head = take(schedule, n)
     for slot in gl.static_range(2):  # what dQ's warpgroup has released last
@@ -317,33 +319,36 @@ SIZES = ["behind", "ahead", "n_kv_head", "seq_q", "seq_k", "n_tile", "n_tiles", 
 def backward_kernel(
     q_desc, do_desc, k_desc, v_desc, stats_desc, dq_desc, dk_desc, dv_desc, first_ptr, last_ptr, slopes_ptr, counter,
     scale, behind, ahead, cap, n_kv_head, seq_q, seq_k, n_tile, n_tiles, heads_at_once, batch_heads,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, FROM: gl.constexpr, TO: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BUFFERS: gl.constexpr,
+    FROM: gl.constexpr, TO: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """Allocates shared memory and barriers, and sends each warpgroup to its work.
 
-    `counter` is the next block of keys to draw, and behind it one number for each tile of queries. FROM, TO: which ends of the
-    interval of queries that see a key may cut a tile.
+    `counter` is the next block of keys to draw, and behind it one number for each tile of queries. BUFFERS: blocks of keys and
+    values in shared memory. FROM, TO: which ends of the interval of queries that see a key may cut a tile.
     """
     WIDTH: gl.constexpr = width_of(HEAD_DIM)
     PARTS: gl.constexpr = HEAD_DIM // WIDTH
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, 1, 1, QUERIES, WIDTH], q_desc.layout)
     do_s = gl.allocate_shared_memory(q_desc.dtype, [2 * PARTS, 1, 1, QUERIES, WIDTH], q_desc.layout)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, WIDTH], k_desc.layout)
-    v_s = gl.allocate_shared_memory(k_desc.dtype, [2, 1, 1, 64, WIDTH], k_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
+    v_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [2, 1, 2 * QUERIES], stats_desc.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, QUERIES], q_desc.dtype)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [4 // PARTS, 64, QUERIES], ds_layout)
     dq_s = gl.allocate_shared_memory(gl.float32, [2 // PARTS, 2 * QUERIES, 32], dq_desc.layout)
-    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     drawn = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     published = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(kv_empty.index(0), count=3)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(kv_empty.index(i), count=3)
+        mbarrier.init(kv_full.index(2 * i), count=1)
+        mbarrier.init(kv_full.index(2 * i + 1), count=1)
     for i in gl.static_range(2):
-        mbarrier.init(kv_full.index(i), count=1)
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
         mbarrier.init(published.index(i), count=1)

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.flash_v3_steps import QUERIES, await_ds, keys_of, release_ds, tiles_of, width_of
+from kernels.flash_v3_steps import QUERIES, await_ds, keys_of, kv_slot, release_ds, tiles_of, width_of
 from kernels.hopper_ops import await_at_least, publish, take, tma_add
 
 
@@ -43,7 +43,8 @@ def sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: g
             from_tile, to_tile, whole_from, whole_to = tiles_of(
                 gl.minimum(place + 1, n_tile - 1) * BLOCK, BLOCK, batch, seq_q, seq_k, behind, ahead, first_ptr, last_ptr
             )
-        mbarrier.wait(kv_full.index(0), n & 1)
+        kv, phase = kv_slot(n, kv_empty.shape[0])
+        mbarrier.wait(kv_full.index(2 * kv), phase)
         for member in range(GROUP):
             head_tiles = ((batch * n_kv_head + kv_head) * GROUP + member) * gl.cdiv(seq_q, QUERIES)
             passed = counter + 1 + head_tiles
@@ -54,10 +55,11 @@ def sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: g
                     await_at_least(passed + q_tile, turn)
                 await_ds(slot, HALVES)
                 for strip in gl.static_range(STRIPS):
-                    k0 = k_s.index(strip // 2 * (2 - HALVES) + nought).reshape([64, WIDTH]).slice(64 * strip % WIDTH, 64, dim=1)
+                    k0 = k_s.index(2 * kv + strip // 2 * (2 - HALVES) + nought).reshape([64, WIDTH])
+                    k0 = k0.slice(64 * strip % WIDTH, 64, dim=1)
                     dq = warpgroup_mma(ds_s.index(slot * HALVES).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
                     if HALVES == 2:
-                        k1 = k_s.index(1 + nought).reshape([64, WIDTH]).slice(64 * strip, 64, dim=1)
+                        k1 = k_s.index(2 * kv + 1 + nought).reshape([64, WIDTH]).slice(64 * strip, 64, dim=1)
                         dq = warpgroup_mma(ds_s.index(slot * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=(dq,))
                     if strip == STRIPS - 1:
@@ -73,7 +75,7 @@ def sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: g
                 step += 1
             if DETERMINISTIC and highest >= lowest:
                 publish(passed + highest, turn + 1, PENDING=0)
-        mbarrier.arrive(kv_empty.index(0), count=1)
+        mbarrier.arrive(kv_empty.index(kv), count=1)
         n += 1
         place, batch, kv_head = take(schedule, n)
     tma.store_wait(0)

@@ -26,6 +26,12 @@ def width_of(head_dim: int) -> int:
     return min(head_dim, 128)
 
 
+@gluon.jit
+def kv_slot(n, BUFFERS: gl.constexpr):
+    """Where the n-th block of keys and values lies in shared memory, and the phase of its barriers."""
+    return n % BUFFERS, (n // BUFFERS) & 1
+
+
 # ---- which tiles ----
 
 

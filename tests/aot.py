@@ -5,6 +5,7 @@
 interprets kernels cannot compile them.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -41,6 +42,7 @@ MEANINGS = {
     "causal": ("behind", "FIRST", "LAST", "cap", "SLOPES"),
     "window": ("FIRST", "LAST", "cap", "SLOPES"),
     "documents": ("behind", "cap", "SLOPES"),
+    "slopes": ("behind", "FIRST", "LAST", "cap"),
     "everything": (),
 }
 
@@ -86,23 +88,23 @@ def compile_kernel(
     return {"kernel": f"{rung} {name}"} | read(compiled)
 
 
-def compile_flash_v3(
-    name: str,
-    dtype: torch.dtype,
-    block_d: int,
-    setting: flash_v3.Forward | bool,
-    meaning: str = "causal",
-    group: int = 1,
-    output_dtype: torch.dtype | None = None,
-) -> dict:
-    """The same of a kernel of flash_v3, for Hopper. `setting`: of the backward, whether it is deterministic."""
+def inputs(dtype: torch.dtype, head_dim: int, meaning: str, seq: int, reach: int = 511) -> flash_v3.Inputs:
+    """Inputs as flash_v3 describes them; `reach`: how far back a window goes."""
+    asked = launch.Meaning(1.0, reach, 0, 1.0)
+    asked = asked._replace(**{name: None for name in MEANINGS[meaning] if name in asked._fields})
+    documents, slopes = "FIRST" not in MEANINGS[meaning], "SLOPES" not in MEANINGS[meaning]
+    return flash_v3.Inputs(torch.device("cuda"), dtype, (1, 1, seq, head_dim), 1, seq, asked, documents, slopes)
+
+
+def compile_flash_v3(given: flash_v3.Inputs, setting: flash_v3.Forward | bool, output_dtype: torch.dtype | None = None) -> dict:
+    """The same of a kernel of flash_v3, for Hopper: of the forward with this setting, or of the backward, deterministic or not."""
+    dtype, block_d = given.dtype, given.block_d()
 
     def descriptor(*block: int, of: torch.dtype = dtype, layout: NVMMASharedLayout | None = None) -> str:
         return f"tensordesc<{TYPES[of]}[{','.join(map(str, block))}],{layout or flash_v3._layout(block, of)!r}>"
 
-    cut_twice = is_cut(meaning)
-    if name == "forward":
-        kernel = flash_v3.forward_kernel
+    if isinstance(setting, flash_v3.Forward):
+        name, kernel, values = "forward", flash_v3.forward_kernel, flash_v3.forward_constants(given, setting)
         rows, keys = descriptor(1, 1, 64, block_d), descriptor(1, 1, setting.block_k, block_d)
         pointers = {
             "q_desc": rows,
@@ -110,21 +112,19 @@ def compile_flash_v3(
             "v_desc": keys,
             "o_desc": descriptor(1, 1, 64, flash_v3.output_width(block_d, output_dtype or dtype), of=output_dtype or dtype),
         }
-        consumer, producer, average = setting.registers()
-        asked, consumers = {"maxnreg": average}, setting.warpgroups
-        half = meaning == "causal" and setting.halves()
-        block = (setting.block_k, block_d, setting.buffers, setting.q_in_registers)
-        values = (group, setting.warpgroups, *block, cut_twice, half, consumer, producer)
+        options, consumers = {"maxnreg": setting.registers()[2]}, setting.warpgroups
     else:
-        kernel, asked, consumers = flash_v3.backward_kernel, flash_v3.backward_options(block_d, meaning == "everything"), 2
+        name, kernel, values = "backward", flash_v3.backward_kernel, flash_v3.backward_constants(given, setting)
         rows = descriptor(1, 1, 64, width_of(block_d))
         pointers = dict.fromkeys(("q_desc", "do_desc", "k_desc", "v_desc", "dk_desc", "dv_desc"), rows) | {
             "stats_desc": descriptor(1, 128, of=torch.float32, layout=flash_v3.FLAT),
             "dq_desc": descriptor(128, 32, of=torch.float32),
         }
-        values = (group, block_d, meaning != "full", cut_twice, setting)
+        options, consumers = flash_v3.backward_options(block_d, given.bent()), 2
     pointers |= {"lse_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "slopes_ptr": "*fp32", "counter": "*i32"}
-    left_out = {{"FIRST": "first_ptr", "LAST": "last_ptr", "SLOPES": "slopes_ptr"}.get(x, x) for x in MEANINGS[meaning]}
+    left_out = [name for name, value in given.asked._asdict().items() if value is None]
+    left_out += [] if given.documents else ["first_ptr", "last_ptr"]
+    left_out += [] if given.slopes else ["slopes_ptr"]
     constants = dict.fromkeys(left_out) | dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
     signature = {
         argument: "constexpr"
@@ -133,7 +133,7 @@ def compile_flash_v3(
         for argument in kernel.arg_names
     }
     source = GluonASTSource(kernel, signature=signature, constexprs=constants, attrs={})
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=flash_v3.OPTIONS | asked)
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=flash_v3.OPTIONS | options)
     return {"kernel": f"flash_v3 {name}"} | read(result, consumers)
 
 
@@ -159,11 +159,16 @@ def read(compiled: Any, consumers: int = 0) -> dict:
     }
 
 
-def settings(block_d: int, meaning: str) -> list[tuple[str, flash_v3.Forward | bool]]:
-    """Every setting that flash_v3 may take for a head_dim, with its kernel's name."""
-    cut = is_cut(meaning)
-    forward = dict.fromkeys(flash_v3.forward_setting(block_d, seq_q, meaning != "full", cut) for seq_q in (1024, 4096))
-    return [*(("forward", x) for x in forward), ("backward", False), ("backward", True)]
+def kernels_of_flash_v3(dtype: torch.dtype, head_dim: int, meaning: str) -> list[tuple[flash_v3.Inputs, flash_v3.Forward | bool]]:
+    """Inputs and setting of every kernel that flash_v3 may take: for short sequences and long ones, narrow windows and wide."""
+    found = {}
+    for seq, reach in itertools.product((1024, 8192), (511, 4095)):
+        given = inputs(dtype, head_dim, meaning, seq, reach)
+        setting = flash_v3.forward_setting(given)
+        found.setdefault(flash_v3.forward_constants(given, setting), (given, setting))
+        for deterministic in (False, True):
+            found.setdefault(flash_v3.backward_constants(given, deterministic), (given, deterministic))
+    return list(found.values())
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -204,10 +209,9 @@ if __name__ == "__main__":
     for rung, meaning, head_dim in (asked.split("/") for asked in sys.argv[3:]):
         size = int(head_dim)
         if rung == "flash_v3":
-            for name, setting in settings(size, meaning):
-                outputs = (dtype, torch.float32) if (name, meaning) == ("forward", "causal") else (dtype,)
-                for output_dtype in outputs:
-                    result = compile_flash_v3(name, dtype, size, setting, meaning, output_dtype=output_dtype)
+            for given, setting in kernels_of_flash_v3(dtype, size, meaning):
+                for output_dtype in (dtype, torch.float32)[: 1 + (meaning == "causal" and isinstance(setting, flash_v3.Forward))]:
+                    result = compile_flash_v3(given, setting, output_dtype)
                     about = {"triton": triton.__version__, "capability": 90, "head_dim": size, "meaning": meaning}
                     print(json.dumps(about | result), flush=True)
             continue
