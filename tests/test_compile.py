@@ -28,7 +28,10 @@ CONFIGURATIONS = {
 }
 OTHER_HEAD_DIMS = [f"{rung}/causal/{head_dim}" for rung in ("flash_v1", "flash_v2") for head_dim in (40, 192)]
 KERNELS_OF = {"flash_v1": 2, "flash_v2": 3, "flash_v3": 2}
-FLASH_V3 = [f"flash_v3/{x}" for x in ("causal/64", "causal/128", "causal/256", "full/128", "window/128", "documents/64")]
+FLASH_V3 = [
+    *(f"flash_v3/{meaning}/{head_dim}" for meaning in ("causal", "full", "window") for head_dim in (64, 128)),
+    *("flash_v3/slopes/64", "flash_v3/documents/128", "flash_v3/causal/256"),
+]
 
 # A folder with the oldest Triton that the kernels are written for: pip install --no-deps --target FOLDER triton==3.6.0
 OLDEST_TRITON = os.environ.get("OLDEST_TRITON")
@@ -101,7 +104,7 @@ def test_flash_v3(triton):
         assert triton is None or result["triton"].startswith("3.6."), result
         assert result["shared_kib"] <= SHARED_KIB[90] and result["tensor_core"] >= 48 and result["tma"] >= 8, result
         assert any(moves <= set(result["register_moves"]) for moves in ({240, 24}, {160, 32}, {216, 64, 24})), result
-        assert result["steady_spills"] <= steady_spills(result), result
+        assert result["meaning"] == "slopes" or result["steady_spills"] <= steady_spills(result), result
         assert result["steady_waits"] <= (4 if result["kernel"] == "flash_v3 backward" else 2), result
 
 
@@ -110,7 +113,7 @@ def steady_spills(result: dict) -> int:
     Scores that a softcap or slopes bend are not held to this."""
     if result["kernel"] == "flash_v3 forward":
         return 0
-    by_head_dim = {64: 21, 128: 5, 256: 20} if result["triton"].startswith("3.9.") else {64: 0, 128: 2, 256: 1}
+    by_head_dim = {64: 13, 128: 5, 256: 20} if result["triton"].startswith("3.9.") else {64: 0, 128: 2, 256: 1}
     return by_head_dim[result["head_dim"]]
 
 

@@ -12,7 +12,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels import flash_v3
+from kernels import flash_v3, launch
 from kernels.flash_v3_ends import finish_kernel, prepare_kernel
 
 TILE = flash_v3.QUERIES
@@ -91,9 +91,42 @@ def test_a_descriptor_is_what_triton_makes():
         assert getattr(found, field.name) == value and type(getattr(found, field.name)) is type(value)
 
 
-def test_settings_fit_every_case():
-    """Three warpgroups only where nothing but causality cuts, and not for short causal sequences."""
-    assert flash_v3.forward_setting(64, 4096, True, False).warpgroups == 3
-    assert flash_v3.forward_setting(64, 1024, False, False).warpgroups == 3
-    assert flash_v3.forward_setting(64, 4096, True, True).warpgroups == 2
-    assert flash_v3.forward_setting(64, 1024, True, False).warpgroups == 2
+def given(seq: int, *, causal: bool = True, head_dim: int = 64, **asked) -> flash_v3.Inputs:
+    """What flash_v3 is told of inputs; asked: window_size, softcap, documents, slopes."""
+    said = launch.meaning(seq, seq, 1.0, causal, asked.get("window_size"), asked.get("softcap"))
+    documents, slopes = asked.get("documents", False), asked.get("slopes", False)
+    return flash_v3.Inputs(torch.device("cuda"), torch.bfloat16, (1, 1, seq, head_dim), 1, seq, said, documents, slopes)
+
+
+def test_forward_settings():
+    """Blocks of 64 keys where masks make few of them, two warpgroups with Q in registers for short causal sequences and softcaps."""
+    dense, short, cut = flash_v3.Forward(3, 2, False), flash_v3.Forward(2, 3, True), flash_v3.Forward(3, 3, False, 64)
+    for inputs, expected in (
+        (given(4096), dense),
+        (given(1024, causal=False), dense),
+        (given(1024), short),
+        (given(1024, documents=True), short),
+        (given(4096, softcap=30.0, window_size=512), short),
+        (given(4096, window_size=512), cut),
+        (given(4096, documents=True), cut),
+        (given(4096, slopes=True), cut),
+        (given(4096, head_dim=128, window_size=512), flash_v3.Forward(2, 4, False, 64)),
+        (given(4096, head_dim=128, window_size=512, causal=False), flash_v3.Forward(2, 4, False, 64)),
+        (given(4096, head_dim=128, window_size=513, causal=False), flash_v3.Forward(2, 2, False)),
+        (given(4096, head_dim=128), flash_v3.Forward(2, 2, False)),
+        (given(4096, head_dim=256), flash_v3.Forward(2, 2, False, 64)),
+    ):
+        assert flash_v3.forward_setting(inputs) == expected, inputs
+
+
+def test_backward_buffers():
+    """Two blocks of keys and values where they fit and are changed often."""
+    for inputs, expected in (
+        (given(4096), 2),
+        (given(4096, causal=False), 1),
+        (given(4096, causal=False, documents=True), 2),
+        (given(1024, causal=False), 2),
+        (given(4096, softcap=30.0), 1),
+        (given(4096, head_dim=128), 1),
+    ):
+        assert flash_v3.backward_buffers(inputs) == expected, inputs
