@@ -155,6 +155,7 @@ def read(compiled: Any, consumers: int = 0) -> dict:
         "loop_spills": loop_spills(sass),
         "steady_instructions": max(map(len, steady), default=0),
         "steady_spills": max((_count(SPILL, body) for body in steady), default=0),
+        "overwritten": sum(len(overwritten(body)) for body in matrix_loops(sass)),
         "steady_waits": max((_count(r"\bWARPGROUP\.DEPBAR\b", body) for body in steady), default=0),
     }
 
@@ -198,6 +199,29 @@ def steady_loops(sass: str, consumers: int) -> list[list[str]]:
     mask, and all consumers make the same products."""
     products = max((_count(r"\bHGMMA\b", body) for body in matrix_loops(sass)), default=0)
     return sorted((body for body in matrix_loops(sass) if _count(r"\bHGMMA\b", body) == products), key=len)[:consumers]
+
+
+def overwritten(loop: list[str]) -> list[str]:
+    """Instructions that write a register which a product in flight may still read; two rounds of a loop.
+
+    The assembler of CUDA 12.9 is known to let this happen where a product of Hopper reads its first factor from registers. Such a
+    product reads four; it has, once `WARPGROUP.DEPBAR.LE gsb0, N` leaves at most N groups of products running.
+    """
+    found, reading, groups = [], [], 0
+    for instruction in (re.sub(r"^@!?U?P\w+ ", "", x) for x in loop * 2):
+        if instruction.startswith("HGMMA"):
+            if factor := re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", instruction):
+                reading.append((groups, int(factor[1])))
+            groups += "gsb0" in instruction
+        elif wait := re.match(r"WARPGROUP\.DEPBAR\S* gsb0, 0x(\w+)", instruction):
+            reading = [x for x in reading if groups - x[0] <= int(wait[1], 16)]
+        elif (target := re.match(r"(\S+) (?:U?P\d+, )?R(\d+)\b", instruction)) and not re.match(
+            r"ST|RED|ATOM|SYNCS|UTMA", instruction
+        ):
+            width = 4 if ".128" in target[1] else 2 if re.search(r"\.(64|WIDE)", target[1]) else 1
+            first = int(target[2])
+            found += [instruction for _, factor in reading if first < factor + 4 and first + width > factor]
+    return found
 
 
 def _count(pattern: str, instructions: list[str]) -> int:

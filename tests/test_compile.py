@@ -105,6 +105,7 @@ def test_flash_v3(triton):
         assert result["shared_kib"] <= SHARED_KIB[90] and result["tensor_core"] >= 48 and result["tma"] >= 8, result
         assert any(moves <= set(result["register_moves"]) for moves in ({240, 24}, {160, 32}, {216, 64, 24})), result
         assert result["meaning"] == "slopes" or result["steady_spills"] <= steady_spills(result), result
+        assert result["overwritten"] == 0, result
         assert result["steady_waits"] <= (4 if result["kernel"] == "flash_v3 backward" else 2), result
 
 
@@ -115,6 +116,20 @@ def steady_spills(result: dict) -> int:
         return 0
     by_head_dim = {64: 13, 128: 5, 256: 20} if result["triton"].startswith("3.9.") else {64: 0, 128: 2, 256: 1}
     return by_head_dim[result["head_dim"]]
+
+
+def test_the_reader_sees_an_overwritten_factor():
+    """R4 to R7 are read until the wait that leaves none running, and the next round's product reads them again."""
+    from tests.aot import overwritten
+
+    product, other = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0", "HGMMA.64x64x16.F32 R64, gdesc[UR4], R64, gsb0"
+    waits = ["WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    for write in ("FADD R7, R1, R2", "@P0 LDS.128 R4, [R9]", "IMAD.WIDE R6, R1, R2, R3"):
+        assert overwritten([product, waits[1], write]) == []
+        assert overwritten([product, other, waits[0], write]) == []
+        assert len(overwritten([product, write, waits[1]])) == len(overwritten([product, waits[0], write, waits[1]])) == 2
+        assert len(overwritten([write, product])) == 1
+    assert overwritten([product, "FADD R8, R4, R5", "STS [R4], R5", "ISETP.GE P0, R4, R5"]) == []
 
 
 def test_the_reader_finds_the_steady_loops():

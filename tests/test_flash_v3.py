@@ -99,7 +99,7 @@ def given(seq: int, *, causal: bool = True, head_dim: int = 64, **asked) -> flas
 
 
 def test_forward_settings():
-    """Blocks of 64 keys where masks make few of them, two warpgroups with Q in registers for short causal sequences and softcaps."""
+    """Blocks of 64 keys where masks make few of them; two warpgroups, Q in registers, for short causal sequences and softcaps."""
     dense, short, cut = flash_v3.Forward(3, 2, False), flash_v3.Forward(2, 3, True), flash_v3.Forward(3, 3, False, 64)
     for inputs, expected in (
         (given(4096), dense),
