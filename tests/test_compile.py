@@ -129,7 +129,8 @@ def test_the_reader_sees_an_overwritten_factor():
         assert overwritten([product, other, waits[0], write]) == []
         assert len(overwritten([product, write, waits[1]])) == len(overwritten([product, waits[0], write, waits[1]])) == 2
         assert len(overwritten([write, product])) == 1
-    assert overwritten([product, "FADD R8, R4, R5", "STS [R4], R5", "ISETP.GE P0, R4, R5"]) == []
+    assert overwritten([product, "FADD R8, R4, R5", "STS [R4], R5", "ISETP.GE.AND P0, PT, R4, R5, PT"]) == []
+    assert len(overwritten([product, "SHFL.IDX PT, R5, R1, R2, R3", waits[1]])) == 2
 
 
 def test_the_reader_finds_the_steady_loops():
