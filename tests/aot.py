@@ -215,9 +215,7 @@ def overwritten(loop: list[str]) -> list[str]:
             groups += "gsb0" in instruction
         elif wait := re.match(r"WARPGROUP\.DEPBAR\S* gsb0, 0x(\w+)", instruction):
             reading = [x for x in reading if groups - x[0] <= int(wait[1], 16)]
-        elif (target := re.match(r"(\S+) (?:U?P\d+, )?R(\d+)\b", instruction)) and not re.match(
-            r"ST|RED|ATOM|SYNCS|UTMA", instruction
-        ):
+        elif target := re.match(r"(?!ST|RED|ATOM|SYNCS|UTMA)(\S+) (?:U?P[\dT]+, )?R(\d+)\b", instruction):
             width = 4 if ".128" in target[1] else 2 if re.search(r"\.(64|WIDE)", target[1]) else 1
             first = int(target[2])
             found += [instruction for _, factor in reading if first < factor + 4 and first + width > factor]
