@@ -79,6 +79,14 @@ class Inputs(NamedTuple):
         """Whether something but a mask changes the scores."""
         return self.asked.cap is not None or self.slopes
 
+    def cut_from(self) -> bool:
+        """Whether some queries come before the first that sees a key."""
+        return self.asked.ahead is not None or self.documents
+
+    def cut_to(self) -> bool:
+        """Whether some queries come after the last that sees a key."""
+        return self.asked.behind is not None or self.documents
+
     def window(self) -> int | None:
         """Keys that a query sees at most, where a window says it."""
         return None if self.asked.behind is None else self.asked.behind + self.asked.ahead + 1
@@ -111,7 +119,7 @@ def forward_setting(inputs: Inputs) -> Forward:
         return Forward(warpgroups=2, buffers=4 if narrow else 2, q_in_registers=False, block_k=64 if narrow else 128)
     if asked.cap is not None or (asked.ahead == 0 and inputs.shape[2] < 2048):
         return Forward(warpgroups=2, buffers=3, q_in_registers=True)
-    if inputs.documents or inputs.slopes or window is not None:
+    if inputs.cut_to() or inputs.slopes:
         return Forward(warpgroups=3, buffers=3, q_in_registers=False, block_k=64)
     return Forward(warpgroups=3, buffers=2, q_in_registers=False)
 
@@ -121,8 +129,8 @@ def backward_buffers(inputs: Inputs) -> int:
 
     Only at head_dim 64 is there room. Where blocks are long, and under a softcap, two are slower (docs/log.md).
     """
-    cut = inputs.documents or inputs.asked.ahead is not None
-    return 2 if inputs.block_d() == 64 and inputs.asked.cap is None and (cut or inputs.shape[2] < 2048) else 1
+    often = inputs.cut_from() or inputs.shape[2] < 2048
+    return 2 if inputs.block_d() == 64 and inputs.asked.cap is None and often else 1
 
 
 # ---- what TMA is told ----
@@ -211,8 +219,7 @@ class Plan(NamedTuple):
 
 def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
     """What the forward's kernel has compiled in."""
-    (_, _, seq_q, _), asked = inputs.shape, inputs.asked
-    is_causal, cut_twice = asked.ahead == 0, asked.behind is not None or inputs.documents
+    seq_q, is_causal, cut_twice = inputs.shape[2], inputs.asked.ahead == 0, inputs.cut_to()
     # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
     between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
     half = is_causal and not cut_twice and chosen.halves() and (inputs.seq_k - seq_q) % chosen.block_k == 0
@@ -223,9 +230,7 @@ def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
 
 def backward_constants(inputs: Inputs, deterministic: bool) -> tuple[int, ...]:
     """What the backward's main kernel has compiled in."""
-    asked = inputs.asked
-    cut_from, cut_to = asked.ahead is not None or inputs.documents, asked.behind is not None or inputs.documents
-    return inputs.group(), inputs.block_d(), backward_buffers(inputs), cut_from, cut_to, deterministic
+    return inputs.group(), inputs.block_d(), backward_buffers(inputs), inputs.cut_from(), inputs.cut_to(), deterministic
 
 
 @lru_cache(maxsize=4096)

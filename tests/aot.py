@@ -144,7 +144,8 @@ def read(compiled: Any, consumers: int = 0) -> dict:
         cubin.flush()
         sass = _run("cuobjdump", "-sass", cubin.name)
         usage = _run("cuobjdump", "-res-usage", cubin.name)
-    steady = steady_loops(sass, consumers)
+    loops = matrix_loops(sass)
+    steady = steady_loops(loops, consumers)
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -152,10 +153,10 @@ def read(compiled: Any, consumers: int = 0) -> dict:
         "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass)),
         "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
         "register_moves": [int(n, 16) for n in re.findall(r"\bUSETMAXREG\S* (?:UP\d, )?0x([0-9a-f]+)", sass)],
-        "loop_spills": loop_spills(sass),
+        "loop_spills": loop_spills(loops),
         "steady_instructions": max(map(len, steady), default=0),
         "steady_spills": max((_count(SPILL, body) for body in steady), default=0),
-        "overwritten": sum(len(overwritten(body)) for body in matrix_loops(sass)),
+        "overwritten": sum(len(overwritten(body)) for body in loops),
         "steady_waits": max((_count(r"\bWARPGROUP\.DEPBAR\b", body) for body in steady), default=0),
     }
 
@@ -189,16 +190,16 @@ def matrix_loops(sass: str) -> list[list[str]]:
     return [body for body in bodies if _count(r"\b(HMMA|HGMMA|UTCHMMA|FFMA)\b", body)]
 
 
-def loop_spills(sass: str) -> int:
-    """Local-memory loads and stores inside those loops."""
-    return sum(_count(SPILL, body) for body in matrix_loops(sass))
+def loop_spills(loops: list[list[str]]) -> int:
+    """Local-memory loads and stores inside loops."""
+    return sum(_count(SPILL, body) for body in loops)
 
 
-def steady_loops(sass: str, consumers: int) -> list[list[str]]:
-    """The loops that flash_v3 spends its time in, one for each consumer: the shortest of those with most products. Others
-    mask, and all consumers make the same products."""
-    products = max((_count(r"\bHGMMA\b", body) for body in matrix_loops(sass)), default=0)
-    return sorted((body for body in matrix_loops(sass) if _count(r"\bHGMMA\b", body) == products), key=len)[:consumers]
+def steady_loops(loops: list[list[str]], consumers: int) -> list[list[str]]:
+    """Those that flash_v3 spends its time in, one for each consumer: the shortest of those with most products. Others mask, and
+    all consumers make the same products."""
+    products = max((_count(r"\bHGMMA\b", body) for body in loops), default=0)
+    return sorted((body for body in loops if _count(r"\bHGMMA\b", body) == products), key=len)[:consumers]
 
 
 def overwritten(loop: list[str]) -> list[str]:
@@ -232,7 +233,8 @@ if __name__ == "__main__":
         size = int(head_dim)
         if rung == "flash_v3":
             for given, setting in kernels_of_flash_v3(dtype, size, meaning):
-                for output_dtype in (dtype, torch.float32)[: 1 + (meaning == "causal" and isinstance(setting, flash_v3.Forward))]:
+                is_forward = isinstance(setting, flash_v3.Forward)
+                for output_dtype in (dtype, torch.float32) if is_forward and meaning == "causal" else (dtype,):
                     result = compile_flash_v3(given, setting, output_dtype)
                     about = {"triton": triton.__version__, "capability": 90, "head_dim": size, "meaning": meaning}
                     print(json.dumps(about | result), flush=True)
