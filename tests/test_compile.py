@@ -124,7 +124,7 @@ def test_the_reader_sees_an_overwritten_factor():
 
     product, other = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0", "HGMMA.64x64x16.F32 R64, gdesc[UR4], R64, gsb0"
     waits = ["WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
-    for write in ("FADD R7, R1, R2", "@P0 LDS.128 R4, [R9]", "IMAD.WIDE R6, R1, R2, R3"):
+    for write in ("FADD R7, R1, R2", "@P0 LDS.128 R1, [R9]", "IMAD.WIDE R3, R1, R2, R5"):
         assert overwritten([product, waits[1], write]) == []
         assert overwritten([product, other, waits[0], write]) == []
         assert len(overwritten([product, write, waits[1]])) == len(overwritten([product, waits[0], write, waits[1]])) == 2
