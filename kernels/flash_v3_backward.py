@@ -292,7 +292,7 @@ def _consume(
             done += gl.maximum(all_highest + 1 - all_lowest, 0)
         # Both through V's buffer: K may still be at work in dQ. This warpgroup alone reads it or, at head_dim 256, both do.
         if WIDE:
-            await_other_consumer()
+            await_other_consumer(W)
         at = [batch, kv_head, key, 128 * W if WIDE else 0]
         _write(dv_desc, at, dv.to(dtype), v_s.index(2 * kv + W), WIDTH)
         _write(dk_desc, at, (dk * scale).to(dtype), v_s.index(2 * kv + W), WIDTH)

@@ -95,9 +95,14 @@ def release_ds(slot, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def await_other_consumer():
-    """A consumer at head_dim 256: the other one has come here too. (9 is free where there is one half of dS.)"""
-    barrier("sync", 9, 256)
+def await_other_consumer(W: gl.constexpr):
+    """Consumer W at head_dim 256: the other one has come here too.
+
+    9 and 11 are free where there is one half of dS. A barrier each, so that nobody but its owner waits at it: `bar.sync` is for
+    threads that wait at one and the same instruction (PTX ISA, `barrier`), and each consumer has its own copy of this one.
+    """
+    barrier("arrive", 11 - 2 * W, 256)
+    barrier("sync", 9 + 2 * W, 256)
 
 
 @gluon.jit

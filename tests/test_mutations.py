@@ -1,18 +1,11 @@
 """Tests must be able to fail: each fault below is planted in a copy of a rung, and the check that passes without it must go red."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
-
 import pytest
 import torch
 
-import kernels
 from kernels import attention
-from kernels.attention import BACKENDS
-from tests.reference import RUNGS, check, documents, make_case, slopes
+from tests.mutants import Fault, planted
+from tests.reference import TRITON_RUNGS, check, documents, make_case, slopes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,16 +31,6 @@ CHECKS = {
     "alibi, heads in groups": lambda b: check(make_case(1, 4, 2, 33, 40, 16, FP32), b, alibi_slopes=slopes(4)),
     "poisoned padding": poisoned_padding,
 }
-
-
-class Fault(NamedTuple):
-    """In `function` of a file of kernels/, `old` becomes `new`; the check of this name must notice."""
-
-    caught_by: str
-    file: str
-    function: str
-    old: str
-    new: str
 
 
 CAUSAL, BLIND, FULL, WINDOW, CAUSAL_WINDOW, DOCUMENTS, SOFTCAP, ALIBI, PADDING = CHECKS
@@ -163,38 +146,21 @@ FAULTS = {"flash_v2": SHARED | V2, "flash_v1": V1}
 assert len(FAULTS["flash_v2"]) == len(SHARED) + len(V2)  # no two of one name
 
 
-def planted(rung: str, fault: Fault | None, folder: Path, monkeypatch) -> ModuleType:
-    """A copy of a rung and of what it is made of, with a fault, as modules of their own; the rung's module."""
-    files = ("bounds", "tile_ops", "launch", BACKWARD, rung)
-    for file in files:
-        source = (Path(kernels.__file__).parent / f"{file}.py").read_text()
-        if fault is not None and file == fault.file:
-            start = source.index(f"def {fault.function}(")
-            body = source[start : source.find("\n\n\n", start)]
-            assert fault.old in body, "the fault no longer fits the source: move it along"
-            source = source.replace(body, body.replace(fault.old, fault.new))
-        for other in files:
-            source = source.replace(f"from kernels.{other} import", f"from mutant_{other} import")
-        path = folder / f"mutant_{file}.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, path.stem, module)
-        spec.loader.exec_module(module)
-    monkeypatch.setitem(BACKENDS, "mutant", module)
-    return module
+def files_of(rung: str) -> tuple[str, ...]:
+    """What a rung is made of, and itself."""
+    return "bounds", "tile_ops", "launch", BACKWARD, rung
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", TRITON_RUNGS)
 def test_without_a_fault(rung, name, tmp_path, monkeypatch):
-    planted(rung, None, tmp_path, monkeypatch)
+    planted(files_of(rung), None, tmp_path, monkeypatch)
     CHECKS[name]("mutant")
 
 
 @pytest.mark.parametrize(("rung", "what"), [(rung, what) for rung, faults in FAULTS.items() for what in faults])
 def test_fault_is_caught(rung, what, tmp_path, monkeypatch):
     fault = FAULTS[rung][what]
-    planted(rung, fault, tmp_path, monkeypatch)
+    planted(files_of(rung), fault, tmp_path, monkeypatch)
     with pytest.raises(AssertionError, match=r"rms error|max error|NaN in the result|infinities differ"):
         CHECKS[fault.caught_by]("mutant")
