@@ -8,6 +8,8 @@ from tests.hopper.run import on_hopper
 from tests.mutants import Fault, planted
 from tests.reference import check, documents, make_case, n_unlike, run, slopes
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of arithmetic with infinities and NaN
+
 FP16 = torch.float16
 FILES = ("hopper_ops", "flash_v3_softmax", "flash_v3_steps", "flash_v3_dq", "flash_v3_forward", "flash_v3_backward", "flash_v3")
 HOPPER_OPS, SOFTMAX, STEPS, DQ, FORWARD, BACKWARD, HOST = FILES
@@ -45,6 +47,14 @@ def of(*sizes: int, **meaning):
     return lambda rung, monkeypatch: check(make_case(*sizes, FP16), "mutant", **meaning)
 
 
+def unrounded(rung, monkeypatch) -> None:
+    """A float32 output, which at head_dim 256 leaves in halves."""
+    case = make_case(1, 2, 1, 200, 230, 256, FP16)
+    output, lse = rung.forward(*case.inputs(FP16), scale=0.1, is_causal=True, output_dtype=torch.float32)
+    rounded, same = rung.forward(*case.inputs(FP16), scale=0.1, is_causal=True)
+    assert torch.equal(output.to(FP16), rounded) and torch.equal(lse, same), "not the same unrounded"
+
+
 CHECKS = {
     "causal 64": of(1, 2, 1, 130, 150, 64, is_causal=True),
     "causal 128": of(1, 2, 1, 200, 330, 128, is_causal=True),
@@ -60,10 +70,11 @@ CHECKS = {
     "tiny tiles 64": of(2, 5, 5, 60, 60, 64),
     "rising": rising,
     "far below": far_below,
+    "unrounded": unrounded,
     "in any order": in_any_order,
 }
 CAUSAL, CAUSAL_128, CAUSAL_256, FULL, FULL_128, WINDOW, DOCUMENTS, SOFTCAP, SLOPES, *OTHERS = CHECKS
-MANY, MANY_256, TINY, RISING, BELOW, ORDER = OTHERS
+MANY, MANY_256, TINY, RISING, BELOW, UNROUNDED, ORDER = OTHERS
 
 MATHEMATICS = {
     "causal mask one to the right": Fault(CAUSAL, HOPPER_OPS, "interval",
@@ -86,6 +97,7 @@ MATHEMATICS = {
     "window's start not masked": Fault(WINDOW, FORWARD, "_mask", "if FROM", "if False"),
     "one unmasked block too many": Fault(WINDOW, FORWARD, "_blocks", "// BLOCK_K - 1", "// BLOCK_K"),
     "diagonal off the corners not masked": Fault(CAUSAL_128, HOST, "forward_constants", "% QUERIES != 0", "% QUERIES > 64"),
+    "halves of the output swapped": Fault(UNROUNDED, FORWARD, "_store_in_halves", "halves[i]", "halves[1 - i]"),
     "half a block where the diagonal misses it": Fault(CAUSAL_128, HOST, "forward_constants", "% chosen.block_k == 0", ">= 0"),
     "wrong key/value head": Fault(CAUSAL, FORWARD, "_produce",
         "[batch, head // GROUP, row, 0], v_full", "[batch, head, row, 0], v_full"),
@@ -142,6 +154,11 @@ PROTOCOL = {
         "passed on\n    tma.store_wait(0)", "passed on")),
     "O in Q's place released too early": (RACE.format("o_s"), Fault(MANY_256, FORWARD, "_consume",
         "tma.store_wait(0)  # O lies in Q's place", "pass")),
+    "half the output replaced under its store": (RACE.format("o_s"), Fault(UNROUNDED, FORWARD, "_store_in_halves",
+        "tma.store_wait(0)", "pass")),
+    "no fence before half the output's store": (UNFENCED, Fault(UNROUNDED, FORWARD, "_store_in_halves",
+        "fence_async_shared()", "pass")),
+    "barriers that TMA may not see": (UNFENCED, Fault(FULL, FORWARD, "forward_kernel", "fence_async_shared()", "pass")),
     "the last turn not taken": ("barrier 10 is left", Fault(CAUSAL, FORWARD, "_consume",
         "_take_tensor_cores(W)  # what the last", "pass  # what the last")),
     "no first turn": (HANG, Fault(CAUSAL, FORWARD, "_consume", "if W == WARPGROUPS - 1", "if W == WARPGROUPS")),
@@ -186,6 +203,8 @@ PROTOCOL = {
     "no fence before dq is added": (UNFENCED, Fault(FULL, DQ, "sum_dq", "fence_async_shared()", "pass")),
     "dq's last addition not awaited": ("may still read", Fault(FULL, DQ, "sum_dq",
         "kv_head = take(schedule, n)\n    tma.store_wait(0)", "kv_head = take(schedule, n)")),
+    "barriers that TMA may not see in the backward": (UNFENCED, Fault(FULL, BACKWARD, "backward_kernel",
+        "fence_async_shared()", "pass")),
     # deterministic gradients
     "nobody waits for his turn": ("another order", Fault(ORDER, DQ, "sum_dq", "await_at_least(passed + q_tile, turn)", "pass")),
     "a sum published before it is there": ("another order", Fault(ORDER, DQ, "sum_dq", "PENDING=STRIPS", "PENDING=STRIPS + 2")),
@@ -209,7 +228,9 @@ def test_without_a_fault(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", MATHEMATICS)
 def test_wrong_mathematics_is_caught(what, tmp_path, monkeypatch):
     rung = mutant(MATHEMATICS[what], tmp_path, monkeypatch)
-    with pytest.raises(AssertionError, match=r"rms error|max error|NaN in the result|infinities differ|outside a tensor"):
+    with pytest.raises(
+        AssertionError, match=r"rms error|max error|NaN in the result|infinities differ|outside a tensor|not the same"
+    ):
         CHECKS[MATHEMATICS[what].caught_by](rung, monkeypatch)
 
 

@@ -117,7 +117,10 @@ class Words:
     # ---- barriers in shared memory ----
 
     def init(self, memory: Shared, count: int) -> None:
+        """TMA, which will come to it, sees it only after a fence."""
         memory.slot.barrier = MBarrier(memory.slot.name, count)
+        memory.slot.unfenced = self.me()
+        self.me().unfenced.add(memory.slot)
 
     def wait(self, memory: Shared, phase: Value | int) -> None:
         memory.slot.barrier.wait(self.machine, int(tensor(phase)))
@@ -134,6 +137,8 @@ class Words:
     def load_tile(self, tiles: Tiles, at: list[Value | int], full: Shared, to: Shared) -> None:
         """Until it has come, NaN lies there."""
         me, barrier, at = self.me(), full.slot.barrier, [int(tensor(i)) for i in at]
+        if full.slot.unfenced is not None:
+            raise HardwareFault(f"{full.slot.name} was made without fence_async_shared: TMA may not see it")
         barrier.n_loads += 1
         actor, number = (barrier, LOAD), barrier.n_loads
         to.slot.access(actor, number, me.clock, writes=True, by_hardware=True)
