@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
 FINISH_TIMEOUT = 30  # seconds that it may take at the end to send what is left
-PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "safetensors", "wandb", "flash-ladder")
+PACKAGES = ("triton", "lightning", "hydra-core", "datasets", "tokenizers", "safetensors", "wandb", "flash-ladder")
 
 
 class MetricsFile(Logger):
@@ -161,7 +161,11 @@ def environment(device: torch.device, **about: Any) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of what a run's numbers depend on; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # with what it was built for
+        "cuda": torch.version.cuda,
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)
