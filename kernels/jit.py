@@ -6,7 +6,7 @@ before any kernel is defined: where there is no GPU, unless TRITON_INTERPRET say
 
 import os
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -19,13 +19,28 @@ else:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def installed(name: str) -> str | None:
+    """A package's version, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def numpy_trouble(triton: str | None, numpy: str | None) -> str | None:
+    """Triton 3.6's interpreter takes one-element arrays for numbers, which numpy 2.4 no longer allows."""
+    if triton and numpy and triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return f"Triton 3.6's interpreter needs numpy below 2.4, not {numpy}; a newer Triton would do too"
+    return None
+
+
+NUMPY_TROUBLE = numpy_trouble(installed("triton"), installed("numpy"))  # asked here: torch 2.11's torch.compile cannot trace it
+
+
 def interpreter_trouble() -> str | None:
     """Why kernels cannot run on CPU tensors in this process, or None where the interpreter is ready."""
     if TOO_LATE:
         return "Triton was imported before kernels; import kernels first or set TRITON_INTERPRET=1"
     if not INTERPRET:
         return "Triton compiles here, and runs on the CPU only with TRITON_INTERPRET=1"
-    numpy = version("numpy")
-    if version("triton").startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
-        return f"Triton 3.6's interpreter needs numpy below 2.4, not {numpy}; a newer Triton would do too"
-    return None
+    return NUMPY_TROUBLE

@@ -17,4 +17,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-import kernels  # noqa: F401  (before Lightning, which imports Triton)
+import pytest
+
+from kernels.jit import interpreter_trouble  # before Lightning, which imports Triton
+
+
+def pytest_configure() -> None:
+    """Without Triton's interpreter a third of the tests would fail, each for the same reason: said once instead."""
+    if "FLASH_LADDER_TESTS_ON_GPU" not in os.environ and (trouble := interpreter_trouble()):
+        raise pytest.UsageError(f"the tests need Triton's interpreter: {trouble}")

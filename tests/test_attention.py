@@ -225,7 +225,7 @@ def test_what_flash_v3_takes_on_hopper(pretend_gpu):
     [
         ({"TOO_LATE": True}, "Triton was imported before kernels"),
         ({"INTERPRET": False}, "runs on the CPU only with TRITON_INTERPRET=1"),
-        ({"version": {"triton": "3.6.0", "numpy": "2.4.1"}.get}, "interpreter needs numpy below 2.4, not 2.4.1"),
+        ({"NUMPY_TROUBLE": jit.numpy_trouble("3.6.0", "2.4.1")}, "interpreter needs numpy below 2.4, not 2.4.1"),
     ],
 )
 def test_an_interpreter_that_cannot_run(monkeypatch, change, message):

@@ -290,7 +290,7 @@ def test_the_requirements_of_this_project_are_read():
 
 
 def test_an_interpreter_that_cannot_run_is_a_warning(monkeypatch):
-    monkeypatch.setattr(jit, "version", {"triton": "3.6.0", "numpy": "2.4.1"}.get)
+    monkeypatch.setattr(jit, "NUMPY_TROUBLE", jit.numpy_trouble("3.6.0", "2.4.1"))
     found = doctor.diagnose(DoctorConfig(device="cpu"))
     assert any("cannot run on this CPU: Triton 3.6's interpreter needs numpy below 2.4" in warning for warning in found.warnings)
     assert "far too slow" not in doctor.report(found)
