@@ -98,8 +98,8 @@ def release_ds(slot, HALVES: gl.constexpr):
 def await_other_consumer(W: gl.constexpr):
     """Consumer W at head_dim 256: the other one has come here too.
 
-    9 and 11 are free where there is one half of dS. A barrier each, so that nobody but its owner waits at it: `bar.sync` is for
-    threads that wait at one and the same instruction (PTX ISA, `barrier`), and each consumer has its own copy of this one.
+    9 and 11 are free where there is one half of dS. A barrier each, so that nobody but its owner waits at it: of two that wait at
+    one barrier, each at its own copy of the instruction, compute-sanitizer's synccheck says that they diverge.
     """
     barrier("arrive", 11 - 2 * W, 256)
     barrier("sync", 9 + 2 * W, 256)

@@ -68,13 +68,15 @@ CHECKS = {
     "many tiles 64": of(2, 3, 1, 260, 200, 64, is_causal=True),
     "many tiles 256": of(2, 3, 1, 260, 200, 256, is_causal=True),
     "tiny tiles 64": of(2, 5, 5, 60, 60, 64),
+    "unseen keys 64": of(1, 2, 1, 65, 700, 64, window_size=40),
+    "documents 128": of(2, 2, 1, 260, 260, 128, document_ids=documents(260, (20, 130), (64, 150))),
     "rising": rising,
     "far below": far_below,
     "unrounded": unrounded,
     "in any order": in_any_order,
 }
 CAUSAL, CAUSAL_128, CAUSAL_256, FULL, FULL_128, WINDOW, DOCUMENTS, SOFTCAP, SLOPES, *OTHERS = CHECKS
-MANY, MANY_256, TINY, RISING, BELOW, UNROUNDED, ORDER = OTHERS
+MANY, MANY_256, TINY, UNSEEN, DOCUMENTS_128, RISING, BELOW, UNROUNDED, ORDER = OTHERS
 
 MATHEMATICS = {
     "causal mask one to the right": Fault(CAUSAL, HOPPER_OPS, "interval",
@@ -120,16 +122,18 @@ MATHEMATICS = {
 }  # fmt: skip
 
 RACE, UNFENCED, HANG = "a race for {}", "without fence_async_shared", "a hang"
+TOO_SOON, EARLY = "cannot know that its last (phase|round) is over", "adds where .* may not be done"
 PROTOCOL = {
     # forward
     "K not awaited": (RACE.format("k_s"), Fault(CAUSAL, FORWARD, "_steps",
         "mbarrier.wait(k_full.index(slot), (step // BUFFERS) & 1)", "pass")),
     "V not awaited": (RACE.format("v_s"), Fault(CAUSAL, FORWARD, "_steps",
         "mbarrier.wait(v_full.index(owed), owed_phase)", "pass")),
-    "Q not awaited": (RACE.format("q_s"), Fault(CAUSAL, FORWARD, "_consume", "mbarrier.wait(q_full.index(W), n & 1)", "pass")),
-    "K replaced under a product": ("_produce . arrives at k_full", Fault(FULL, FORWARD, "_produce",
+    "Q not awaited": ("a race for q_s|q_s.* has never been written", Fault(CAUSAL, FORWARD, "_consume",
+        "mbarrier.wait(q_full.index(W), n & 1)", "pass")),
+    "K replaced under a product": ("a race for k_s|_produce . arrives at k_full", Fault(FULL, FORWARD, "_produce",
         "mbarrier.wait(k_empty.index(slot), phase ^ 1)", "pass")),
-    "Q replaced under a product": ("_produce . arrives at q_full", Fault(MANY, FORWARD, "_produce",
+    "Q replaced under a product": ("a race for q_s|_produce . arrives at q_full", Fault(MANY, FORWARD, "_produce",
         "mbarrier.wait(q_empty.index(w), (n & 1) ^ 1)", "pass")),
     "V released under its product": (RACE.format("v_s"), Fault(FULL_128, FORWARD, "_consume",
         "acc = warpgroup_mma_wait(0, deps=(acc,))\n        mbarrier.arrive(v_empty.index(slot), count=1)",
@@ -139,7 +143,7 @@ PROTOCOL = {
     "output not awaited": ("has not been awaited", Fault(CAUSAL_128, FORWARD, "_steps",
         "warpgroup_mma_wait(0, deps=(o_later,))", "warpgroup_mma_wait(1, deps=(o_later,))")),
     "a phase of its own": ("a hang|a race", Fault(WINDOW, FORWARD, "_hand_on", "(step // BUFFERS) & 1", "1")),
-    "too few to release K": (HANG, Fault(FULL, FORWARD, "forward_kernel",
+    "too few to release K": ("a hang|may end before", Fault(FULL, FORWARD, "forward_kernel",
         "mbarrier.init(k_empty.index(i), count=WARPGROUPS)", "mbarrier.init(k_empty.index(i), count=1)")),
     "too many to release K": (HANG, Fault(FULL, FORWARD, "forward_kernel",
         "mbarrier.init(k_empty.index(i), count=WARPGROUPS)", "mbarrier.init(k_empty.index(i), count=WARPGROUPS + 1)")),
@@ -162,16 +166,24 @@ PROTOCOL = {
     "the last turn not taken": ("barrier 10 is left", Fault(CAUSAL, FORWARD, "_consume",
         "_take_tensor_cores(W)  # what the last", "pass  # what the last")),
     "no first turn": (HANG, Fault(CAUSAL, FORWARD, "_consume", "if W == WARPGROUPS - 1", "if W == WARPGROUPS")),
-    "turns left out where blocks are handed on": ("again before its round is over", Fault(CAUSAL, FORWARD, "_hand_on",
+    "turns left out where blocks are handed on": (TOO_SOON, Fault(CAUSAL, FORWARD, "_hand_on",
         "_take_tensor_cores(W)", "pass")),
     "blocks not handed on": (HANG, Fault(WINDOW, FORWARD, "_hand_on", "mbarrier.arrive(v_empty.index(slot), count=1)", "pass")),
+    "a load that nobody awaits": ("may still come", Fault(FULL, FORWARD, "_produce",
+        "        n += 1\n        q_tile, batch, head = draw(schedule, n, sizes, FROM_LAST=True)",
+        "        n += 1\n        q_tile, batch, head = draw(schedule, n, sizes, FROM_LAST=True)\n    slot = step % BUFFERS\n"
+        "    mbarrier.wait(k_empty.index(slot), ((step // BUFFERS) & 1) ^ 1)\n"
+        "    mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)\n"
+        "    tma_load(k_desc, [0, 0, 0, 0], k_full.index(slot), k_s.index(slot))")),
+    "a block handed on before its V has come": (TOO_SOON, Fault(DOCUMENTS_128, FORWARD, "_hand_on",
+        "mbarrier.wait(v_full.index(slot), phase)", "pass")),
     # the schedule
     "a tile drawn over another": (RACE.format("drawn"), Fault(TINY, HOPPER_OPS, "draw",
         "mbarrier.wait(taken.index(slot), ((n // 2) & 1) ^ 1)", "pass")),
     "a tile taken before it is drawn": ("drawn", Fault(MANY, HOPPER_OPS, "take",
         "mbarrier.wait(published.index(slot), (n // 2) & 1)", "pass")),
     # backward
-    "Q not awaited in the backward": (RACE.format("q_s"), Fault(CAUSAL, BACKWARD, "_seen",
+    "Q not awaited in the backward": ("a race for q_s|q_s.* has never been written", Fault(CAUSAL, BACKWARD, "_seen",
         "mbarrier.wait(q_full.index(slot), phase)", "pass")),
     "dO not awaited": (RACE.format("do_s"), Fault(CAUSAL_128, BACKWARD, "_seen",
         "mbarrier.wait(do_full.index(slot), phase)", "pass")),
@@ -180,11 +192,11 @@ PROTOCOL = {
     "Q released under its product": (RACE.format("q_s"), Fault(FULL, BACKWARD, "_seen",
         "dk = warpgroup_mma_wait(0, deps=(dk_later,))\n        release(Q, slot)",
         "release(Q, slot)\n        dk = warpgroup_mma_wait(0, deps=(dk_later,))")),
-    "Q replaced under a product in the backward": ("_produce . arrives at q_full", Fault(FULL, BACKWARD, "_produce",
+    "Q replaced under a product in the backward": ("a race for q_s|_produce . arrives at q_full", Fault(FULL, BACKWARD, "_produce",
         "await_release(Q, slot)\n                mbarrier", "mbarrier")),
     "the last release not awaited": ("is left", Fault(FULL, BACKWARD, "_produce",
         "await_release(Q, slot)\n        await_release(DO, slot)", "await_release(Q, slot)")),
-    "a warp too few at the ring": (HANG, Fault(FULL, STEPS, "release", "288", "256")),
+    "a warp too few at the ring": ("a hang|288 threads", Fault(FULL, STEPS, "release", "288", "256")),
     "K and V replaced while dQ reads K": ("a race for [kv]_s", Fault(MANY_256, BACKWARD, "backward_kernel",
         "kv_empty.index(i), count=3", "kv_empty.index(i), count=2")),
     "the wrong phase of K and V": ("k_s", Fault(MANY, STEPS, "kv_slot", "(n // BUFFERS) & 1", "n & 1")),
@@ -196,7 +208,7 @@ PROTOCOL = {
         'barrier("arrive", 11 - 2 * W, 256)\n    barrier("sync", 9 + 2 * W, 256)', 'barrier("sync", 9, 256)')),
     "no fence after dS": (UNFENCED, Fault(CAUSAL, STEPS, "hand_over_ds", "fence_async_shared()", "pass")),
     "dS not awaited": ("ds_s", Fault(FULL, DQ, "sum_dq", "await_ds(slot, HALVES)", "pass")),
-    "dS stored under its product": ("again before its round is over", Fault(FULL, STEPS, "hand_over_ds",
+    "dS stored under its product": (TOO_SOON, Fault(FULL, STEPS, "hand_over_ds",
         "await_ds_read(W, slot)", "pass")),
     "dq's buffer stored over": (RACE.format("dq_s"), Fault(FULL, DQ, "sum_dq",
         "tma.store_wait(dq_s.shape[0] - 1)", "tma.store_wait(dq_s.shape[0])")),
@@ -205,9 +217,21 @@ PROTOCOL = {
         "kv_head = take(schedule, n)\n    tma.store_wait(0)", "kv_head = take(schedule, n)")),
     "barriers that TMA may not see in the backward": (UNFENCED, Fault(FULL, BACKWARD, "backward_kernel",
         "fence_async_shared()", "pass")),
+    "a tile handed on before its dO has come": ("a race for do_s|cannot know", Fault(UNSEEN, BACKWARD, "_unseen",
+        "mbarrier.wait(do_full.index(slot), phase)", "pass")),
+    "a tile handed on before its Q has come": ("a race for q_s|cannot know|an older one's", Fault(UNSEEN, BACKWARD, "_unseen",
+        "mbarrier.wait(q_full.index(slot), phase)", "pass")),
+    "keys that nobody sees, replaced too early": ("may still come|cannot know|a race for", Fault(UNSEEN, DQ, "sum_dq",
+        "mbarrier.wait(kv_full.index(2 * kv), phase)", "pass")),
+    "a fence after the word that dS is there": (UNFENCED, Fault(CAUSAL, STEPS, "hand_over_ds",
+        "fence_async_shared()\n        barrier(\"arrive\", 6 + slot, 128 + 128 * HALVES)",
+        "barrier(\"arrive\", 6 + slot, 128 + 128 * HALVES)\n        fence_async_shared()")),
+    "dk used beside its wait": ("awaited under another name", Fault(CAUSAL, BACKWARD, "_seen",
+        "dk = warpgroup_mma_wait(0, deps=(dk_later,))", "warpgroup_mma_wait(0, deps=(dv,))\n        dk = dk_later")),
     # deterministic gradients
-    "nobody waits for his turn": ("another order", Fault(ORDER, DQ, "sum_dq", "await_at_least(passed + q_tile, turn)", "pass")),
-    "a sum published before it is there": ("another order", Fault(ORDER, DQ, "sum_dq", "PENDING=STRIPS", "PENDING=STRIPS + 2")),
+    "nobody waits for his turn": (EARLY, Fault(ORDER, DQ, "sum_dq", "await_at_least(passed + q_tile, turn)", "pass")),
+    "a sum published before it is there": (EARLY, Fault(ORDER, DQ, "sum_dq", "PENDING=STRIPS", "PENDING=STRIPS + 2")),
+    "the last tile of another's out of turn": (EARLY, Fault(ORDER, DQ, "sum_dq", "q_tile <= to_tile", "q_tile < to_tile")),
     "no fence after the turn has come": ("a fence is missing", Fault(ORDER, HOPPER_OPS, "await_at_least",
         "fence.proxy.async; mov.b32 $0, $1;", "shfl.sync.idx.b32 $0, $1, 0, 31, -1;")),
     "a block that waits for one not begun": (HANG, Fault(ORDER, HOPPER_OPS, "draw", "if IN_ORDER:", "if False:")),

@@ -10,8 +10,11 @@ Gluon has no interpreter. This one takes the kernels' own Python functions and g
 
 What a GPU does later may happen late here: a product is made when it is awaited, and where TMA is to bring a tile lies NaN until
 somebody waits for it or chance has it come. Every access to shared memory is compared with those before it by vector clocks
-(Fidge 1988; Mattern 1989), so that a race is found though the order at hand hides it. A barrier that nobody comes to, a product or
-a store that nobody awaits, what the tensor cores may not see yet: all end in a `HardwareFault`.
+(Fidge 1988; Mattern 1989), and so is every arrival at a barrier with the round before: a race is found though the order at hand
+hides it. A barrier that nobody comes to, a load, a product or a store that nobody awaits, what the tensor cores may not see yet:
+all end in a `HardwareFault`.
 
-It knows nothing of layouts, registers and speed: the compiler sees to these, and a GPU shows them.
+A warpgroup is one thread here, since Triton sees to its 128: it puts `bar.sync` before what one of them does for all, and after
+what one of them waits for. Layouts, registers (also those that a product still reads) and speed are the compiler's, and a GPU's to
+show. Global memory is compared only where sums must come in order.
 """

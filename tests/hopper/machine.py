@@ -12,8 +12,12 @@ from tests.hopper.values import HardwareFault
 
 OTHERS_FIRST = 0.2  # how often a thread that could go on lets another one run
 LANDS_EARLY = 0.2  # how often something that TMA was asked for is done before anybody waits for it
-# Actors beside threads: their products, what TMA stores or adds for them, and what it loads for a barrier.
-MMA, BULK, LOAD = "the tensor cores", "TMA's store", "TMA's load"
+LAGS = 0.3  # how many threads run only when no other one can
+ENDLESS = 1_000_000  # steps
+
+# Actors beside threads: their products, what TMA reads for their stores and additions, and has added, and what it loads for a
+# barrier.
+MMA, BULK, ADDED, LOAD = "the tensor cores", "TMA's store", "TMA's addition", "TMA's load"
 
 
 class Clock(dict):
@@ -24,9 +28,21 @@ class Clock(dict):
             if time > self.get(actor, 0):
                 self[actor] = time
 
+    def knows(self, other: Clock) -> bool:
+        return all(self.get(actor, 0) >= time for actor, time in other.items())
+
 
 class Abandoned(BaseException):
     """Ends a thread after a fault in another."""
+
+
+@dataclass
+class Block:
+    """What the threads of a block share."""
+
+    number: int
+    barriers: dict[int, NamedBarrier] = field(default_factory=dict)
+    loads: Clock = field(default_factory=Clock)  # all that TMA was asked for
 
 
 @dataclass(eq=False)
@@ -34,10 +50,10 @@ class Thread:
     """A warpgroup, or the producer's warp."""
 
     name: str
-    block: int
+    block: Block
     warps: int
-    clock: Clock
-    barriers: dict[int, NamedBarrier]  # the block's
+    lags: bool
+    clock: Clock = field(default_factory=Clock)
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     until: Callable[[], bool] | None = None  # what it waits for
     awaits: str = ""  # the same in words
@@ -45,13 +61,11 @@ class Thread:
     n_products: int = 0
     n_bulk: int = 0  # stores and additions that TMA was asked for
     unfenced: set[Any] = field(default_factory=set)  # shared memory it has stored to since its last fence
-    read_global: bool = False  # another block's number, since the last fence
-    last_read: tuple[int, int] | None = None
+    last_read: tuple[int, int] | None = None  # address and value of another block's number, until the fence after it
 
     def tell(self, clock: Clock) -> None:
         """Whoever learns from that clock knows of all that this thread has done; not of what it will do."""
         clock.learn(self.clock)
-        clock[self] = self.clock[self]
         self.clock[self] += 1
 
 
@@ -71,19 +85,20 @@ class Machine:
         self.chance = random.Random(seed)
         self.alive: list[Thread] = []
         self.events: list[Event] = []
+        self.later: list[Callable[[], Any]] = []  # blocks that have not begun
         self.me: Thread | None = None
+        self.steps = 0
         self.fault: BaseException | None = None
-        self.released: dict[int, Clock] = {}  # by address of a number in global memory
         self.over = threading.Semaphore(0)
         self.native: list[threading.Thread] = []
-        self.later: list[Callable[[], Any]] = []  # blocks that have not begun
 
     # ---- threads ----
 
-    def start(self, name: str, block: int, warps: int, parent: Thread | None, body: Callable[[], None]) -> Thread:
-        """A thread, which knows what its parent knows. It does not run yet."""
-        clock = Clock(parent.clock) if parent else Clock()
-        thread = Thread(name, block, warps, clock, parent.barriers if parent else {})
+    def start(self, name: str, block: Block, warps: int, parent: Thread | None, body: Callable[[], None]) -> Thread:
+        """A thread, which knows what its parent knows now. It does not run yet."""
+        thread = Thread(name, block, warps, lags=self.chance.random() < LAGS)
+        if parent:
+            parent.tell(thread.clock)
         thread.clock[thread] = 1
 
         def run() -> None:
@@ -111,15 +126,16 @@ class Machine:
 
     def run(self, body: Callable[[], None], blocks: int, at_once: int) -> None:
         """Runs `body` as so many blocks, to their ends, and then what TMA has still to do."""
-        self.later = [lambda i=i: self.start("the first warpgroup", i, 4, None, body) for i in range(blocks)]
-        for _ in range(min(at_once, blocks)):
-            self.later.pop(0)()
+        self.later = [lambda i=i: self.start("the first warpgroup", Block(i), 4, None, body) for i in range(blocks)]
         try:
+            for _ in range(min(at_once, blocks)):
+                self.later.pop(0)()
             self._choose().turn.release()
             self.over.acquire()
-        finally:
-            for native in self.native:
-                native.join()
+        except BaseException as fault:
+            self._fail(fault)
+        for native in self.native:
+            native.join()
         if self.fault is not None:
             raise self.fault
         self.deliver(lambda event: True)
@@ -127,6 +143,9 @@ class Machine:
     def pause(self, until: Callable[[], bool] | None = None, awaits: str = "") -> None:
         """Lets others run; comes back when `until` holds."""
         me = self.me
+        self.steps += 1
+        if self.steps > ENDLESS:
+            raise HardwareFault(f"no end after {ENDLESS:,} steps")
         if (until is None or until()) and self.chance.random() >= OTHERS_FIRST:
             return
         me.until, me.awaits = until, awaits
@@ -136,7 +155,6 @@ class Machine:
             me.turn.acquire()
             if self.fault is not None:
                 raise Abandoned
-        self.me = me
 
     def _choose(self) -> Thread:
         while True:
@@ -144,11 +162,11 @@ class Machine:
             if self.events and (not ready or self.chance.random() < LANDS_EARLY):
                 self.events.pop(self.chance.randrange(len(self.events))).do()
             elif ready:
-                self.me = self.chance.choice(ready)
+                self.me = self.chance.choice([thread for thread in ready if not thread.lags] or ready)
                 self.me.until = None
                 return self.me
             else:
-                waiting = "; ".join(f"{thread.name} of block {thread.block} for {thread.awaits}" for thread in self.alive)
+                waiting = "; ".join(f"{thread.name} of block {thread.block.number} for {thread.awaits}" for thread in self.alive)
                 raise HardwareFault(f"a hang: nobody can go on. {waiting}")
 
     def _fail(self, fault: BaseException) -> None:
@@ -175,14 +193,24 @@ class Machine:
 
 
 class MBarrier:
-    """A phase ends when `count` have arrived and all bytes that they expect are there (PTX ISA, `mbarrier`)."""
+    """A phase ends when `count` have arrived and all bytes that they expect are there (PTX ISA, `mbarrier`).
+
+    Whoever arrives must know that the phase before is over, or it may count in that one; whoever waits, that the one before that
+    is, or the parity may be an old one's; and no phase may end before all who wait for the last one have seen its end, or they
+    wait for the next but one. All is asked of clocks, since the order at hand may be a lucky one.
+    """
 
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count, self.pending = name, count, count
         self.bytes, self.phase, self.n_loads = 0, 0, 0
         self.now, self.over = Clock(), Clock()  # what is known of this phase, and of those that are over
+        self.came, self.before, self.long_before = Clock(), Clock(), Clock()  # who came in this phase, and in the two before
+        self.seen = Clock()  # who has seen the end of the last one
 
     def arrive(self, me: Thread, count: int, expected: int = 0) -> None:
+        if not me.clock.knows(self.before):
+            raise HardwareFault(f"{me.name} arrives at {self.name} and cannot know that its last phase is over")
+        self.came[me] = me.clock[me]
         me.tell(self.now)
         self.pending -= count
         if self.pending < 0:
@@ -190,52 +218,71 @@ class MBarrier:
         self.add_bytes(expected)
 
     def add_bytes(self, n: int) -> None:
-        """Expected ones, or less those that have come."""
+        """n more are expected or, if negative, have come. (A GPU lets them come first; then something else is wrong.)"""
         self.bytes += n
         if self.bytes < 0:
             raise HardwareFault(f"{-self.bytes} bytes come to {self.name} that nobody expected")
         if self.pending == self.bytes == 0:
+            late = ", ".join(thread.name for thread, time in self.seen.items() if self.now.get(thread, 0) < time)
+            if late:
+                raise HardwareFault(f"a phase of {self.name} may end before {late} has seen the last one's end")
+            self.seen = Clock()
             self.phase, self.pending, self.over = self.phase + 1, self.count, Clock(self.now)
+            self.long_before, self.before, self.came = self.before, self.came, Clock()
 
     def wait(self, machine: Machine, parity: int) -> None:
         """For the end of the phase of this parity."""
+        if parity not in (0, 1):
+            raise HardwareFault(f"{machine.me.name} waits for phase {parity} of {self.name}: there are 0 and 1")
         machine.pause(lambda: self.phase % 2 != parity, f"phase {parity} of {self.name}")
+        if not machine.me.clock.knows(self.long_before):
+            raise HardwareFault(f"{machine.me.name} waits for a phase of {self.name} that may be an older one's parity")
+        self.seen[machine.me] = machine.me.clock[machine.me]
         machine.me.clock.learn(self.over)
 
 
 @dataclass
+class Round:
+    """Of a named barrier: who has come and waits or not, and what they know."""
+
+    total: int
+    came: dict[Thread, bool] = field(default_factory=dict)
+    times: Clock = field(default_factory=Clock)  # when they came
+    clock: Clock = field(default_factory=Clock)
+    over: bool = False
+
+
+@dataclass
 class NamedBarrier:
-    """PTX's `bar`: whoever arrives goes on, whoever syncs waits until `total` threads have come."""
+    """PTX's `bar`: whoever arrives goes on, whoever syncs waits until all have come."""
 
-    total: int = 0
-    came: dict[Thread, bool] = field(default_factory=dict)  # and whether they wait
-    round: int = 0
-    now: Clock = field(default_factory=Clock)
-    over: Clock = field(default_factory=Clock)
+    round: Round | None = None
+    before: Clock = field(default_factory=Clock)  # who came to the round before
 
 
-def come(machine: Machine, number: int, total: int, waits: bool, aligned: bool) -> None:
+def come(machine: Machine, number: int, total: int, *, waits: bool, aligned: bool) -> None:
     """The running thread, with all its warps, comes to a named barrier of its block."""
     me = machine.me
     if not 5 <= number <= 15:
         raise HardwareFault(f"barrier {number} is not free: Triton has 0 to 4, and there are 16")
-    barrier = me.barriers.setdefault(number, NamedBarrier())
-    if me in barrier.came:
-        raise HardwareFault(f"{me.name} comes to barrier {number} again before its round is over")
-    if barrier.came and barrier.total != total:
-        raise HardwareFault(f"{me.name} comes to barrier {number} for {total} threads, others for {barrier.total}")
-    if waits and aligned and any(barrier.came.values()):
+    barrier = me.block.barriers.setdefault(number, NamedBarrier())
+    barrier.round = this = barrier.round or Round(total)
+    if me in this.came or not me.clock.knows(barrier.before):
+        raise HardwareFault(f"{me.name} comes to barrier {number} again and cannot know that its last round is over")
+    if this.total != total:
+        raise HardwareFault(f"{me.name} comes to barrier {number} for {total} threads, others for {this.total}")
+    if waits and aligned and any(this.came.values()):
+        # Warps may (PTX ISA, `barrier`: of one warp all threads must be at one instruction), but synccheck calls it divergent.
         raise HardwareFault(f"at barrier {number} {me.name} and another one wait at two instructions: bar.sync is for one")
-    barrier.total, barrier.came[me] = total, waits
-    me.tell(barrier.now)
-    n = 32 * sum(thread.warps for thread in barrier.came)
+    this.came[me], this.times[me] = waits, me.clock[me]
+    me.tell(this.clock)
+    n = 32 * sum(thread.warps for thread in this.came)
     if n > total:
         raise HardwareFault(f"{n} threads come to barrier {number}, which is for {total}")
-    this = barrier.round
     if n == total:
-        barrier.came, barrier.round, barrier.over = {}, this + 1, Clock(barrier.now)
+        this.over, barrier.round, barrier.before = True, None, this.times
     if waits:
-        machine.pause(lambda: barrier.round > this, f"barrier {number}")
-        me.clock.learn(barrier.over)
+        machine.pause(lambda: this.over, f"barrier {number}")
+        me.clock.learn(this.clock)
     else:
         machine.pause()

@@ -20,8 +20,15 @@ class Slot:
         self.name = name
         self.written: tuple[Any, int] | None = None  # by which actor, and its time
         self.read: dict[Any, int] = {}  # since then
-        self.unfenced: Thread | None = None  # who has stored here without a fence after it
+        self.stored: tuple[Thread, int | None] | None = None  # who has, and its time at the fence after it
         self.barrier: MBarrier | None = None
+
+    def shown(self, known: Clock, whom: str) -> None:
+        """The asynchronous proxy sees a store after a fence that its asker knows of."""
+        if self.stored is not None:
+            thread, fenced = self.stored
+            if fenced is None or known.get(thread, 0) < fenced:
+                raise HardwareFault(f"{self.name} was stored by {thread.name} without fence_async_shared: {whom} may not see it")
 
     def access(self, actor: Any, time: int, known: Clock, *, writes: bool, by_hardware: bool) -> None:
         """`known`: what the actor knows to be over. By hardware: by the tensor cores or TMA, in the asynchronous proxy."""
@@ -31,12 +38,11 @@ class Slot:
         if self.written is not None:
             before[self.written[0]] = max(self.written[1], before.get(self.written[0], 0))
         for other, when in before.items():
-            if other is not actor and known.get(other, 0) < when:
+            if known.get(other, 0) < when:
                 does = "writes" if writes else "reads"
                 raise HardwareFault(f"a race for {self.name}: {_named(actor)} {does}, {_named(other)} may not be done")
-        if by_hardware and self.unfenced is not None:
-            stored = f"{self.name} was stored by {self.unfenced.name} without fence_async_shared"
-            raise HardwareFault(f"{stored}: {_named(actor)} may not see it")
+        if by_hardware:
+            self.shown(known, _named(actor))
         if writes:
             self.written, self.read = (actor, time), {}
         else:
@@ -85,7 +91,7 @@ class Shared:
     def store(self, value: Value) -> None:
         me = self._me()
         self.slot.access(me, me.clock[me], me.clock, writes=True, by_hardware=False)
-        self.slot.unfenced = me
+        self.slot.stored = me, None
         me.unfenced.add(self.slot)
         assert self.data.dtype == value.data.dtype and self.data.shape == value.data.shape
         self.data.copy_(value.data)
@@ -121,6 +127,7 @@ class Tiles:
         return there, tuple(slice(s.start - i, max(s.stop, s.start) - i) for s, i in zip(there, at, strict=True))
 
     def read(self, at: list[int], to: Tensor) -> None:
+        assert to.dtype == self.base.dtype
         there, here = self._inside(at)
         block = torch.zeros(self.block_type.shape, dtype=self.base.dtype)
         block[here] = self.base[there]

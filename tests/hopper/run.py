@@ -30,7 +30,9 @@ class Simulated:
 
     def _launch(self, programs: int, arguments: tuple[Any, ...]) -> None:
         machine = Machine(self.seed)
-        words = Words(machine, programs, [x.detach() for x in arguments if isinstance(x, torch.Tensor)])
+        named = dict(zip(self.kernel.arg_names, arguments, strict=True))
+        tensors = [x.detach() for x in arguments if isinstance(x, torch.Tensor)]
+        words = Words(machine, programs, tensors, named.get("DETERMINISTIC", False))
         body = with_words(self.kernel, words.names, {})
         given = [x if p.is_constexpr else _given(x) for x, p in zip(arguments, self.kernel.params, strict=True)]
         machine.run(lambda: body(*given), programs, self.at_once)

@@ -14,32 +14,29 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from tests import ptx
-from tests.hopper.machine import BULK, LOAD, MMA, Clock, Event, Machine, MBarrier, Thread, come
+from tests.hopper.machine import ADDED, BULK, LOAD, MMA, Clock, Event, Machine, MBarrier, Thread, come
 from tests.hopper.memory import Pointer, Shared, Tiles, allocate, seen_as
 from tests.hopper.values import DTYPES, HardwareFault, Number, Value, divided, of_both, tensor, together
 
 
 class Product(Value):
-    """A product in flight, which is made when it is awaited."""
+    """A product in flight, which is made when it is awaited. What the wait returns has its value; it has not."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make, self._made = make, None
-
-    def finish(self) -> None:
-        self._made = self._make()
+        self.make, self.made = make, None
 
     @property
     def data(self) -> Tensor:
-        if self._made is None:
-            raise HardwareFault("a product is used and has not been awaited")
-        return self._made
+        raise HardwareFault("a product is used and has not been awaited")
 
 
 class Words:
     """What the kernels' names mean on a machine. `names` replaces their globals."""
 
-    def __init__(self, machine: Machine, programs: int, tensors: list[Tensor]) -> None:
-        self.machine, self.programs, self.tensors = machine, programs, tensors
+    def __init__(self, machine: Machine, programs: int, tensors: list[Tensor], sums_in_order: bool) -> None:
+        self.machine, self.programs, self.tensors, self.sums_in_order = machine, programs, tensors, sums_in_order
+        self.released: dict[int, Clock] = {}  # by address of a number in global memory
+        self.sums: dict[tuple[int, ...], tuple[Thread, int]] = {}  # by address and place: who added last, and its how many-eth time
         self.names = {
             "gl": self._gl(),
             "mbarrier": SimpleNamespace(
@@ -67,7 +64,7 @@ class Words:
             NVMMASharedLayout=SimpleNamespace(get_default_for=_layout),
             constexpr=lambda x: x,
             static_range=range,
-            program_id=lambda axis: Value(torch.tensor(self.me().block, dtype=torch.int32)),
+            program_id=lambda axis: Value(torch.tensor(self.me().block.number, dtype=torch.int32)),
             num_programs=lambda axis: Value(torch.tensor(self.programs, dtype=torch.int32)),
             minimum=of_both(torch.minimum),
             maximum=of_both(torch.maximum),
@@ -110,8 +107,8 @@ class Words:
     def fence(self) -> None:
         me = self.me()
         for slot in me.unfenced:
-            if slot.unfenced is me:
-                slot.unfenced = None
+            if slot.stored == (me, None):
+                slot.stored = me, me.clock[me]
         me.unfenced.clear()
 
     # ---- barriers in shared memory ----
@@ -119,34 +116,34 @@ class Words:
     def init(self, memory: Shared, count: int) -> None:
         """TMA, which will come to it, sees it only after a fence."""
         memory.slot.barrier = MBarrier(memory.slot.name, count)
-        memory.slot.unfenced = self.me()
+        memory.slot.stored = self.me(), None
         self.me().unfenced.add(memory.slot)
 
     def wait(self, memory: Shared, phase: Value | int) -> None:
-        memory.slot.barrier.wait(self.machine, int(tensor(phase)))
+        _barrier(memory).wait(self.machine, int(tensor(phase)))
 
     def arrive(self, memory: Shared, count: int) -> None:
-        memory.slot.barrier.arrive(self.me(), count)
+        _barrier(memory).arrive(self.me(), count)
         self.machine.pause()
 
     def expect(self, memory: Shared, n_bytes: int) -> None:
-        memory.slot.barrier.arrive(self.me(), 1, n_bytes)
+        _barrier(memory).arrive(self.me(), 1, n_bytes)
 
     # ---- TMA ----
 
     def load_tile(self, tiles: Tiles, at: list[Value | int], full: Shared, to: Shared) -> None:
         """Until it has come, NaN lies there."""
-        me, barrier, at = self.me(), full.slot.barrier, [int(tensor(i)) for i in at]
-        if full.slot.unfenced is not None:
-            raise HardwareFault(f"{full.slot.name} was made without fence_async_shared: TMA may not see it")
+        me, barrier, at = self.me(), _barrier(full), [int(tensor(i)) for i in at]
+        full.slot.shown(me.clock, "TMA")
         barrier.n_loads += 1
         actor, number = (barrier, LOAD), barrier.n_loads
+        me.block.loads[actor] = number
         to.slot.access(actor, number, me.clock, writes=True, by_hardware=True)
         to.data.view(torch.uint8).fill_(255)
 
         def come_in() -> None:
             tiles.read(at, to.data)
-            barrier.now.learn(Clock({actor: number}))
+            barrier.now[actor] = barrier.came[actor] = max(number, barrier.came.get(actor, 0))
             barrier.add_bytes(-tiles.block_type.nbytes)
 
         self.machine.events.append(Event(come_in))
@@ -154,9 +151,15 @@ class Words:
 
     def store_tile(self, tiles: Tiles, at: list[Value | int], source: Shared, add: bool) -> None:
         me, at = self.me(), [int(tensor(i)) for i in at]
-        if add and me.read_global:
+        if add and me.last_read:
             raise HardwareFault("what TMA adds may come before what was waited for: a fence is missing")
         me.n_bulk += 1
+        if add and self.sums_in_order:
+            place = (tiles.base.data_ptr(), *at)
+            other, number = self.sums.get(place, (me, 0))
+            if me.clock.get((other, ADDED), 0) < number:
+                raise HardwareFault(f"{me.name} of block {me.block.number} adds where {other.name} of another may not be done")
+            self.sums[place] = me, me.n_bulk
         source.slot.access((me, BULK), me.n_bulk, me.clock, writes=False, by_hardware=True)
         block = source.data.clone()
         self.machine.events.append(Event(lambda: tiles.write(at, block, add=add), me, me.n_bulk))
@@ -174,13 +177,15 @@ class Words:
         me = self.me()
         assert is_async, "the kernels have no other"
         me.n_products += 1
+        if isinstance(acc, Product) and acc.made is not None:
+            raise HardwareFault("a product goes on from one that was awaited under another name")
         for operand in (a, b):
             if isinstance(operand, Shared):
                 operand.slot.access((me, MMA), me.n_products, me.clock, writes=False, by_hardware=True)
 
         def make() -> Tensor:
             product = a.data.float() @ b.data.float()
-            return acc.data + product if use_acc else product
+            return product + (acc.made if isinstance(acc, Product) else acc.data) if use_acc else product
 
         me.products.append(Product(make))
         self.machine.pause()
@@ -189,10 +194,12 @@ class Words:
     def await_products(self, in_flight: int, deps: tuple[Value, ...]) -> Value | tuple[Value, ...]:
         me = self.me()
         while len(me.products) > in_flight:
-            me.products.pop(0).finish()
+            product = me.products.pop(0)
+            product.made = product.make()
         me.clock[me, MMA] = me.n_products - len(me.products)
         self.machine.pause()
-        return deps if len(deps) > 1 else deps[0]
+        done = tuple(x if getattr(x, "made", None) is None else Value(x.made) for x in deps)
+        return done if len(done) > 1 else done[0]
 
     # ---- warpgroups ----
 
@@ -207,10 +214,15 @@ class Words:
         function, arguments = parts[0]
         function(*arguments)
         machine.pause(lambda: not any(thread in machine.alive for thread in others), "the other warps to end")
-        for number, barrier in me.barriers.items():
-            if barrier.came:
-                names = ", ".join(thread.name for thread in barrier.came)
+        for other in others:
+            me.clock.learn(other.clock)
+        for number, barrier in me.block.barriers.items():
+            if barrier.round:
+                names = ", ".join(thread.name for thread in barrier.round.came)
                 raise HardwareFault(f"barrier {number} is left with {names} at it, and nobody else comes")
+        for actor, number in me.block.loads.items():
+            if me.clock.get(actor, 0) < number:
+                raise HardwareFault(f"the block ends, and what TMA loads for {actor[0].name} may still come")
 
     # ---- inline PTX ----
 
@@ -224,19 +236,23 @@ class Words:
             if first.data.numel() != 32 * me.warps:
                 raise HardwareFault(f"{me.name} has {me.warps} warps, and {first.data.numel()} threads are to come to a barrier")
             number = int(first.data.flatten()[0]) if number == "$1" else int(number)
-            come(machine, number, int(total), operation == "sync", form == "bar")
+            come(machine, number, int(total), waits=operation == "sync", aligned=form == "bar")
         elif text == "fence.proxy.async; mov.b32 $0, $1;":
-            me.read_global = False
+            me.last_read = None
         elif added:
             last = me.n_bulk - int(added[1])
             machine.deliver(lambda event: event.owner is me and event.number <= last)
-            come(machine, 5, 128, True, True)
+            for what in (BULK, ADDED):
+                me.clock[me, what] = max(me.clock.get((me, what), 0), last)
+            come(machine, 5, 128, waits=True, aligned=True)
         elif "ld.acquire.gpu.global.b32" in text:
             return self._acquire(int(first.data))
         elif "red.release.gpu.global.max.s32" in text:
             self._release(int(arguments[1].data[0]), int(arguments[2].data[0]))
-        elif text != "shfl.sync.idx.b32 $0, $1, 0, 31, -1;":
+        elif "bra DONE" in text:
             return _on_lanes(text, constraints, arguments, dtype, pack)
+        elif text != "shfl.sync.idx.b32 $0, $1, 0, 31, -1;":
+            raise HardwareFault(f"PTX that is not known here: {text}")
         return first
 
     def _number_at(self, address: int) -> Tensor:
@@ -253,14 +269,14 @@ class Words:
         if me.last_read == (address, int(number)):
             before = int(number)
             self.machine.pause(lambda: int(number) != before, f"a number of another block's to rise from {before}")
-        me.last_read, me.read_global = (address, int(number)), True
-        me.clock.learn(self.machine.released.setdefault(address, Clock()))
+        me.last_read = address, int(number)
+        me.clock.learn(self.released.setdefault(address, Clock()))
         return Value(number.clone())
 
     def _release(self, address: int, n: int) -> None:
         number = self._number_at(address)
         number.clamp_(min=n)
-        self.me().tell(self.machine.released.setdefault(address, Clock()))
+        self.me().tell(self.released.setdefault(address, Clock()))
         self.machine.pause()
 
 
@@ -271,6 +287,12 @@ def _name(variables: dict[str, Any]) -> None:
             slot.name = f"{name}[{i}]"
             if slot.barrier is not None:
                 slot.barrier.name = slot.name
+
+
+def _barrier(memory: Shared) -> MBarrier:
+    if memory.slot.barrier is None:
+        raise HardwareFault(f"{memory.slot.name} is no barrier yet")
+    return memory.slot.barrier
 
 
 def _layout(*arguments: Any, **named: Any) -> str:
