@@ -1,7 +1,8 @@
 """Which keys a query sees: one interval per row.
 
-Causality, a sliding window and packed documents are all the same idea. Query i sees the keys j with lo_i <= j <= hi_i, and every
-backend reads its mask from these two numbers, so that none can disagree with another.
+Causality, a sliding window and packed documents are all the same idea. Query i sees the keys j with lo_i <= j <= hi_i. Eager
+attention and SDPA make their masks of these two numbers; the kernels find the same ones where they need them (`documents.py`,
+`tile_ops.interval`).
 """
 
 import torch

@@ -141,9 +141,8 @@ def _dp_less_delta(v, do, stats, zero, s_layout: gl.constexpr):
 
 @gluon.jit
 def _seen(
-    dk, dv, start, stop, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-    W: gl.constexpr, HEAD_DIM: gl.constexpr, MASKED: gl.constexpr, s_layout: gl.constexpr, kv_layout: gl.constexpr,
-    dtype: gl.constexpr,
+    dk, dv, start, stop, offset, k, v, index, batch, slope, zero, shared,
+    W: gl.constexpr, HEAD_DIM: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """The tiles from `start` to before `stop`.
 
@@ -151,13 +150,25 @@ def _seen(
     and P is rounded for dV only when dS is made of it: it would need registers of its own beside P. At 256 both warpgroups compute
     all of S and dP, and half of dK's and dV's columns each.
     """
+    _, meaning, sizes, memory, rings, _ = shared
+    first_ptr, last_ptr, _, scale, behind, ahead, cap = meaning
+    _, seq_q, seq_k, _, _, _, _ = sizes
     q_s, do_s, k_s, v_s, stats_s, _, _ = memory
     _, _, q_full, do_full = rings
+    s_layout: gl.constexpr = zero.type.layout
+    dtype: gl.constexpr = k_s.dtype
     WIDE: gl.constexpr = HEAD_DIM == 256
     WIDTH: gl.constexpr = width_of(HEAD_DIM)
     PARTS: gl.constexpr = HEAD_DIM // WIDTH
     OWN: gl.constexpr = W if WIDE else 0  # the columns of dK and dV that are this warpgroup's
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=kv_layout, k_width=2)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
+    qk_scale = scale * LOG2E
+    keys = index + (seq_q - seq_k)
+    if MASKED:
+        # Anew for each loop that masks, through a zero which the compiler cannot know: it would keep them over the loop between.
+        index += (seq_q - start) >> 31
+        first, last = interval(index, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
+        last = gl.where(index < seq_k, last, -1)
     for tile in range(start, stop):
         slot = (offset + tile) % 2
         phase = ((offset + tile) // 2) & 1
@@ -229,7 +240,6 @@ def _consume(
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     dtype: gl.constexpr = k_s.dtype
     zero = gl.zeros([64, QUERIES], gl.float32, s_layout)
-    qk_scale = scale * LOG2E
     for slot in gl.static_range(2):
         release(Q, slot)
         release(DO, slot)
@@ -253,9 +263,6 @@ def _consume(
         if TO:
             end = gl.maximum(gl.minimum(whole_to, highest) + 1, cut)
         index = key + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
-        first, last = interval(index, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
-        last = gl.where(index < seq_k, last, -1)
-        keys = index + (seq_q - seq_k)
 
         dk = gl.zeros([64, WIDTH], gl.float32, kv_layout)
         dv = gl.zeros([64, WIDTH], gl.float32, kv_layout)
@@ -275,20 +282,12 @@ def _consume(
                 slope = gl.load(slopes_ptr + kv_head * GROUP + member) / scale
             if FROM:
                 _unseen(all_lowest, lowest, offset, memory, rings, W, s_layout, dtype)
-            dk, dv = _seen(
-                dk, dv, lowest, cut, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-                W, HEAD_DIM, True, s_layout, kv_layout, dtype,
-            )  # fmt: skip
-            dk, dv = _seen(
-                dk, dv, cut, end, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-                W, HEAD_DIM, False, s_layout, kv_layout, dtype,
-            )  # fmt: skip
+            dk, dv = _seen(dk, dv, lowest, cut, offset, k, v, index, batch, slope, zero, shared, W, HEAD_DIM, MASKED=True)
+            dk, dv = _seen(dk, dv, cut, end, offset, k, v, index, batch, slope, zero, shared, W, HEAD_DIM, MASKED=False)
             if TO:
-                dk, dv = _seen(
-                    dk, dv, end, highest + 1, offset, k, v, first, last, keys, memory, rings, qk_scale, cap, slope, seq_q, zero,
-                    W, HEAD_DIM, True, s_layout, kv_layout, dtype,
-                )  # fmt: skip
-                _unseen(highest + 1, all_highest + 1, offset, memory, rings, W, s_layout, dtype)
+                stop = highest + 1
+                dk, dv = _seen(dk, dv, end, stop, offset, k, v, index, batch, slope, zero, shared, W, HEAD_DIM, MASKED=True)
+                _unseen(stop, all_highest + 1, offset, memory, rings, W, s_layout, dtype)
             done += gl.maximum(all_highest + 1 - all_lowest, 0)
         # Both through V's buffer: K may still be at work in dQ. This warpgroup alone reads it or, at head_dim 256, both do.
         if WIDE:

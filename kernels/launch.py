@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.bounds import document_bounds
+from kernels.documents import bounds_kernel
 from kernels.generations import capability, dtype_name
 from kernels.jit import INTERPRET, interpreter_trouble
 from kernels.tiles import Tile
@@ -63,8 +63,18 @@ def meaning(seq_q: int, seq_k: int, scale: float, is_causal: bool, window_size: 
 
 def meaning_tensors(query: Tensor, alibi_slopes: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor | None, ...]:
     """Attention's arguments that are tensors: first and last position of each position's document [B, S], and slopes [Hq]."""
-    first, last = (None, None) if document_ids is None else document_bounds(document_ids)
+    first, last = (None, None) if document_ids is None else document_ends(document_ids)
     return first, last, None if alibi_slopes is None else alibi_slopes.to(query.device, torch.float32).contiguous()
+
+
+def document_ends(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last position of the document that each position belongs to, int32 [B, S]; ids [B, S] are non-decreasing."""
+    ids = document_ids.contiguous()
+    first, last = (torch.empty(ids.shape, device=ids.device, dtype=torch.int32) for _ in range(2))
+    if ids.numel():
+        with on(ids.device):
+            prepare_ends(ids.device, ids.dtype, *ids.shape)(ids, first, last)
+    return first, last
 
 
 def upstream(grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -167,6 +177,14 @@ def prepare(
     } | constants
     options = tile.options()
     return Launch(kernel, programs, device, (*strides, *sizes, *asked, *fixed.values()), options)
+
+
+@lru_cache(maxsize=4096)
+def prepare_ends(device: torch.device, dtype: torch.dtype, batch: int, seq: int) -> Launch:
+    """The launch of `document_ends` for all ids of one shape, remembered."""
+    block = 256
+    n_block = triton.cdiv(seq, block)
+    return Launch(bounds_kernel, batch * n_block, device, (seq, n_block, seq.bit_length(), block), {"num_warps": 4})
 
 
 def precision(dtype: torch.dtype, head_dim: int) -> str:

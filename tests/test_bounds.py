@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from kernels.bounds import document_bounds, key_bounds, visible
-from kernels.launch import meaning
+from kernels.launch import document_ends, meaning
 from kernels.tile_ops import interval
 from tests.reference import DEVICE, documents
 
@@ -49,14 +49,27 @@ def test_bounds_are_the_mask(seq_q, seq_k, is_causal, window_size, packed):
         assert (bound.diff(dim=-1) >= 0).all()
 
 
+@pytest.mark.parametrize("bounds", [document_bounds, document_ends])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
-def test_document_bounds(dtype):
+def test_document_bounds(dtype, bounds):
     """Ids of any integer dtype, in any memory order; a document of one token starts and ends there."""
     ids = torch.tensor([[0, 0, 5, 6, 6], [7, 7, 7, 7, 7]], device=DEVICE).to(dtype)
     for given in (ids, ids.T.contiguous().T):
-        first, last = document_bounds(given)
+        first, last = bounds(given)
         assert first.dtype == last.dtype == torch.int32 and first.is_contiguous() and last.is_contiguous()
         assert first.tolist() == [[0, 0, 2, 3, 3], [0] * 5] and last.tolist() == [[1, 1, 2, 4, 4], [4] * 5]
+
+
+@pytest.mark.parametrize("seq", [1, 2, 255, 256, 257, 1000])
+def test_document_ends(seq):
+    """The kernel's bounds are PyTorch's, which eager attention reads: many short documents, one, and each position its own; in
+    several blocks of positions and several sequences. Ids that decrease give bounds of no use, but within the sequence."""
+    ids = torch.stack([torch.randint(0, 40, (seq,)).sort().values, torch.full((seq,), -3), torch.arange(seq)]).to(DEVICE)
+    for mine, theirs in zip(document_ends(ids), document_bounds(ids), strict=True):
+        assert torch.equal(mine, theirs)
+    for bound in document_ends(torch.randint(0, 40, (3, seq), device=DEVICE)):
+        assert bound.min() >= 0 and bound.max() < seq
+    assert [x.shape for x in document_ends(ids[:, :0])] == [(3, 0)] * 2
 
 
 @triton.jit

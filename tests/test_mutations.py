@@ -59,7 +59,8 @@ SHARED = {
     "cap in units of the scaled score": Fault(SOFTCAP, "launch", "meaning", "softcap / scale", "softcap"),
     "window's length for its reach": Fault(WINDOW, "launch", "meaning", "seq_q + seq_k) - 1", "seq_q + seq_k)"),
     "causality forgotten in a window": Fault(CAUSAL_WINDOW, "launch", "meaning", "0 if is_causal else reach", "reach"),
-    "document's end one too far": Fault(DOCUMENTS, "bounds", "document_bounds", "out_int32=True) - 1", "out_int32=True)"),
+    "document's end one too far": Fault(DOCUMENTS, "documents", "bounds_kernel", "after - 1)", "after)"),
+    "document's start one too late": Fault(DOCUMENTS, "documents", "bounds_kernel", "before + 1,", "before + 2,"),
 }  # fmt: skip
 
 V2 = {
@@ -148,7 +149,7 @@ assert len(FAULTS["flash_v2"]) == len(SHARED) + len(V2)  # no two of one name
 
 def files_of(rung: str) -> tuple[str, ...]:
     """What a rung is made of, and itself."""
-    return "bounds", "tile_ops", "launch", BACKWARD, rung
+    return "documents", "tile_ops", "launch", BACKWARD, rung
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -23,7 +23,7 @@ def compute_sanitizer() -> str | None:
 
 
 # Ours, by a part of their names, and none of PyTorch's, which would cost time.
-KERNELS = [f"kns={name}_kernel" for name in ("forward", "backward", "dq", "dkdv", "prepare", "finish")]
+KERNELS = [f"kns={name}_kernel" for name in ("forward", "backward", "dq", "dkdv", "prepare", "finish", "bounds")]
 
 
 # What racecheck reports of flash_v3 though it is ordered, because it does not follow mbarriers and barriers of some warps: the
