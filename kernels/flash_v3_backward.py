@@ -25,9 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from kernels.flash_v3_dq import sum_dq
 from kernels.flash_v3_steps import (
-    DO,
     QUERIES,
-    Q,
     await_ds_read,
     await_other_consumer,
     await_release,
@@ -81,19 +79,17 @@ def _produce(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC:
             stats_row = (batch * n_kv_head * GROUP + head) * gl.cdiv(seq_q, QUERIES)
             for q_tile in range(lowest, highest + 1):
                 slot = step % 2
-                await_release(Q, slot)
+                await_release(slot)
                 mbarrier.expect(q_full.index(slot), PARTS * q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
                 _bring_tile(q_desc, batch, head, q_tile, q_full.index(slot), q_s, slot, PARTS)
                 tma_load(stats_desc, [stats_row + q_tile, 0], q_full.index(slot), stats_s.index(slot))
-                await_release(DO, slot)
                 mbarrier.expect(do_full.index(slot), PARTS * do_desc.block_type.nbytes)
                 _bring_tile(do_desc, batch, head, q_tile, do_full.index(slot), do_s, slot, PARTS)
                 step += 1
         n += 1
         place, batch, kv_head = draw(schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
     for slot in gl.static_range(2):  # what the consumers have released last
-        await_release(Q, slot)
-        await_release(DO, slot)
+        await_release(slot)
 
 
 @gluon.jit
@@ -124,8 +120,7 @@ def _unseen(start, stop, offset, memory, rings, W: gl.constexpr, s_layout: gl.co
         phase = ((offset + tile) // 2) & 1
         mbarrier.wait(q_full.index(slot), phase)
         mbarrier.wait(do_full.index(slot), phase)
-        release(Q, slot)
-        release(DO, slot)
+        release(slot)
         hand_over_ds(W, gl.zeros([64, QUERIES], dtype, s_layout), slot, memory)
 
 
@@ -214,10 +209,8 @@ def _seen(
         dv_later = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
         dk_later = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
         hand_over_ds(W, ds, slot, memory)
-        dv = warpgroup_mma_wait(1, deps=(dv_later,))
-        release(DO, slot)
-        dk = warpgroup_mma_wait(0, deps=(dk_later,))
-        release(Q, slot)
+        dv, dk = warpgroup_mma_wait(0, deps=(dv_later, dk_later))
+        release(slot)
     return dk, dv
 
 
@@ -241,8 +234,7 @@ def _consume(
     dtype: gl.constexpr = k_s.dtype
     zero = gl.zeros([64, QUERIES], gl.float32, s_layout)
     for slot in gl.static_range(2):
-        release(Q, slot)
-        release(DO, slot)
+        release(slot)
     done = 0
     n = 0
     place, batch, kv_head = take(schedule, n)

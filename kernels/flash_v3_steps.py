@@ -52,21 +52,16 @@ def tiles_of(key, ROWS: gl.constexpr, batch, seq_q, seq_k, behind, ahead, first_
 # ---- who tells whom ----
 
 
-# The rings of Q with its statistics and of dO, by the barrier of their first slot.
-Q = gl.constexpr(12)
-DO = gl.constexpr(14)
+@gluon.jit
+def release(slot):
+    """A consumer: it has read what the rings hold of a tile, Q, its statistics and dO."""
+    barrier("arrive", 12 + slot, 288)
 
 
 @gluon.jit
-def release(RING: gl.constexpr, slot):
-    """A consumer: it has read what the ring holds of a tile."""
-    barrier("arrive", RING + slot, 288)
-
-
-@gluon.jit
-def await_release(RING: gl.constexpr, slot):
+def await_release(slot):
     """The producer: both consumers have."""
-    barrier("sync", RING + slot, 288, WARPS=1)
+    barrier("sync", 12 + slot, 288, WARPS=1)
 
 
 @gluon.jit
