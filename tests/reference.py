@@ -1,6 +1,7 @@
 """The yardstick of every kernel test: float64 attention, and how far a result lies from it."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -205,3 +206,12 @@ def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
     floor = FLOOR[case.dtype] / 2
     floors = {name: Error(floor, max(floor, moved)) for name, moved in roundings(case, exact, **asked).items()}
     judge(found, eagers, floors, exact[1], factor)
+
+
+def check_unrounded(rung: ModuleType, case: Case) -> None:
+    """flash_v3's float32 output is what it rounds for one in the inputs' dtype, and lse is the same."""
+    asked = {"scale": case.query.shape[-1] ** -0.5, "is_causal": True}
+    output, lse = rung.forward(*case.inputs(case.dtype), **asked, output_dtype=torch.float32)
+    rounded, same = rung.forward(*case.inputs(case.dtype), **asked)
+    assert output.dtype == torch.float32 and torch.equal(output.to(case.dtype), rounded), "not the same unrounded"
+    assert torch.equal(lse, same), "not the same lse"

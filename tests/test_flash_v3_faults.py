@@ -6,7 +6,7 @@ import torch
 
 from tests.hopper.run import on_hopper
 from tests.mutants import Fault, planted
-from tests.reference import check, documents, make_case, n_unlike, run, slopes
+from tests.reference import check, check_unrounded, documents, make_case, n_unlike, run, slopes
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of arithmetic with infinities and NaN
 
@@ -49,10 +49,7 @@ def of(*sizes: int, **meaning):
 
 def unrounded(rung, monkeypatch) -> None:
     """A float32 output, which at head_dim 256 leaves in halves."""
-    case = make_case(1, 2, 1, 200, 230, 256, FP16)
-    output, lse = rung.forward(*case.inputs(FP16), scale=0.1, is_causal=True, output_dtype=torch.float32)
-    rounded, same = rung.forward(*case.inputs(FP16), scale=0.1, is_causal=True)
-    assert torch.equal(output.to(FP16), rounded) and torch.equal(lse, same), "not the same unrounded"
+    check_unrounded(rung, make_case(1, 2, 1, 200, 230, 256, FP16))
 
 
 CHECKS = {

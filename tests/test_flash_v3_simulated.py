@@ -9,7 +9,7 @@ import torch
 from kernels import flash_v3
 from kernels.flash_v3 import Forward
 from tests.hopper.run import on_hopper
-from tests.reference import MEANINGS, check, documents, make_case, n_unlike, run
+from tests.reference import MEANINGS, check, check_unrounded, documents, make_case, n_unlike, run
 
 FP16, BF16 = torch.float16, torch.bfloat16
 
@@ -37,11 +37,7 @@ def test_head_dims(name, head_dim):
 @pytest.mark.parametrize("head_dim", [40, 128, 200, 256])
 def test_float32_output(head_dim):
     """What is rounded for a half-precision output, unrounded."""
-    case = make_case(1, 2, 1, 200, 230, head_dim, BF16)
-    asked = {"scale": head_dim**-0.5, "is_causal": True}
-    output, lse = flash_v3.forward(*case.inputs(BF16), **asked, output_dtype=torch.float32)
-    rounded, same = flash_v3.forward(*case.inputs(BF16), **asked)
-    assert output.dtype == torch.float32 and torch.equal(output.to(BF16), rounded) and torch.equal(lse, same)
+    check_unrounded(flash_v3, make_case(1, 2, 1, 200, 230, head_dim, BF16))
 
 
 LENGTHS = [(1, 1), (1, 200), (200, 1), (63, 65), (64, 64), (128, 256), (129, 127), (300, 300), (65, 400), (400, 65)]

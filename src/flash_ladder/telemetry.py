@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from flash_ladder.machine import version_of
 from flash_ladder.probe import GIB
 from flash_ladder.schema import LoggerConfig
 
@@ -161,17 +161,12 @@ def environment(device: torch.device, **about: Any) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Versions of what a run's numbers depend on; None for a package that is not installed."""
-    found: dict[str, str | None] = {
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,  # with what it was built for
         "cuda": torch.version.cuda,
+        **{package: version_of(package) for package in PACKAGES},
     }
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def commit(folder: Path) -> str | None:

@@ -36,7 +36,7 @@ class Words:
     def __init__(self, machine: Machine, programs: int, tensors: list[Tensor], sums_in_order: bool) -> None:
         self.machine, self.programs, self.tensors, self.sums_in_order = machine, programs, tensors, sums_in_order
         self.released: dict[int, Clock] = {}  # by address of a number in global memory
-        self.sums: dict[tuple[int, ...], tuple[Thread, int]] = {}  # by address and place: who added last, and its how many-eth time
+        self.sums: dict[tuple[int, ...], tuple[Thread, int]] = {}  # by address and place: who added last, and its n_bulk then
         self.names = {
             "gl": self._gl(),
             "mbarrier": SimpleNamespace(
