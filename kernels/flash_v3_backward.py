@@ -164,11 +164,11 @@ def _seen(
         index += (seq_q - start) >> 31
         first, last = interval(index, batch, seq_k, seq_q, ahead, behind, first_ptr, last_ptr)
         last = gl.where(index < seq_k, last, -1)
-    for tile in range(start, stop):
-        slot = (offset + tile) % 2
-        phase = ((offset + tile) // 2) & 1
+    for step in range(offset + start, offset + stop):
+        slot = step & 1
+        phase = (step >> 1) & 1
         # Always zero, which the compiler cannot know: it would keep addresses of K and V in 24 registers over the loop, and spill.
-        nought = (seq_q - tile) >> 31
+        nought = step >> 31
         q = q_s.index(slot * PARTS + OWN).reshape([QUERIES, WIDTH])
         do = do_s.index(slot * PARTS + OWN).reshape([QUERIES, WIDTH])
         k_now = k
@@ -187,7 +187,7 @@ def _seen(
             dp_later = _dp_less_delta(v_now, do, stats_s.index(slot), zero, s_layout)
         lse = stats_s.index(slot).slice(0, QUERIES, dim=1).load(s_layout)
         s = warpgroup_mma_wait(1 if HEAD_DIM == 64 else 0, deps=(s_later,))
-        queries = tile * QUERIES + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, s_layout))
+        queries = (step - offset) * QUERIES + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, s_layout))
         if cap is not None:
             bent = tanh_of_ratio(s, cap)
             s = cap * bent
@@ -326,7 +326,8 @@ def backward_kernel(
     k_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [2, 1, 2 * QUERIES], stats_desc.layout)
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, QUERIES], q_desc.dtype)
+    # Swizzled over 32 bytes, a thread's four stores of dS lie at one address and constants; over 128 they need four registers.
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [4 // PARTS, 64, QUERIES], ds_layout)
     dq_s = gl.allocate_shared_memory(gl.float32, [2 // PARTS, 2 * QUERIES, 32], dq_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())

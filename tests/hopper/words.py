@@ -61,7 +61,7 @@ class Words:
         return SimpleNamespace(
             **types,
             **dict.fromkeys(layouts, _layout),
-            NVMMASharedLayout=SimpleNamespace(get_default_for=_layout),
+            NVMMASharedLayout=_layout,
             constexpr=lambda x: x,
             static_range=range,
             program_id=lambda axis: Value(torch.tensor(self.me().block.number, dtype=torch.int32)),
