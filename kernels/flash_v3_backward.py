@@ -155,7 +155,7 @@ def _seen(
     WIDE: gl.constexpr = HEAD_DIM == 256
     WIDTH: gl.constexpr = width_of(HEAD_DIM)
     PARTS: gl.constexpr = HEAD_DIM // WIDTH
-    OWN: gl.constexpr = W if WIDE else 0  # the columns of dK and dV that are this warpgroup's
+    HALF: gl.constexpr = 0 if WIDE else W  # the keys that are this warpgroup's; at 256 the first columns
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk.type.layout, k_width=2)
     qk_scale = scale * LOG2E
     keys = index + (seq_q - seq_k)
@@ -169,23 +169,23 @@ def _seen(
         phase = (step >> 1) & 1
         # Always zero, which the compiler cannot know: it would keep addresses of K and V in 24 registers over the loop, and spill.
         nought = step >> 31
-        q = q_s.index(slot * PARTS + OWN).reshape([QUERIES, WIDTH])
-        do = do_s.index(slot * PARTS + OWN).reshape([QUERIES, WIDTH])
+        q = q_s.index(slot * PARTS).reshape([QUERIES, WIDTH])
+        do = do_s.index(slot * PARTS).reshape([QUERIES, WIDTH])
         k_now = k
         v_now = v
         if HEAD_DIM >= 128:
-            k_now = k_s.index(W + nought).reshape([64, WIDTH])
-            v_now = v_s.index(W + nought).reshape([64, WIDTH])
+            k_now = k_s.index(HALF + nought).reshape([64, WIDTH])
+            v_now = v_s.index(HALF + nought).reshape([64, WIDTH])
         mbarrier.wait(q_full.index(slot), phase)
         s_later = warpgroup_mma(k_now, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         if WIDE:
-            k_more = k_s.index(1 - W + nought).reshape([64, WIDTH])
-            q_more = q_s.index(slot * PARTS + 1 - OWN).reshape([QUERIES, WIDTH])
+            k_more = k_s.index(1 + nought).reshape([64, WIDTH])
+            q_more = q_s.index(slot * PARTS + 1).reshape([QUERIES, WIDTH])
             s_later = warpgroup_mma(k_more, q_more.permute((1, 0)), s_later, is_async=True)
+        lse = stats_s.index(slot).slice(0, QUERIES, dim=1).load(s_layout)
         mbarrier.wait(do_full.index(slot), phase)
         if HEAD_DIM == 64:
             dp_later = _dp_less_delta(v_now, do, stats_s.index(slot), zero, s_layout)
-        lse = stats_s.index(slot).slice(0, QUERIES, dim=1).load(s_layout)
         s = warpgroup_mma_wait(1 if HEAD_DIM == 64 else 0, deps=(s_later,))
         queries = (step - offset) * QUERIES + gl.arange(0, QUERIES, layout=gl.SliceLayout(0, s_layout))
         if cap is not None:
@@ -199,13 +199,16 @@ def _seen(
         if HEAD_DIM >= 128:
             dp_later = _dp_less_delta(v_now, do, stats_s.index(slot), zero, s_layout)
         if WIDE:
-            v_more = v_s.index(1 - W + nought).reshape([64, WIDTH])
-            do_more = do_s.index(slot * PARTS + 1 - OWN).reshape([QUERIES, WIDTH])
+            v_more = v_s.index(1 + nought).reshape([64, WIDTH])
+            do_more = do_s.index(slot * PARTS + 1).reshape([QUERIES, WIDTH])
             dp_later = warpgroup_mma(v_more, do_more.permute((1, 0)), dp_later, is_async=True)
         ds = p * warpgroup_mma_wait(0, deps=(dp_later,))
         if cap is not None:
             ds = ds * (1.0 - bent * bent)
         ds = ds.to(dtype)
+        if WIDE and W == 1:  # its columns of dV and dK
+            do = do_more
+            q = q_more
         dv_later = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
         dk_later = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
         hand_over_ds(W, ds, slot, memory)
@@ -326,8 +329,8 @@ def backward_kernel(
     k_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [2, 1, 2 * QUERIES], stats_desc.layout)
-    # Swizzled over 32 bytes, a thread's four stores of dS lie at one address and constants; over 128 they need four registers.
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+    # Swizzled over 64 bytes, a thread stores dS at two addresses and a constant from each; over 128 they would be four registers.
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [4 // PARTS, 64, QUERIES], ds_layout)
     dq_s = gl.allocate_shared_memory(gl.float32, [2 // PARTS, 2 * QUERIES, 32], dq_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [2 * BUFFERS, 1], mbarrier.MBarrierLayout())

@@ -50,17 +50,17 @@ def sum_dq(shared, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, DETERMINISTIC: g
             passed = counter + 1 + head_tiles
             for q_tile in range(lowest, highest + 1):
                 slot = step % 2
-                nought = (seq_q - q_tile) >> 31  # zero, as in flash_v3_backward._seen
+                nought = step >> 31  # zero, as in flash_v3_backward._seen
                 if DETERMINISTIC and turn > 0 and q_tile >= from_tile and q_tile <= to_tile:
                     await_at_least(passed + q_tile, turn)
                 await_ds(slot, HALVES)
                 for strip in gl.static_range(STRIPS):
                     k0 = k_s.index(2 * kv + strip // 2 * (2 - HALVES) + nought).reshape([64, WIDTH])
                     k0 = k0.slice(64 * strip % WIDTH, 64, dim=1)
-                    dq = warpgroup_mma(ds_s.index(slot * HALVES).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
+                    dq = warpgroup_mma(ds_s.index(slot).permute((1, 0)), k0, zero, use_acc=False, is_async=True)
                     if HALVES == 2:
                         k1 = k_s.index(2 * kv + 1 + nought).reshape([64, WIDTH]).slice(64 * strip, 64, dim=1)
-                        dq = warpgroup_mma(ds_s.index(slot * 2 + 1).permute((1, 0)), k1, dq, is_async=True)
+                        dq = warpgroup_mma(ds_s.index(2 + slot).permute((1, 0)), k1, dq, is_async=True)
                     dq = warpgroup_mma_wait(0, deps=(dq,))
                     if strip == STRIPS - 1:
                         release_ds(slot, HALVES)

@@ -71,7 +71,7 @@ def hand_over_ds(W: gl.constexpr, ds, slot, memory):
     HALVES: gl.constexpr = ds_s.shape[0] // 2
     if W < HALVES:
         await_ds_read(W, slot)
-        ds_s.index(slot * HALVES + W).store(ds)
+        ds_s.index(2 * W + slot).store(ds)
         fence_async_shared()
         barrier("arrive", 6 + slot, 128 + 128 * HALVES)
 
