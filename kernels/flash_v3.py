@@ -14,7 +14,6 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -29,7 +28,6 @@ from kernels.layout import heads_last
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 QUERIES = steps.QUERIES.value  # of a warpgroup's tile
 
 
@@ -74,10 +72,6 @@ class Inputs(NamedTuple):
     def block_d(self) -> int:
         """head_dim, rounded up to what the kernels have."""
         return 64 if self.shape[3] <= 64 else 128 if self.shape[3] <= 128 else 256
-
-    def bent(self) -> bool:
-        """Whether something but a mask changes the scores."""
-        return self.asked.cap is not None or self.slopes
 
     def cut_from(self) -> bool:
         """Whether some queries come before the first that sees a key."""
@@ -183,22 +177,16 @@ class Ready:
 
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+BACKWARD_REGISTERS = 128  # of its main kernel's average thread
 
 
 @cache
-def ready(kernel: Any, options: tuple[tuple[str, Any], ...], *kind: Any) -> Ready:
-    """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on."""
-    return Ready(kernel, OPTIONS | dict(options))
+def ready(kernel: Any, registers: int | None, *kind: Any) -> Ready:
+    """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on.
 
-
-def backward_options(block_d: int, bent: bool) -> dict[str, Any]:
-    """What Triton is asked for when it compiles the backward's main kernel. `bent`: by a softcap or slopes.
-
-    At head_dim 128 the assembler that comes with Triton 3.9 spills up to 39 numbers of a consumer's loop, and up to 5 when LLVM has
-    ordered the instructions for few registers. At 64 that makes no difference; at 256, and with bent scores, products would no
-    longer be in flight at once.
+    `registers`: how many the launch asks for, of the average thread, where warpgroups divide them among themselves.
     """
-    return {"maxnreg": 128} | ({"sched4reg": True} if block_d == 128 and not bent and TRITON >= (3, 9) else {})
+    return Ready(kernel, OPTIONS if registers is None else OPTIONS | {"maxnreg": registers})
 
 
 @cache
@@ -244,7 +232,7 @@ def forward_plan(inputs: Inputs, output_dtype: torch.dtype, use: Forward | None)
     constants = forward_constants(inputs, chosen)
     sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
     _, _, average = chosen.registers()
-    run = ready(forward_kernel, (("maxnreg", average),), *inputs.kind(), output_dtype, constants)
+    run = ready(forward_kernel, average, *inputs.kind(), output_dtype, constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*inputs.asked, *sizes, *constants))
 
 
@@ -264,7 +252,7 @@ def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * inputs.group())))
     constants = backward_constants(inputs, deterministic)
     sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
-    run = ready(backward_kernel, tuple(backward_options(block_d, inputs.bent()).items()), *inputs.kind(), constants)
+    run = ready(backward_kernel, BACKWARD_REGISTERS, *inputs.kind(), constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*inputs.asked, *sizes, *constants))
 
 
@@ -343,7 +331,7 @@ def backward(
         counter = torch.empty(1 + tiles, device=query.device, dtype=torch.int32)
         constants = (head_dim, d, QUERIES)
         kind = (query.device, query.dtype, constants)
-        ready(prepare_kernel, (), *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
+        ready(prepare_kernel, None, *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
             tiles, output, grad_output, lse, grad_lse, stats, dq_sum, counter,
             *output.stride()[:3], *grad_output.stride()[:3], n_head, seq_q, *constants,
         )  # fmt: skip
@@ -354,7 +342,7 @@ def backward(
             _descriptor(dk, *box), _descriptor(dv, *box),
             *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
         )  # fmt: skip
-        ready(finish_kernel, (), *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)
+        ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)
     return dq, dk, dv
 
 

@@ -120,7 +120,7 @@ def compile_flash_v3(given: flash_v3.Inputs, setting: flash_v3.Forward | bool, o
             "stats_desc": descriptor(1, 128, of=torch.float32, layout=flash_v3.FLAT),
             "dq_desc": descriptor(128, 32, of=torch.float32),
         }
-        options, consumers = flash_v3.backward_options(block_d, given.bent()), 2
+        options, consumers = {"maxnreg": flash_v3.BACKWARD_REGISTERS}, 2
     pointers |= {"lse_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "slopes_ptr": "*fp32", "counter": "*i32"}
     left_out = [name for name, value in given.asked._asdict().items() if value is None]
     left_out += [] if given.documents else ["first_ptr", "last_ptr"]
