@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -28,6 +29,7 @@ from kernels.layout import heads_last
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 QUERIES = steps.QUERIES.value  # of a warpgroup's tile
 
 
@@ -127,6 +129,17 @@ def backward_buffers(inputs: Inputs) -> int:
     return 2 if inputs.block_d() == 64 and inputs.asked.cap is None and often else 1
 
 
+def ds_swizzle(block_d: int, deterministic: bool) -> int:
+    """Over how many bytes the backward swizzles dS in shared memory.
+
+    A thread's four stores take one address over 32 bytes, two over 64, four over 128, and the consumers have no registers to spare.
+    These spill nothing at head_dim 64 and 128; where several do not, the fastest (docs/log.md).
+    """
+    if TRITON >= (3, 9) and (block_d == 128 or deterministic):
+        return 64
+    return 128 if block_d == 128 and not deterministic else 32
+
+
 # ---- what TMA is told ----
 
 
@@ -218,7 +231,9 @@ def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
 
 def backward_constants(inputs: Inputs, deterministic: bool) -> tuple[int, ...]:
     """What the backward's main kernel has compiled in."""
-    return inputs.group(), inputs.block_d(), backward_buffers(inputs), inputs.cut_from(), inputs.cut_to(), deterministic
+    block_d = inputs.block_d()
+    held = backward_buffers(inputs), ds_swizzle(block_d, deterministic)
+    return inputs.group(), block_d, *held, inputs.cut_from(), inputs.cut_to(), deterministic
 
 
 @lru_cache(maxsize=4096)

@@ -169,7 +169,6 @@ def _seen(
         phase = (step >> 1) & 1
         # Always zero, which the compiler cannot know: it would keep addresses of K and V in 24 registers over the loop, and spill.
         nought = step >> 31
-        stats = stats_s.index(slot + nought if HEAD_DIM == 128 else slot)
         q = q_s.index(slot * PARTS).reshape([QUERIES, WIDTH])
         do = do_s.index(slot * PARTS).reshape([QUERIES, WIDTH])
         k_now = k
@@ -183,7 +182,7 @@ def _seen(
             k_more = k_s.index(1 + nought).reshape([64, WIDTH])
             q_more = q_s.index(slot * PARTS + 1).reshape([QUERIES, WIDTH])
             s_later = warpgroup_mma(k_more, q_more.permute((1, 0)), s_later, is_async=True)
-        lse = stats.slice(0, QUERIES, dim=1).load(s_layout)
+        lse = stats_s.index(slot).slice(0, QUERIES, dim=1).load(s_layout)
         mbarrier.wait(do_full.index(slot), phase)
         if HEAD_DIM == 64:
             dp_later = _dp_less_delta(v_now, do, stats_s.index(slot), zero, s_layout)
@@ -316,12 +315,12 @@ def backward_kernel(
     q_desc, do_desc, k_desc, v_desc, stats_desc, dq_desc, dk_desc, dv_desc, first_ptr, last_ptr, slopes_ptr, counter,
     scale, behind, ahead, cap, n_kv_head, seq_q, seq_k, n_tile, n_tiles, heads_at_once, batch_heads,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BUFFERS: gl.constexpr,
-    FROM: gl.constexpr, TO: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    SWIZZLE: gl.constexpr, FROM: gl.constexpr, TO: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     """Allocates shared memory and barriers, and sends each warpgroup to its work.
 
     `counter` is the next block of keys to draw, and behind it one number for each tile of queries. BUFFERS: blocks of keys and
-    values in shared memory. FROM, TO: which ends of the interval of queries that see a key may cut a tile.
+    values in shared memory. SWIZZLE: of dS there, in bytes. FROM, TO: which ends of the queries' interval that see a key may cut.
     """
     WIDTH: gl.constexpr = width_of(HEAD_DIM)
     PARTS: gl.constexpr = HEAD_DIM // WIDTH
@@ -330,8 +329,6 @@ def backward_kernel(
     k_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
     v_s = gl.allocate_shared_memory(k_desc.dtype, [2 * BUFFERS, 1, 1, 64, WIDTH], k_desc.layout)
     stats_s = gl.allocate_shared_memory(gl.float32, [2, 1, 2 * QUERIES], stats_desc.layout)
-    # Swizzled over 32 or 64 bytes, a thread's four stores of dS take one or two addresses, over 128 four, for which registers lack.
-    SWIZZLE: gl.constexpr = 64 if HEAD_DIM == 128 or DETERMINISTIC else 32
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
     ds_s = gl.allocate_shared_memory(q_desc.dtype, [4 // PARTS, 64, QUERIES], ds_layout)
     dq_s = gl.allocate_shared_memory(gl.float32, [2 // PARTS, 2 * QUERIES, 32], dq_desc.layout)

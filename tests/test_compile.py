@@ -30,8 +30,7 @@ OTHER_HEAD_DIMS = [f"{rung}/causal/{head_dim}" for rung in ("flash_v1", "flash_v
 KERNELS_OF = {"flash_v1": 2, "flash_v2": 3, "flash_v3": 2}
 FLASH_V3 = [
     *(f"flash_v3/{meaning}/{head_dim}" for meaning in ("causal", "full", "window") for head_dim in (64, 128)),
-    *(f"flash_v3/{meaning}/{head_dim}" for meaning in ("slopes", "documents") for head_dim in (64, 128)),
-    "flash_v3/causal/256",
+    *("flash_v3/slopes/64", "flash_v3/slopes/128", "flash_v3/documents/128", "flash_v3/causal/256"),
 ]
 
 # A folder with the oldest Triton that the kernels are written for: pip install --no-deps --target FOLDER triton==3.6.0
