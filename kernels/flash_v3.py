@@ -133,7 +133,7 @@ def ds_swizzle(block_d: int, deterministic: bool) -> int:
     """Over how many bytes the backward swizzles dS in shared memory.
 
     A thread's four stores take one address over 32 bytes, two over 64, four over 128, and the consumers have no registers to spare.
-    These spill nothing at head_dim 64 and 128; where several do not, the fastest (docs/log.md).
+    On Triton 3.6 and 3.9 these spill nothing at head_dim 64 and 128; of several that do not, the fastest (docs/log.md).
     """
     if TRITON >= (3, 9) and (block_d == 128 or deterministic):
         return 64
