@@ -116,6 +116,10 @@ MATHEMATICS = {
         "64 * strip, 64, dim=1)\n                        dq", "0, 64, dim=1)\n                        dq"),
     "dq of another head": Fault(CAUSAL, DQ, "sum_dq", "* GROUP + member) * gl.cdiv", "* GROUP) * gl.cdiv"),
     "the other half of dk's columns": Fault(CAUSAL_256, BACKWARD, "_consume", "128 * W if WIDE", "128 * (1 - W) if WIDE"),
+    "the first columns' dv and dk in both": Fault(CAUSAL_256, BACKWARD, "_seen", "if WIDE and W == 1:", "if False:"),
+    "the first warpgroup's keys in both": Fault(CAUSAL_128, BACKWARD, "_seen", "k_s.index(HALF + nought)", "k_s.index(nought)"),
+    "a step taken for a tile": Fault(CAUSAL, BACKWARD, "_seen", "(step - offset) * QUERIES", "step * QUERIES"),
+    "dq of the first keys twice": Fault(FULL, DQ, "sum_dq", "ds_s.index(2 + slot)", "ds_s.index(slot)"),
 }  # fmt: skip
 
 RACE, UNFENCED, HANG = "a race for {}", "without fence_async_shared", "a hang"
@@ -205,6 +209,7 @@ PROTOCOL = {
         'barrier("arrive", 11 - 2 * W, 256)\n    barrier("sync", 9 + 2 * W, 256)', 'barrier("sync", 9, 256)')),
     "no fence after dS": (UNFENCED, Fault(CAUSAL, STEPS, "hand_over_ds", "fence_async_shared()", "pass")),
     "dS not awaited": ("ds_s", Fault(FULL, DQ, "sum_dq", "await_ds(slot, HALVES)", "pass")),
+    "dS of both warpgroups in one place": ("ds_s", Fault(FULL, STEPS, "hand_over_ds", "2 * W + slot", "slot")),
     "dS stored under its product": (TOO_SOON, Fault(FULL, STEPS, "hand_over_ds",
         "await_ds_read(W, slot)", "pass")),
     "dq's buffer stored over": (RACE.format("dq_s"), Fault(FULL, DQ, "sum_dq",
