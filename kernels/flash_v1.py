@@ -249,7 +249,7 @@ def forward(
     row_sum, row_max = torch.zeros_like(lse), torch.full_like(lse, -math.inf)
     tile = tiles_v1(query.device, query.dtype, head_dim).forward
     launch(
-        _forward_kernel, tile, batch * n_head,
+        _forward_kernel, tile, (batch * n_head, 1, 1),
         (query, key, value, running, row_sum, row_max, output, lse, *meaning_tensors(query, alibi_slopes, document_ids)),
         (query, key, value, running, output), (n_head, seq_q, seq_k), asked, n_head // n_kv_head,
     )  # fmt: skip
@@ -285,7 +285,7 @@ def backward(
     tile = tiles_v1(query.device, query.dtype, head_dim).backward
     more = meaning_tensors(query, alibi_slopes, document_ids)
     launch(
-        _backward_kernel, tile, batch * n_kv_head,
+        _backward_kernel, tile, (batch * n_kv_head, 1, 1),
         (query, key, value, output, lse, grad_output, grad_lse, running, dk, dv, *more),
         (query, key, value, output, grad_output, running, dk, dv), (n_kv_head, seq_q, seq_k), asked, n_head // n_kv_head,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from kernels.tile_ops import (
     interval,
     load_tile,
     move,
+    own_place,
     round_to,
     store_tile,
     tanh,
@@ -59,7 +60,7 @@ def dq_kernel(
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     n_head, seq_q, seq_k, scale, behind, ahead, cap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of a tile of BLOCK_Q queries, and their delta, which the dK/dV kernel reads.
 
@@ -67,10 +68,8 @@ def dq_kernel(
     the gradient live in registers. The gradient of the log-sum-exp enters through delta, since d lse / d s = p.
     """
     n_tile = tl.cdiv(seq_q, BLOCK_Q)
-    tile = n_tile - 1 - tl.program_id(0) % n_tile
-    batch = (tl.program_id(0) // n_tile // n_head).to(tl.int64)
-    head = (tl.program_id(0) // n_tile % n_head).to(tl.int64)
-    first_row = tile * BLOCK_Q
+    place, head, batch = own_place(n_tile, n_head, ORDER)
+    first_row = (n_tile - 1 - place) * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
     begin = first_row.to(tl.int64)
     slope = None
@@ -172,7 +171,7 @@ def dkdv_kernel(
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     n_kv_head, seq_q, seq_k, scale, behind, ahead, cap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of a tile of BLOCK_K keys and values of one key/value head.
 
@@ -181,10 +180,8 @@ def dkdv_kernel(
     group needs no atomics.
     """
     n_tile = tl.cdiv(seq_k, BLOCK_K)
-    tile = tl.program_id(0) % n_tile  # the first keys are seen by the most queries: longest first
-    batch = (tl.program_id(0) // n_tile // n_kv_head).to(tl.int64)
-    kv_head = (tl.program_id(0) // n_tile % n_kv_head).to(tl.int64)
-    first_col = tile * BLOCK_K
+    place, kv_head, batch = own_place(n_tile, n_kv_head, ORDER)
+    first_col = place * BLOCK_K  # the first keys are seen by the most queries: longest first
     cols = first_col + tl.arange(0, BLOCK_K)
     begin = first_col.to(tl.int64)
     if FIRST is not None:

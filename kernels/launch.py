@@ -87,20 +87,20 @@ def upstream(grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tens
 def launch(
     kernel: Any,
     tile: Tile,
-    programs: int,
+    programs: tuple[int, int, int],
     tensors: tuple[Tensor | None, ...],
     strided: tuple[Tensor, ...],
     sizes: tuple[int, int, int],
     asked: Meaning,
     group: int,
-    **constants: bool,
+    **constants: bool | str,
 ) -> None:
     """Runs a kernel.
 
     Args:
         kernel: its arguments are `tensors`, strides, `sizes`, the four of `asked`, and those that `Launch` compiles in.
         tile: its block sizes, warps and stages.
-        programs: how many of them run.
+        programs: how many of them run, along each axis.
         tensors: the query first; None where one is not needed.
         strided: the tensors [B, H, S, D] whose batch, head and position strides the kernel takes.
         sizes: heads, seq_q, seq_k.
@@ -133,8 +133,8 @@ class Launch:
     what it compiled is kept for each pattern of those, and launched directly.
     """
 
-    def __init__(self, kernel: Any, programs: int, device: torch.device, numbers: tuple, options: dict) -> None:
-        self.kernel, self.grid, self.numbers, self.options = kernel, (programs, 1, 1), numbers, options
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], device: torch.device, numbers: tuple, options: dict) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
         self.capability = capability(device)
         self.compiled: dict[tuple[bool, ...], Any] = {}
 
@@ -154,7 +154,7 @@ class Launch:
 def prepare(
     kernel: Any,
     tile: Tile,
-    programs: int,
+    programs: tuple[int, int, int],
     device: torch.device,
     dtypes: tuple[torch.dtype | None, ...],
     strides: tuple[int, ...],
@@ -163,7 +163,7 @@ def prepare(
     group: int,
     head_dim: int,
     products: str,
-    **constants: bool,
+    **constants: bool | str,
 ) -> Launch:
     """The launch for all inputs that agree in these, remembered. Compilations depend on `dtypes` and `device`, so they are here."""
     fixed = {
@@ -184,7 +184,7 @@ def prepare_ends(device: torch.device, dtype: torch.dtype, batch: int, seq: int)
     """The launch of `document_ends` for all ids of one shape, remembered."""
     block = 256
     n_block = triton.cdiv(seq, block)
-    return Launch(bounds_kernel, batch * n_block, device, (seq, n_block, seq.bit_length(), block), {"num_warps": 4})
+    return Launch(bounds_kernel, (batch * n_block, 1, 1), device, (seq, n_block, seq.bit_length(), block), {"num_warps": 4})
 
 
 def precision(dtype: torch.dtype, head_dim: int) -> str:

@@ -1,4 +1,4 @@
-"""What the Triton kernels do with one tile: where it lies, reading, writing, multiplying, masking and bending its scores.
+"""What the Triton kernels do with one tile: which it is, where it lies, reading, writing, multiplying, masking and bending scores.
 
 Pointers to a tile are a 64-bit scalar base, moved from tile to tile, and small offsets inside a tile. The last dimension is
 contiguous. BLOCK_D is head_dim rounded up to a power of two: the columns beyond HEAD_DIM are read as zero and never written.
@@ -19,6 +19,20 @@ LOWEST = tl.constexpr(-(2.0**100))
 # Which tiles of a loop are masked: none, all, or those that a bound cuts.
 NONE, ALL, SOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot takes bfloat16 for integers; the same values in float32 are right
+
+
+@triton.jit
+def own_place(n_tile, n_head, ORDER: tl.constexpr):
+    """Tile, head and batch entry of this program, as `kernels.flash_v2.numbered` numbers them."""
+    if ORDER == "flat":
+        tile = tl.program_id(0) % n_tile
+        head = tl.program_id(0) // n_tile % n_head
+        batch = tl.program_id(0) // n_tile // n_head
+    else:
+        tile = tl.program_id(1 if ORDER == "heads" else 0)
+        head = tl.program_id(0 if ORDER == "heads" else 1)
+        batch = tl.program_id(2)
+    return tile, head.to(tl.int64), batch.to(tl.int64)
 
 
 @triton.jit

@@ -1,0 +1,3 @@
+"""tests/test_flash_v2.py once more, compiled and on the GPU."""
+
+from tests.test_flash_v2 import *  # noqa: F403
