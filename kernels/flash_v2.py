@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.flash_v2_backward import dkdv_kernel, dq_kernel
 from kernels.jit import INTERPRET
-from kernels.launch import launch, meaning, meaning_tensors, refusal, upstream, warn_once
+from kernels.launch import grid, launch, meaning, meaning_tensors, refusal, upstream, warn_once
 from kernels.layout import heads_last
 from kernels.tile_ops import (
     ALL,
@@ -92,17 +92,18 @@ def _forward_kernel(
     stride_ob, stride_oh, stride_on,
     n_head, seq_q, seq_k, scale, behind, ahead, cap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, ORDER: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of BLOCK_Q queries of one head.
 
     It loops over tiles of BLOCK_K keys and values, streamed through shared memory: those that every row sees whole, then those
     that the diagonal or the end cuts. With a window or documents, which cut at both ends, it is one loop that masks where a bound
     cuts. Tiles that no row sees are not visited. Its queries stay in shared memory; the scores of one tile, the unnormalised
-    output, m and l live in registers. The longest tiles come first, so that the last wave is made of short ones.
+    output, m and l live in registers. Tiles of a head are neighbours, the longest first, so that K and V are shared through L2
+    and the last wave is made of short ones.
     """
     n_tile = tl.cdiv(seq_q, BLOCK_Q)
-    place, head, batch = own_place(n_tile, n_head, ORDER)
+    place, head, batch = own_place(n_tile, n_head, FLAT)
     first_row = (n_tile - 1 - place) * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
     qk_scale = scale * LOG2E
@@ -159,21 +160,6 @@ def _forward_kernel(
 
 # ---- the launches ----
 
-AXIS = 65_535  # as many programs as CUDA takes along the second and third axis of a grid
-
-
-def numbered(n_tile: int, n_head: int, batch: int, cut: bool) -> tuple[tuple[int, int, int], str]:
-    """The grid of programs, of which those with neighbouring numbers run at the same time, and what its axes are: ORDER.
-
-    "tiles": those of a head are neighbours, and share its keys and values through L2. "heads": where a window or documents `cut`,
-    a tile sees few keys, which its neighbours in time hold anyway, and programs of like length in all heads go side by side
-    (docs/log.md). "flat": all on the first axis, where there are too many for the others; that costs a program two divisions.
-    """
-    programs = (n_head, n_tile, batch) if cut else (n_tile, n_head, batch)
-    if max(programs[1:]) > AXIS:
-        return (n_tile * n_head * batch, 1, 1), "flat"
-    return programs, "heads" if cut else "tiles"
-
 
 def forward(
     query: Tensor,
@@ -203,12 +189,11 @@ def forward(
         return output.zero_(), lse.fill_(-math.inf)
     asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
     tile = (use or tiles(query.device, query.dtype, head_dim)).forward
-    cut = window_size is not None or document_ids is not None
-    programs, order = numbered(-(-seq_q // tile.block_q), n_head, batch, cut)
+    programs, flat = grid(-(-seq_q // tile.block_q), n_head, batch)
     launch(
         _forward_kernel, tile, programs,
         (query, key, value, output, lse, *meaning_tensors(query, alibi_slopes, document_ids)), (query, key, value, output),
-        (n_head, seq_q, seq_k), asked, n_head // n_kv_head, RAGGED=seq_k % tile.block_k != 0, ORDER=order,
+        (n_head, seq_q, seq_k), asked, n_head // n_kv_head, RAGGED=seq_k % tile.block_k != 0, FLAT=flat,
     )  # fmt: skip
     return output, lse
 
@@ -247,17 +232,17 @@ def backward(
     cut = window_size is not None or document_ids is not None
     chosen, group = use or tiles(query.device, query.dtype, head_dim, cut), n_head // n_kv_head
     tile = chosen.dq
-    programs, order = numbered(-(-seq_q // tile.block_q), n_head, batch, cut)
+    programs, flat = grid(-(-seq_q // tile.block_q), n_head, batch)
     launch(
         dq_kernel, tile, programs,
         (query, key, value, output, lse, grad_output, grad_lse, dq, delta, *more), (query, key, value, output, grad_output, dq),
-        (n_head, seq_q, seq_k), asked, group, RAGGED=seq_k % tile.block_k != 0, ORDER=order,
+        (n_head, seq_q, seq_k), asked, group, RAGGED=seq_k % tile.block_k != 0, FLAT=flat,
     )  # fmt: skip
     tile = chosen.dkdv
-    programs, order = numbered(-(-seq_k // tile.block_k), n_kv_head, batch, cut)
+    programs, flat = grid(-(-seq_k // tile.block_k), n_kv_head, batch)
     launch(
         dkdv_kernel, tile, programs,
         (query, key, value, lse, grad_output, delta, dk, dv, *more), (query, key, value, grad_output, dk, dv),
-        (n_kv_head, seq_q, seq_k), asked, group, RAGGED=seq_q % tile.block_q != 0, ORDER=order,
+        (n_kv_head, seq_q, seq_k), asked, group, RAGGED=seq_q % tile.block_q != 0, FLAT=flat,
     )  # fmt: skip
     return dq, dk, dv

@@ -60,7 +60,7 @@ def dq_kernel(
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     n_head, seq_q, seq_k, scale, behind, ahead, cap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, ORDER: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of a tile of BLOCK_Q queries, and their delta, which the dK/dV kernel reads.
 
@@ -68,7 +68,7 @@ def dq_kernel(
     the gradient live in registers. The gradient of the log-sum-exp enters through delta, since d lse / d s = p.
     """
     n_tile = tl.cdiv(seq_q, BLOCK_Q)
-    place, head, batch = own_place(n_tile, n_head, ORDER)
+    place, head, batch = own_place(n_tile, n_head, FLAT)
     first_row = (n_tile - 1 - place) * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
     begin = first_row.to(tl.int64)
@@ -171,7 +171,7 @@ def dkdv_kernel(
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     n_kv_head, seq_q, seq_k, scale, behind, ahead, cap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, ORDER: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of a tile of BLOCK_K keys and values of one key/value head.
 
@@ -180,7 +180,7 @@ def dkdv_kernel(
     group needs no atomics.
     """
     n_tile = tl.cdiv(seq_k, BLOCK_K)
-    place, kv_head, batch = own_place(n_tile, n_kv_head, ORDER)
+    place, kv_head, batch = own_place(n_tile, n_kv_head, FLAT)
     first_col = place * BLOCK_K  # the first keys are seen by the most queries: longest first
     cols = first_col + tl.arange(0, BLOCK_K)
     begin = first_col.to(tl.int64)

@@ -22,15 +22,15 @@ WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot takes bfloat16 for inte
 
 
 @triton.jit
-def own_place(n_tile, n_head, ORDER: tl.constexpr):
-    """Tile, head and batch entry of this program, as `kernels.flash_v2.numbered` numbers them."""
-    if ORDER == "flat":
+def own_place(n_tile, n_head, FLAT: tl.constexpr):
+    """Tile, head and batch entry of this program in a grid of `kernels.launch.grid`; a tile's number comes first."""
+    if FLAT:
         tile = tl.program_id(0) % n_tile
         head = tl.program_id(0) // n_tile % n_head
         batch = tl.program_id(0) // n_tile // n_head
     else:
-        tile = tl.program_id(1 if ORDER == "heads" else 0)
-        head = tl.program_id(0 if ORDER == "heads" else 1)
+        tile = tl.program_id(0)
+        head = tl.program_id(1)
         batch = tl.program_id(2)
     return tile, head.to(tl.int64), batch.to(tl.int64)
 

@@ -66,7 +66,7 @@ def compile_kernel(
         "BLOCK_K": tile.block_k,
         "PRECISION": launch.precision(dtype, head_dim),
         "WIDE": False,
-        "ORDER": "heads" if meaning in ("window", "documents", "everything") else "tiles",
+        "FLAT": False,
     } | dict.fromkeys(MEANINGS[meaning])
     if meaning != "everything":
         constants["DLSE"] = None
