@@ -35,7 +35,7 @@ from kernels.tile_ops import (
     interval,
     load_tile,
     move,
-    own_place,
+    own_tile,
     round_to,
     store_tile,
     tanh,
@@ -103,8 +103,8 @@ def _forward_kernel(
     and the last wave is made of short ones.
     """
     n_tile = tl.cdiv(seq_q, BLOCK_Q)
-    place, head, batch = own_place(n_tile, n_head, FLAT)
-    first_row = (n_tile - 1 - place) * BLOCK_Q
+    tile, head, batch = own_tile(n_tile, n_head, FLAT)
+    first_row = (n_tile - 1 - tile) * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
     qk_scale = scale * LOG2E
     slope = None

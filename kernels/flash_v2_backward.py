@@ -15,7 +15,7 @@ from kernels.tile_ops import (
     interval,
     load_tile,
     move,
-    own_place,
+    own_tile,
     round_to,
     store_tile,
     tanh,
@@ -68,8 +68,8 @@ def dq_kernel(
     the gradient live in registers. The gradient of the log-sum-exp enters through delta, since d lse / d s = p.
     """
     n_tile = tl.cdiv(seq_q, BLOCK_Q)
-    place, head, batch = own_place(n_tile, n_head, FLAT)
-    first_row = (n_tile - 1 - place) * BLOCK_Q
+    tile, head, batch = own_tile(n_tile, n_head, FLAT)
+    first_row = (n_tile - 1 - tile) * BLOCK_Q
     rows = first_row + tl.arange(0, BLOCK_Q)
     begin = first_row.to(tl.int64)
     slope = None
@@ -180,8 +180,8 @@ def dkdv_kernel(
     group needs no atomics.
     """
     n_tile = tl.cdiv(seq_k, BLOCK_K)
-    place, kv_head, batch = own_place(n_tile, n_kv_head, FLAT)
-    first_col = place * BLOCK_K  # the first keys are seen by the most queries: longest first
+    tile, kv_head, batch = own_tile(n_tile, n_kv_head, FLAT)
+    first_col = tile * BLOCK_K  # the first keys are seen by the most queries: longest first
     cols = first_col + tl.arange(0, BLOCK_K)
     begin = first_col.to(tl.int64)
     if FIRST is not None:

@@ -22,8 +22,8 @@ WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot takes bfloat16 for inte
 
 
 @triton.jit
-def own_place(n_tile, n_head, FLAT: tl.constexpr):
-    """Tile, head and batch entry of this program in a grid of `kernels.launch.grid`; a tile's number comes first."""
+def own_tile(n_tile, n_head, FLAT: tl.constexpr):
+    """Tile, head and batch entry of this program, as `kernels.launch.grid` gives them out: tiles of a head are neighbours."""
     if FLAT:
         tile = tl.program_id(0) % n_tile
         head = tl.program_id(0) // n_tile % n_head

@@ -106,8 +106,8 @@ V2 = {
     "window's end not masked in dk": Fault(WINDOW, BACKWARD, "_dkdv_steps", " or first_row + BLOCK_Q > all_to + 1", ""),
     "documents of another batch entry in dk": Fault(DOCUMENTS, BACKWARD, "dkdv_kernel", "FIRST += batch * seq_k", "FIRST += 0"),
     "ragged queries counted": Fault(CAUSAL, "flash_v2", "backward", "RAGGED=seq_q % tile.block_q != 0", "RAGGED=False"),
-    "head for tile": Fault(CAUSAL_WINDOW, "tile_ops", "own_place", "tile = tl.program_id(0)\n", "tile = tl.program_id(1)\n"),
-    "head for batch entry": Fault(FULL, "tile_ops", "own_place", "batch = tl.program_id(2)", "batch = tl.program_id(1)"),
+    "head for tile": Fault(CAUSAL_WINDOW, "tile_ops", "own_tile", "tile = tl.program_id(0)\n", "tile = tl.program_id(1)\n"),
+    "head for batch entry": Fault(FULL, "tile_ops", "own_tile", "batch = tl.program_id(2)", "batch = tl.program_id(1)"),
     "tile missing in the grid": Fault(CAUSAL, "flash_v2", "backward", "-(-seq_k // tile.block_k)", "seq_k // tile.block_k"),
 }  # fmt: skip
 
