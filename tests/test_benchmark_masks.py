@@ -16,7 +16,9 @@ from flash_ladder.benchmark_masks import (
     visible_pairs,
 )
 from flash_ladder.benchmark_result import Masked
-from flash_ladder.script_schema import BenchmarkConfig
+from flash_ladder.peers import PACKAGES
+from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig
+from kernels import attention
 from kernels.bounds import key_bounds, visible
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -81,7 +83,17 @@ def test_a_backend_attends_under_the_mask(monkeypatch, backend, name):
 
 
 def test_who_takes_a_mask():
-    assert takers(["eager", "fa2", "flash_v2", "flex", "fa4"]) == ["eager", "flash_v2", "flex"]
+    assert takers(["eager", "fa2", "flash_v2", "flex", "fa4"]) == ["eager", "flash_v2", "flex", "fa4"]
+    assert {*MASKED_PEERS} == {"flex", *PACKAGES}
+
+
+def test_a_package_is_asked_for_what_it_takes(monkeypatch):
+    monkeypatch.setattr(module, "package", lambda *asked: asked)
+    monkeypatch.setattr(module, "packed", lambda modules, document_ids: (modules, document_ids.shape))
+    package = PACKAGES["fa3"]
+    for name, asked in (("window_5", (True, 5)), ("ragged_12", (torch.Size([1, 48]),))):
+        assert attend_under("fa3", mask_arguments(name, 48, CPU), 48, CPU) == (package, *asked)
+    assert attend_under("fa3", {}, 48, CPU) == (package, True, None)
 
 
 # ---- times ----
@@ -149,6 +161,18 @@ def test_a_refusal_is_a_note(clock, monkeypatch):
     masked = measure_mask(config(), "sdpa", 48, "window_5", dense, CPU)
     assert masked.note.startswith("refused: attention backend sdpa cannot run here: no windows") and masked.forward is None
     assert measure_mask(config(), "sdpa", 48, "documents_10", dense, CPU).forward == pytest.approx(1, rel=1e-4)
+
+
+def test_a_backend_without_a_backward(clock, monkeypatch):
+    """Its forward is compared all the same."""
+
+    def forward_alone(query, key, value):
+        with torch.no_grad():
+            return attention(query, key, value, is_causal=True, backend="eager")
+
+    monkeypatch.setattr(module, "attend_under", lambda *_: forward_alone)
+    times = measure(config(), "fa3", 16, {}, CPU)
+    assert times.forward == pytest.approx(48 * 49 / 2) and times.backward is None and times.note == "no backward"
 
 
 def test_out_of_memory_is_a_result(clock, monkeypatch):

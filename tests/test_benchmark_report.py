@@ -72,11 +72,11 @@ def test_masks():
     assert "causal, one sequence, S=16384" in lines[start - 1]
     assert [words(line) for line in lines[start : start + 4]] == [
         words("mask backend D area forward backward"),
-        words("window_1024 flash_v2 64 12.5 % 1.00 1.20"),
-        words("eager 64 12.5 % 8.00 - out of memory"),
-        words("ragged_2048 flash_v2 64 25.0 % 1.50 1.00"),
+        words("window_1024 flash_v2 64 12.5 % 1.000 (1.00) 3.000 (1.20)"),
+        words("eager 64 12.5 % 8.000 (8.00) - out of memory"),
+        words("ragged_2048 flash_v2 64 25.0 % 3.000 (1.50) 5.000 (1.00)"),
     ]
-    assert lines[start].index("backward") + 8 == lines[start + 1].index("1.20") + 4
+    assert lines[start].index("backward") + 8 == lines[start + 1].index("(1.20)") + 6
     assert lines[start].index("area") + 4 == lines[start + 1].index("12.5 %") + 6
     assert "mask" not in "\n".join(summary(made_up(masks=[])))
 

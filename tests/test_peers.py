@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from flash_ladder.peers import PEERS, NotInstalled, one_line, peer, why_not_installed
+from flash_ladder.peers import PACKAGES, PEERS, NotInstalled, one_line, package, packed, peer, why_not_installed
 from flash_ladder.script_schema import BenchmarkConfig
 from kernels import Unsupported, attention
 
@@ -46,11 +46,23 @@ def module(monkeypatch):
     return put
 
 
-def on_sequence_first(query, key, value, causal):
-    """flash_attn_func's layout, [B, S, H, D]; returns the log-sum-exp too."""
-    assert query.shape[1:] == (48, 4, 16) and key.shape[1:] == (48, 2, 16)
-    output, lse = attention(*(x.transpose(1, 2) for x in (query, key, value)), is_causal=causal, return_lse=True, backend="eager")
+def on_sequence_first(query, key, value, causal, window_size=(-1, -1)):
+    """flash_attn_func's layout, [B, S, H, D], and its window, keys to the left and to the right; returns the log-sum-exp too."""
+    assert query.shape[1:] == (48, 4, 16) and key.shape[1:] == (48, 2, 16) and window_size[1] == (-1 if window_size[0] < 0 else 0)
+    output, lse = attention(
+        *(x.transpose(1, 2) for x in (query, key, value)), is_causal=causal, return_lse=True, backend="eager",
+        window_size=None if window_size[0] < 0 else window_size[0] + 1,
+    )  # fmt: skip
     return output.transpose(1, 2), lse
+
+
+def sequence_by_sequence(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+    """flash_attn_varlen_func's layout: the sequences one after the other, [tokens, H, D]."""
+    assert query.shape == (48, 4, 16) and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    lengths = cu_seqlens_q.diff().tolist()
+    assert max(lengths) == max_seqlen_q == max_seqlen_k and torch.equal(cu_seqlens_q, cu_seqlens_k) and sum(lengths) == 48
+    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([attention(*piece, is_causal=causal, backend="eager")[0].transpose(0, 1) for piece in pieces])
 
 
 @pytest.mark.parametrize("name", ["fa3_fwd_interface", "flash_attn_interface"])
@@ -59,6 +71,22 @@ def test_a_package(module, name):
     assert why_not_installed("fa3") is None
     found = peer("fa3", is_causal=True, seq_len=48, device=CPU)(*inputs())
     torch.testing.assert_close(found, attention(*inputs(), is_causal=True, backend="eager"))
+
+
+@pytest.mark.parametrize("window_size", [1, 7, 48])
+def test_a_package_under_a_window(module, window_size):
+    module("flash_attn", flash_attn_func=on_sequence_first)
+    found = package(PACKAGES["flash_attn"], True, window_size)(*inputs())
+    torch.testing.assert_close(found, attention(*inputs(), is_causal=True, window_size=window_size, backend="eager"))
+
+
+@pytest.mark.parametrize("lengths", [[48], [16, 16, 16], [1, 40, 7]])
+def test_a_package_on_packed_documents(module, lengths):
+    module("flash_attn", flash_attn_varlen_func=sequence_by_sequence)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    one = [x[:1] for x in inputs()]
+    found = packed(PACKAGES["flash_attn"], ids)(*one)
+    torch.testing.assert_close(found, attention(*one, is_causal=True, document_ids=ids, backend="eager"))
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "fa3", "fa4"])

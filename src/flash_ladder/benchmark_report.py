@@ -160,21 +160,22 @@ def mean_lines(result: Result) -> list[str]:
 
 
 def mask_lines(masks: list[Masked]) -> list[str]:
-    """Time under a mask over the visible area's share of the dense time, mask by mask."""
+    """Time under a mask in milliseconds, and over the visible area's share of the dense time, mask by mask."""
     if not masks:
         return []
     where = f"causal, one sequence, S={masks[0].seq_len}"
     lines = [
-        f"Time / (area x time without the mask): 1.00 where time follows the visible area ({where})",
-        f"{'mask':<{SHAPE}}{'backend':<{BACKEND}}{'D':>5}{'area':>9}{'forward':>10}{'backward':>10}",
+        f"Time under a mask, ms, and over area x time without it: (1.00) where it follows the visible area ({where})",
+        f"{'mask':<{SHAPE}}{'backend':<{BACKEND}}{'D':>5}{'area':>9}{'forward':>16}{'backward':>16}",
     ]
     for name in dict.fromkeys(masked.mask for masked in masks):
         of_name = [masked for masked in masks if masked.mask == name]
         for masked in of_name:
             line = f"{name if masked is of_name[0] else '':<{SHAPE}}{masked.backend:<{BACKEND}}{masked.head_dim:>5}"
             line += f"{100 * masked.area:>7.1f} %"
-            for ratio in (masked.forward, masked.backward):
-                line += f"{'-' if ratio is None else f'{ratio:.2f}':>10}"
+            for milliseconds, ratio in ((masked.forward_ms, masked.forward), (masked.backward_ms, masked.backward)):
+                beside = "" if ratio is None else f" ({ratio:.2f})"
+                line += f"{'-' if milliseconds is None else f'{milliseconds:.3f}{beside}':>16}"
             lines.append(f"{line}  {shorten(masked.note, WIDTH - len(line) - 2)}".rstrip())
     return lines
 

@@ -26,7 +26,8 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Modules that export flash_attn_func(query, key, value, causal=...) on [B, S, H, D]; the first that is there is taken.
+# Modules that export flash_attn_func(query, key, value, causal=...) on [B, S, H, D], and flash_attn_varlen_func for sequences one
+# after the other; the first that is there is taken.
 PACKAGES = {
     "flash_attn": ("flash_attn",),
     "fa3": ("fa3_fwd_interface", "flash_attn_interface"),
@@ -55,7 +56,7 @@ def why_not_installed(name: str) -> str | None:
     """Why the peer cannot be imported here, or None where it can."""
     try:
         if name in PACKAGES:
-            flash_attn_func(PACKAGES[name])
+            exported(PACKAGES[name], "flash_attn_func")
     except NotInstalled as error:
         return str(error)
     return None
@@ -97,22 +98,48 @@ def flex(sees: Sees | None, seq_len: int, device: torch.device) -> Attend:
     return attend
 
 
-def package(modules: tuple[str, ...], is_causal: bool) -> Attend:
-    """flash_attn_func of an installed package. Transposed views go in and out; nothing is copied."""
-    function = flash_attn_func(modules)
+def package(modules: tuple[str, ...], is_causal: bool, window_size: int | None = None) -> Attend:
+    """flash_attn_func of an installed package. Transposed views go in and out; nothing is copied. A window asks for is_causal."""
+    function = exported(modules, "flash_attn_func")
+    window = {} if window_size is None else {"window_size": (window_size - 1, 0)}  # keys to the left of the query, and to the right
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=is_causal)
-        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)  # some return the log-sum-exp as well
+        output = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=is_causal, **window)
+        return first_of(output).transpose(1, 2)
 
     return attend
 
 
-def flash_attn_func(modules: tuple[str, ...]) -> Callable:
-    """flash_attn_func of the first of `modules` that is installed; raises NotInstalled."""
+def packed(modules: tuple[str, ...], document_ids: Tensor) -> Attend:
+    """flash_attn_varlen_func of an installed package: the documents of one sequence, ids [1, S], as causal sequences of their own.
+
+    Where each begins is found here, outside any timing; the package wants it so.
+    """
+    function = exported(modules, "flash_attn_varlen_func")
+    lengths = document_ids[0].unique_consecutive(return_counts=True)[1]
+    ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max())
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, D]
+        output = function(
+            query, key, value, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
+        )
+        return first_of(output).transpose(0, 1)[None]
+
+    return attend
+
+
+def first_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output alone: some packages return the log-sum-exp as well."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def exported(modules: tuple[str, ...], name: str) -> Callable:
+    """The function `name` of the first of `modules` that is installed; raises NotInstalled."""
     for module in modules:
         try:
-            return import_module(module).flash_attn_func
+            return getattr(import_module(module), name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and something it needs is not
                 raise NotInstalled(f"{module} needs {error.name}, which is not installed") from None

@@ -83,6 +83,7 @@ GRID = (
     "milliseconds", "masks", "mask_seq_len",
 )  # fmt: skip
 MASKS = ("window", "documents", "ragged")
+MASKED_PEERS = ("flex", "flash_attn", "fa3", "fa4")  # those that take a window and documents, as the rungs do
 
 
 def split_mask(name: str) -> tuple[str, int]:
@@ -121,7 +122,7 @@ class BenchmarkConfig:
     def validate(self) -> None:
         rungs = [name for name in BACKENDS if name != "auto"]
         for backend in self.backends or ():
-            one_of("backends", backend, (*rungs, "fa2", "cudnn", "efficient", "math", "flex", "flash_attn", "fa3", "fa4"))
+            one_of("backends", backend, (*rungs, "fa2", "cudnn", "efficient", "math", *MASKED_PEERS))
         if self.baseline is not None and self.backends is not None and self.baseline not in self.backends:
             raise UserError(f"baseline={self.baseline} is not among backends ({', '.join(self.backends)})")
         if self.dtype is not None:
@@ -144,8 +145,8 @@ class BenchmarkConfig:
         if self.seq_len == [] and self.memory_seq_len == []:  # the masks alone
             if not self.masks:
                 raise UserError("seq_len=[], memory_seq_len=[] and masks=[] leave nothing to measure; name one at least")
-            if self.backends is not None and not {*self.backends} & {*rungs, "flex"}:
-                takers = f"{', '.join(rungs)} or flex"
+            if self.backends is not None and not {*self.backends} & {*rungs, *MASKED_PEERS}:
+                takers = f"{', '.join((*rungs, *MASKED_PEERS[:-1]))} or {MASKED_PEERS[-1]}"
                 raise UserError(f"seq_len=[] and memory_seq_len=[] leave the masks alone, and no backend takes them; name {takers}")
         for name in ("seq_len", "memory_seq_len", "head_dim", "n_kv_head"):
             for value in getattr(self, name) or ():
