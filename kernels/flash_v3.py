@@ -220,10 +220,11 @@ class Plan(NamedTuple):
 
 def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
     """What the forward's kernel has compiled in."""
-    seq_q, is_causal, cut_twice = inputs.shape[2], inputs.asked.ahead == 0, inputs.cut_to()
-    # Beside the last block a tile sees, others may be cut: by a window, documents, or a diagonal that misses the blocks' corners.
-    between = cut_twice or (is_causal and (inputs.seq_k - seq_q) % QUERIES != 0)
-    half = is_causal and not cut_twice and chosen.halves() and (inputs.seq_k - seq_q) % chosen.block_k == 0
+    is_causal, shift = inputs.asked.ahead == 0, inputs.seq_k - inputs.shape[2]
+    # Beside the last block a tile sees, others may be cut at their end: by a window or documents, or a diagonal that misses the
+    # blocks' corners. Under causality the diagonal alone cuts ends.
+    between = shift % QUERIES != 0 if is_causal else inputs.cut_to()
+    half = is_causal and chosen.halves() and shift % chosen.block_k == 0
     consumer, producer, _ = chosen.registers()
     block = (chosen.block_k, inputs.block_d(), chosen.buffers, chosen.q_in_registers)
     return inputs.group(), chosen.warpgroups, *block, between, half, consumer, producer
