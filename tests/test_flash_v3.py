@@ -119,6 +119,24 @@ def test_forward_settings():
         assert flash_v3.forward_setting(inputs) == expected, inputs
 
 
+def test_what_the_forward_masks():
+    """Whether blocks before a tile's last may be cut at their end, and whether the first of two warpgroups sees half of the last:
+    under causality the diagonal alone says so, whatever else cuts the beginnings."""
+    for inputs, expected in (
+        (given(4096, head_dim=128), (False, True)),
+        (given(4096, head_dim=128, window_size=2048), (False, True)),
+        (given(4096, head_dim=128, documents=True), (False, True)),
+        (given(4096, documents=True), (False, False)),
+        (given(4096, head_dim=128, causal=False), (False, False)),
+        (given(4096, head_dim=128, causal=False, window_size=2048), (True, False)),
+        (given(4096, head_dim=128, causal=False, documents=True), (True, False)),
+        (given(4096, head_dim=128, documents=True)._replace(seq_k=4096 + 64), (False, False)),
+        (given(4096, head_dim=128, window_size=2048)._replace(seq_k=4096 + 1), (True, False)),
+    ):
+        *_, between, half, _, _ = flash_v3.forward_constants(inputs, flash_v3.forward_setting(inputs))
+        assert (between, half) == expected, inputs
+
+
 def test_backward_buffers():
     """Two blocks of keys and values where they fit and are changed often."""
     for inputs, expected in (
