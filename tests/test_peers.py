@@ -113,4 +113,6 @@ def test_what_needs_no_package():
 def test_an_error_in_one_line():
     assert one_line(ValueError("a\n  b")) == "ValueError: a b"
     assert one_line(ValueError()) == "ValueError:"
+    deep = RuntimeError("set_params, /build/flash-attention/hopper/flash_api.cpp:231, This build has no a/b:1, sorry")
+    assert one_line(deep) == "RuntimeError: set_params, This build has no a/b:1, sorry"
     assert len(one_line(ValueError("x" * 1000))) == 300

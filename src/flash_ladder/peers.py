@@ -6,6 +6,7 @@ compiled; flash_attn, fa3 and fa4 are the packages of FlashAttention 2, 3 and 4,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 
@@ -149,6 +150,7 @@ def exported(modules: tuple[str, ...], name: str) -> Callable:
 
 
 def one_line(error: Exception) -> str:
-    """An error in one line: "TypeError: what it says", cut where it says too much."""
+    """An error in one line: "TypeError: what it says", cut where it says too much; without places in a package's own source."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = re.sub(r"/\S+\.(cpp|cu|h):\d+,? ?", "", text)
     return text if len(text) <= 300 else text[:299] + "…"
