@@ -147,8 +147,8 @@ class Launch:
     what it compiled is kept for each pattern of those, and launched directly.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], device: torch.device, numbers: tuple, options: dict) -> None:
-        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
+    def __init__(self, kernel: Any, programs: tuple[int, int, int], device: torch.device, numbers: tuple, options: dict) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, programs, numbers, options
         self.capability = capability(device)
         self.compiled: dict[tuple[bool, ...], Any] = {}
 

@@ -5,7 +5,8 @@ import weakref
 import pytest
 import torch
 
-from flash_ladder.benchmark_call import random_inputs, trouble
+import flash_ladder.benchmark_call as module
+from flash_ladder.benchmark_call import NoBackward, backward_milliseconds, random_inputs, trouble
 from flash_ladder.benchmark_result import Panel
 from flash_ladder.peers import NotInstalled
 from flash_ladder.script_schema import BenchmarkConfig
@@ -24,6 +25,7 @@ def test_inputs():
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (NotInstalled("not installed"), "not installed"),
+        (NoBackward("no backward: not built"), "no backward: not built"),
         (Unsupported("no such head_dim"), "refused: no such head_dim"),
         (RuntimeError("two\nlines"), "failed: RuntimeError: two lines"),
         (AssertionError(), "failed: AssertionError:"),
@@ -35,6 +37,14 @@ def test_trouble_in_words(error, note):
 
     assert trouble(work) == note
     assert trouble(lambda: None) == ""
+
+
+def test_the_time_of_a_backward_that_is_none(monkeypatch):
+    monkeypatch.setattr(module, "median_milliseconds", lambda prepare, call, budget: call(prepare()))
+    x = torch.ones(2, requires_grad=True)
+    assert backward_milliseconds(lambda x: 3 * x, [x], torch.ones(2), 1.0)[0].tolist() == [3, 3]
+    with pytest.raises(NoBackward, match=r"^no backward$"):
+        backward_milliseconds(lambda x: x.detach(), [x], torch.ones(2), 1.0)
 
 
 def test_trouble_gives_the_memory_back():

@@ -62,7 +62,7 @@ def trouble(work: Callable[[], None]) -> str:
         note = ""
     except (torch.OutOfMemoryError, MemoryError) as error:
         note = "out of memory" + (f": {error}" if isinstance(error, MemoryError) else "")
-    except NotInstalled as error:
+    except (NotInstalled, NoBackward) as error:
         note = str(error)
     except Unsupported as error:
         note = f"refused: {error}"
@@ -82,8 +82,8 @@ def forward_milliseconds(attend: Attend, inputs: list[Tensor], budget: float) ->
 
 
 def backward_milliseconds(attend: Attend, inputs: list[Tensor], grad_output: Tensor, budget: float) -> float:
-    """Median milliseconds of a backward pass alone, over about `budget` milliseconds of calls."""
-    return median_milliseconds(lambda: attend(*inputs), lambda output: torch.autograd.grad(output, inputs, grad_output), budget)
+    """Median milliseconds of a backward pass alone, over about `budget` milliseconds of calls; raises NoBackward."""
+    return median_milliseconds(lambda: attend(*inputs), lambda output: gradients(output, inputs, grad_output), budget)
 
 
 def median_milliseconds(prepare: Callable[[], object], call: Callable[[object], object], budget: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_ladder.benchmark_call import NoBackward, backward_milliseconds, forward_milliseconds, gradients, random_inputs, trouble
+from flash_ladder.benchmark_call import backward_milliseconds, forward_milliseconds, random_inputs, trouble
 from flash_ladder.benchmark_result import Masked, Panel
 from flash_ladder.peers import PACKAGES, Attend, Sees, causal, flex, package, packed
 from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig, split_mask
@@ -96,9 +96,9 @@ def attend_under(backend: str, arguments: dict[str, Any], seq_len: int, device: 
     """Causal attention under a mask as a function of query, key and value."""
     if backend == "flex":
         return flex(sees(**arguments), seq_len, device)
-    if backend in PACKAGES and "document_ids" in arguments:
-        return packed(PACKAGES[backend], **arguments)
     if backend in PACKAGES:
+        if "document_ids" in arguments:
+            return packed(PACKAGES[backend], **arguments)
         return package(PACKAGES[backend], True, arguments.get("window_size"))
     return lambda query, key, value: attention(query, key, value, is_causal=True, backend=backend, **arguments)
 
@@ -111,14 +111,9 @@ def measure(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[s
         attend = attend_under(backend, arguments, cfg.mask_seq_len, device)
         inputs, grad_output = random_inputs(cfg, Panel(True, head_dim, None), 1, cfg.mask_seq_len, device)
         times.forward = forward_milliseconds(attend, inputs, cfg.milliseconds)
-        try:
-            gradients(attend(*inputs), inputs, grad_output)
-        except NoBackward as error:
-            times.note = str(error)
-        else:
-            times.backward = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
+        times.backward = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
 
-    times.note = trouble(work) or times.note
+    times.note = trouble(work)
     return times
 
 
