@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from flash_ladder.config import Config, front_door
+from flash_ladder.front_door import Config, front_door
 
 
 def main(cfg: Config, run_dir: Path) -> None:
     """Trains what the configuration asks for; results go to `run_dir`."""
-    from flash_ladder.training import train  # torch and Lightning are imported once the configuration is known to be good
+    from flash_ladder.training.run import train  # torch and Lightning are imported once the configuration is known to be good
 
     train(cfg, run_dir)
 

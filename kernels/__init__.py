@@ -1,7 +1,7 @@
 """Attention kernels: one operation on several backends. Needs torch, and triton for the flash rungs; usable alone."""
 
-from kernels import jit  # isort: skip  (settles how Triton runs, so it comes before whatever imports Triton)
+from . import jit  # isort: skip  (settles how Triton runs, so it comes before whatever imports Triton)
 
-from kernels.attention import BACKENDS, Choice, Unsupported, attention, choose
+from .operation import BACKENDS, Choice, Unsupported, attention, choose
 
 __all__ = ["BACKENDS", "Choice", "Unsupported", "attention", "choose", "jit"]

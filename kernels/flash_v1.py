@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.jit import INTERPRET
-from kernels.launch import launch, meaning, meaning_tensors, refusal, upstream, warn_once
-from kernels.layout import heads_last
-from kernels.tile_ops import (
+from .jit import INTERPRET
+from .launch import launch, meaning, meaning_tensors, refusal, upstream, warn_once
+from .layout import heads_last
+from .tile_ops import (
     LN2,
     LOG2E,
     dot,
@@ -43,7 +43,7 @@ from kernels.tile_ops import (
     with_distance,
     within,
 )
-from kernels.tiles import tiles_v1
+from .tiles import tiles_v1
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.flash_v2_backward import dkdv_kernel, dq_kernel
-from kernels.jit import INTERPRET
-from kernels.launch import grid, launch, meaning, meaning_tensors, refusal, upstream, warn_once
-from kernels.layout import heads_last
-from kernels.tile_ops import (
+from .flash_v2_backward import dkdv_kernel, dq_kernel
+from .jit import INTERPRET
+from .launch import grid, launch, meaning, meaning_tensors, refusal, upstream, warn_once
+from .layout import heads_last
+from .tile_ops import (
     ALL,
     LN2,
     LOG2E,
@@ -43,7 +43,7 @@ from kernels.tile_ops import (
     with_distance,
     within,
 )
-from kernels.tiles import Tiles, tiles
+from .tiles import Tiles, tiles
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:

@@ -6,7 +6,7 @@ The letters are those of flash_v2.py. Both recompute the probabilities from the 
 import triton
 import triton.language as tl
 
-from kernels.tile_ops import (
+from .tile_ops import (
     ALL,
     LOG2E,
     NONE,

@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.documents import bounds_kernel
-from kernels.generations import capability, dtype_name
-from kernels.jit import INTERPRET, interpreter_trouble
-from kernels.tiles import Tile
-from kernels.turing import tensor_cores
+from .documents import bounds_kernel
+from .generations import capability, dtype_name
+from .jit import INTERPRET, interpreter_trouble
+from .tiles import Tile
+from .turing import tensor_cores
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

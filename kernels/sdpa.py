@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bounds import key_bounds, visible
-from kernels.eager import distance
+from .bounds import key_bounds, visible
+from .eager import distance
 
 FEATURES = frozenset({"is_causal", "window_size", "alibi_slopes", "document_ids"})
 

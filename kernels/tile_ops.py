@@ -9,7 +9,7 @@ import math
 import triton
 import triton.language as tl
 
-from kernels.jit import INTERPRET
+from .jit import INTERPRET
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from kernels.generations import capability
+from .generations import capability
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from flash_ladder.config import front_door
+from flash_ladder.front_door import front_door
 from flash_ladder.script_schema import BenchmarkConfig
 
 
 def main(cfg: BenchmarkConfig, output_dir: Path) -> None:
     """Prints the tables; writes figures and pictures where asked to."""
-    from flash_ladder.benchmark import benchmark  # torch is imported once the configuration is known to be good
+    from flash_ladder.benchmark.grid import benchmark  # torch is imported once the configuration is known to be good
 
     benchmark(cfg)
 

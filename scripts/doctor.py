@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from flash_ladder.config import front_door
+from flash_ladder.front_door import front_door
 from flash_ladder.script_schema import DoctorConfig
 
 
 def main(cfg: DoctorConfig, output_dir: Path) -> None:
     """Prints the report; writes it as JSON where asked to."""
-    from flash_ladder.doctor import doctor  # torch is imported once the configuration is known to be good
+    from flash_ladder.machine.doctor import doctor  # torch is imported once the configuration is known to be good
 
     doctor(cfg)
 

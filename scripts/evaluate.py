@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from flash_ladder.config import front_door
+from flash_ladder.front_door import front_door
 from flash_ladder.script_schema import EvaluateConfig
 
 
 def main(cfg: EvaluateConfig, output_dir: Path) -> int:
     """Exits with 1 where the model does not evaluate as it did when it was exported."""
-    from flash_ladder.reevaluation import evaluate_export  # torch is imported once the configuration is known to be good
+    from flash_ladder.export.evaluate import evaluate_export  # torch is imported once the configuration is known to be good
 
     return evaluate_export(cfg)
 

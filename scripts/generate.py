@@ -3,15 +3,15 @@
 import sys
 from pathlib import Path
 
-from flash_ladder.config import UserError, front_door
+from flash_ladder.front_door import UserError, front_door
 from flash_ladder.script_schema import GenerateConfig
 
 
 def main(cfg: GenerateConfig, output_dir: Path) -> None:
     """Prints the prompt and what follows as it is written; what else there is to say goes to stderr."""
-    from flash_ladder.evaluation import pick_backend, pick_device
-    from flash_ladder.exported import load_export
-    from flash_ladder.generation import stream
+    from flash_ladder.export.folder import load_export
+    from flash_ladder.export.losses import pick_backend, pick_device
+    from flash_ladder.model.generation import stream
 
     try:
         cfg.prompt.encode()

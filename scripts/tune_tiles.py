@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from flash_ladder.config import front_door
+from flash_ladder.front_door import front_door
 from flash_ladder.script_schema import TuneConfig
 
 
 def main(cfg: TuneConfig, output_dir: Path) -> None:
     """Prints the ranking and the rows; writes the rows where asked to."""
-    from flash_ladder.tuning import tune  # torch is imported once the configuration is known to be good
+    from flash_ladder.benchmark.tune_tiles import tune  # torch is imported once the configuration is known to be good
 
     tune(cfg)
 

@@ -1,7 +1,7 @@
 """What a user may choose: one dataclass per group of conf/, each naming, typing and refusing what cannot work.
 
 YAML picks values; `validate` refuses a combination in one line: what is wrong, why, and what would work. Nothing heavy is
-imported here. flash_ladder.config is the front door that reads YAML and the command line into these classes.
+imported here. flash_ladder.front_door is the front door that reads YAML and the command line into these classes.
 """
 
 from __future__ import annotations

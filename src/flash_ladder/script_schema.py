@@ -99,7 +99,7 @@ def split_mask(name: str) -> tuple[str, int]:
 
 @dataclass
 class BenchmarkConfig:
-    """scripts/conf/benchmark_attention.yaml: the grid and the backends; flash_ladder.benchmark decides what None is, by machine."""
+    """scripts/conf/benchmark_attention.yaml: the grid and the backends; benchmark.grid decides what None is, by machine."""
 
     backends: list[str] | None = None  # None: every rung, and the peers that are installed here
     baseline: str | None = None  # the one that ratios of speed are taken of; None: fa2 on a GPU, eager without one

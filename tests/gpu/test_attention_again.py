@@ -1,3 +1,3 @@
-"""tests/test_attention.py once more, on the GPU."""
+"""tests/kernels/test_operation.py once more, on the GPU."""
 
-from tests.test_attention import *  # noqa: F403
+from tests.kernels.test_operation import *  # noqa: F403

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import flash_ladder.benchmark as module
-from flash_ladder.benchmark import benchmark, measure
-from flash_ladder.benchmark_call import median_milliseconds
-from flash_ladder.benchmark_result import Panel, growth
-from flash_ladder.peak_memory import peak_bytes
+import flash_ladder.benchmark.grid as module
+from flash_ladder.benchmark.grid import benchmark, measure
+from flash_ladder.benchmark.result import Panel, growth
+from flash_ladder.benchmark.timing import median_milliseconds
+from flash_ladder.measure.peak_memory import peak_bytes
 from flash_ladder.script_schema import BenchmarkConfig
 
 CAUSAL = Panel(True, 64, None)

@@ -1,3 +1,3 @@
-"""tests/test_bounds.py once more, on the GPU."""
+"""tests/kernels/test_bounds.py once more, on the GPU."""
 
-from tests.test_bounds import *  # noqa: F403
+from tests.kernels.test_bounds import *  # noqa: F403

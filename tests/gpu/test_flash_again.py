@@ -1,3 +1,3 @@
-"""tests/test_flash.py once more, compiled and on the GPU."""
+"""tests/kernels/test_flash.py once more, compiled and on the GPU."""
 
-from tests.test_flash import *  # noqa: F403
+from tests.kernels.test_flash import *  # noqa: F403

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from flash_ladder.kernels import attention
+from flash_ladder.kernels.operation import BACKENDS
 
-from kernels import attention
-from kernels.attention import BACKENDS
-from tests.reference import FLOOR, MEANINGS, NAMES, RUNGS, Case, errors, make_case, n_unlike, run, slopes
+from tests.helpers.reference import FLOOR, MEANINGS, NAMES, RUNGS, Case, errors, make_case, n_unlike, run, slopes
 
 BF16 = torch.bfloat16
 GRADIENTS = ("output", "dq", "dk", "dv")

@@ -1,3 +1,3 @@
-"""tests/test_flash_v2.py once more, compiled and on the GPU."""
+"""tests/kernels/test_flash_v2.py once more, compiled and on the GPU."""
 
-from tests.test_flash_v2 import *  # noqa: F403
+from tests.kernels.test_flash_v2 import *  # noqa: F403

@@ -10,9 +10,10 @@ import time
 
 import pytest
 import torch
+from flash_ladder.kernels import attention, choose
+from flash_ladder.kernels.flash_v3 import launch as flash_v3
 
-from kernels import attention, choose, flash_v3
-from tests.reference import HOPPER, MEANINGS, NAMES, check, documents, make_case, n_unlike, run
+from tests.helpers.reference import HOPPER, MEANINGS, NAMES, check, documents, make_case, n_unlike, run
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(not HOPPER, reason="flash_v3 needs a Hopper GPU")

@@ -1,13 +1,13 @@
 """A whole model on the flash rungs against eager on the GPU: rounding stays within the limits that a wrong attention passes."""
 
+import flash_ladder.kernels.sdpa
 import pytest
 import torch
 
-import kernels.sdpa
-from flash_ladder.parity import compare
-from flash_ladder.place import DTYPES
-from tests.made_up import VOCAB, sharp_model, unscaled
-from tests.reference import skip_unless_runs
+from flash_ladder.export.parity import compare
+from flash_ladder.machine.decide import DTYPES
+from tests.helpers.made_up import VOCAB, sharp_model, unscaled
+from tests.helpers.reference import skip_unless_runs
 
 SHAPE = {"n_layer": 6, "n_head": 8, "n_kv_head": 4, "d_model": 512}
 
@@ -39,5 +39,5 @@ def test_backends_agree_to_rounding(pair, precision):
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
 def test_a_wrong_attention_is_beyond_tolerance(monkeypatch, precision):
-    monkeypatch.setattr(kernels.sdpa, "attend", unscaled)
+    monkeypatch.setattr(flash_ladder.kernels.sdpa, "attend", unscaled)
     assert not compare(model(), windows(), backend="sdpa", precision=precision).within

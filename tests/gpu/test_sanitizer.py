@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reference import RUNGS
+from tests.helpers.reference import RUNGS
 
 KERNELS_FOLDER = Path(__file__).parents[2] / "kernels"
 
@@ -51,7 +51,18 @@ def unexplained(report: str) -> list[str]:
 def test_nothing_to_report(rung, tool):
     """PyTorch's allocator hands out pieces of larger blocks, between which memcheck would see no border: it is switched off."""
     filters = [word for name in KERNELS for word in ("--kernel-name", name)]
-    command = [compute_sanitizer(), "--tool", tool, *filters, "--error-exitcode", "9", sys.executable, "-m", "tests.sanitize", rung]
+    command = [
+        compute_sanitizer(),
+        "--tool",
+        tool,
+        *filters,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "tests.helpers.sanitize",
+        rung,
+    ]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if rung == "flash_v3" and tool == "racecheck":

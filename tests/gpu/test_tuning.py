@@ -1,10 +1,10 @@
 """The tuner on a GPU: a small run gives a row that works."""
 
 import torch
+from flash_ladder.kernels import flash_v2
 
+from flash_ladder.benchmark.tune_tiles import tune
 from flash_ladder.script_schema import TuneConfig
-from flash_ladder.tuning import tune
-from kernels import flash_v2
 
 
 def test_a_row(tmp_path, capsys):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from flash_ladder.kernels.turing import DEPTH_8, DEPTH_16, lowered_as_ampere
 
-from kernels.turing import DEPTH_8, DEPTH_16, lowered_as_ampere
-from tests.test_turing import PLAIN, matmul_kernel
+from tests.kernels.test_turing import PLAIN, matmul_kernel
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from tests import ptx
+from tests.helpers import ptx
 from tests.hopper.machine import ADDED, BULK, LOAD, MMA, Clock, Event, Machine, MBarrier, Thread, come
 from tests.hopper.memory import Pointer, Shared, Tiles, allocate, seen_as
 from tests.hopper.values import DTYPES, HardwareFault, Number, Value, divided, of_both, tensor, together

@@ -1,0 +1,369 @@
+"""FlashAttention-3 for Hopper, in Gluon: TMA, asynchronous wgmma and warps with different work.
+
+Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024). The mathematics is that of
+flash_v2; what changes is who does what when, which `flash_v3_forward.py` and `flash_v3_backward.py` say for each kernel. The
+backward is five matrix products in one kernel (flash_v2: seven in two), because dQ is added up in memory, in float32, by all blocks
+of keys that see a query. The order of these additions changes from run to run, and with it the last bits of dq, unless
+deterministic gradients are asked for; dk, dv and the forward are always the same.
+
+This file is the host's side: which inputs these kernels take, how TMA is told where the tensors lie, and how many warps do what.
+"""
+
+import math
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..generations import capability, dtype_name
+from ..launch import Meaning, meaning, meaning_tensors, on, upstream
+from ..layout import heads_last
+from . import protocol as steps
+from .backward import backward_kernel
+from .forward import forward_kernel
+from .pre_post import finish_kernel, prepare_kernel
+
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+QUERIES = steps.QUERIES.value  # of a warpgroup's tile
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
+    """Why this rung cannot run, or None."""
+    if device.type == "cpu":
+        return "flash_v3 is written in Gluon, which has no interpreter: it needs a Hopper GPU"
+    found = capability(device)
+    if found != (9, 0):
+        there = f"{found[0]}.{found[1]}" if found else device.type
+        return f"flash_v3 needs a Hopper GPU (compute capability 9.0), not {there}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash_v3 takes float16 and bfloat16, not {dtype_name(dtype)}"
+    if not 16 <= head_dim <= 256 or head_dim % 8:  # TMA reads rows of a multiple of 16 bytes
+        return f"flash_v3 takes head_dim 16 to 256 in steps of 8, not {head_dim}"
+    return None
+
+
+# ---- how the kernels are set up ----
+
+
+class Inputs(NamedTuple):
+    """What a launch is made of: the tensors' device, dtype and sizes, and what is asked of attention."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]  # the query's
+    n_kv_head: int
+    seq_k: int
+    asked: Meaning
+    documents: bool
+    slopes: bool
+
+    def kind(self) -> tuple[Any, ...]:
+        """What a compilation depends on, beside its constants."""
+        return self.device, self.dtype, *[x is None for x in self.asked], self.documents, self.slopes
+
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.shape[1] // self.n_kv_head
+
+    def block_d(self) -> int:
+        """head_dim, rounded up to what the kernels have."""
+        return 64 if self.shape[3] <= 64 else 128 if self.shape[3] <= 128 else 256
+
+    def cut_from(self) -> bool:
+        """Whether some queries come before the first that sees a key."""
+        return self.asked.ahead is not None or self.documents
+
+    def cut_to(self) -> bool:
+        """Whether some queries come after the last that sees a key."""
+        return self.asked.behind is not None or self.documents
+
+    def window(self) -> int | None:
+        """Keys that a query sees at most, where a window says it."""
+        return None if self.asked.behind is None else self.asked.behind + self.asked.ahead + 1
+
+
+class Forward(NamedTuple):
+    """A setting of the forward: 64 queries a warpgroup; how many blocks of keys and values TMA may bring ahead, and their size."""
+
+    warpgroups: int
+    buffers: int
+    q_in_registers: bool
+    block_k: int = 128
+
+    def registers(self) -> tuple[int, int, int]:
+        """Registers of a consumer's thread, of a producer's, and of the average thread, which the launch asks for."""
+        return (240, 24, 168) if self.warpgroups == 2 else (160, 32, 128)
+
+    def halves(self) -> bool:
+        """Whether causality lets the first warpgroup see the first half of a tile's last block, and the second all of it."""
+        return self.warpgroups == 2 and self.block_k == 2 * QUERIES
+
+
+def forward_setting(inputs: Inputs) -> Forward:
+    """The fastest of those timed on an H200 (docs/log.md)."""
+    block_d, asked, window = inputs.block_d(), inputs.asked, inputs.window()
+    if block_d == 256:
+        return Forward(warpgroups=2, buffers=2, q_in_registers=False, block_k=64)
+    if block_d == 128:
+        narrow = window is not None and window < 1024  # few blocks of keys: their corners weigh more than their number
+        return Forward(warpgroups=2, buffers=4 if narrow else 2, q_in_registers=False, block_k=64 if narrow else 128)
+    if asked.cap is not None or (asked.ahead == 0 and inputs.shape[2] < 2048):
+        return Forward(warpgroups=2, buffers=3, q_in_registers=True)
+    if inputs.cut_to() or inputs.slopes:
+        return Forward(warpgroups=3, buffers=3, q_in_registers=False, block_k=64)
+    return Forward(warpgroups=3, buffers=2, q_in_registers=False)
+
+
+def backward_buffers(inputs: Inputs) -> int:
+    """Blocks of keys and values that the backward has room for: with two the next comes while one is at work.
+
+    Only at head_dim 64 is there room. Where blocks are long, and under a softcap, two are slower (docs/log.md).
+    """
+    often = inputs.cut_from() or inputs.shape[2] < 2048
+    return 2 if inputs.block_d() == 64 and inputs.asked.cap is None and often else 1
+
+
+def ds_swizzle(block_d: int, deterministic: bool) -> int:
+    """Over how many bytes the backward swizzles dS in shared memory.
+
+    A thread's four stores take one address over 32 bytes, two over 64, four over 128, and the consumers have no registers to spare.
+    On Triton 3.6 and 3.9 these spill nothing at head_dim 64 and 128; of several that do not, the fastest (docs/log.md).
+    """
+    if TRITON >= (3, 9) and (block_d == 128 or deterministic):
+        return 64
+    return 128 if block_d == 128 and not deterministic else 32
+
+
+# ---- what TMA is told ----
+
+
+@cache
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(shape), DTYPES[dtype])
+
+
+FLAT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+def _descriptor(x: Tensor, *block: int, layout: gl.NVMMASharedLayout | None = None) -> TensorDescriptor:
+    """Where x lies, for TMA to move blocks of it.
+
+    Built without TensorDescriptor's own checks: a backward has eight, at 2 µs each, and `reachable` has seen to what they look at.
+    """
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), list(x.stride())
+    descriptor.block_shape, descriptor.layout = list(block), layout or _layout(block, x.dtype)
+    return descriptor
+
+
+def reachable(x: Tensor) -> Tensor:
+    """x [B, H, S, D], or a copy where TMA cannot reach it: it wants multiples of 16 bytes everywhere, and no memory seen twice."""
+    b, h, n, d = x.stride()
+    if d == 1 and min(b, h, n) > 0 and (b | h | n) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return heads_last(x).copy_(x)
+
+
+# ---- launching ----
+
+
+class Ready:
+    """A kernel on inputs of one kind. What Triton compiled is kept and launched directly, as in `kernels.launch`.
+
+    The kernels take integers unspecialised and ask for no alignment that TMA does not, so one compilation serves all lengths.
+    """
+
+    def __init__(self, kernel: Any, options: dict[str, int]) -> None:
+        self.kernel, self.options, self.compiled = kernel, options, None
+
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        if self.compiled is None:
+            self.compiled = self.kernel[(programs,)](*arguments, **self.options)
+        else:
+            self.compiled[(programs, 1, 1)](*arguments)
+
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+BACKWARD_REGISTERS = 128  # of its main kernel's average thread
+
+
+@cache
+def ready(kernel: Any, registers: int | None, *kind: Any) -> Ready:
+    """The launch for all inputs of one kind, remembered; `kind` is whatever a compilation depends on.
+
+    `registers`: how many the launch asks for, of the average thread, where warpgroups divide them among themselves.
+    """
+    return Ready(kernel, OPTIONS if registers is None else OPTIONS | {"maxnreg": registers})
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has: a persistent launch has as many blocks."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Plan(NamedTuple):
+    """All of a kernel's launch but the tensors, for inputs of one shape."""
+
+    run: Ready
+    programs: int
+    block_d: int
+    block_k: int
+    numbers: tuple[Any, ...]  # the arguments after the tensors
+
+
+def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
+    """What the forward's kernel has compiled in."""
+    is_causal, shift = inputs.asked.ahead == 0, inputs.seq_k - inputs.shape[2]
+    # Beside the last block a tile sees, others may be cut at their end: by a window or documents, or a diagonal that misses the
+    # blocks' corners. Under causality the diagonal alone cuts ends.
+    between = shift % QUERIES != 0 if is_causal else inputs.cut_to()
+    half = is_causal and chosen.halves() and shift % chosen.block_k == 0
+    consumer, producer, _ = chosen.registers()
+    block = (chosen.block_k, inputs.block_d(), chosen.buffers, chosen.q_in_registers)
+    return inputs.group(), chosen.warpgroups, *block, between, half, consumer, producer
+
+
+def backward_constants(inputs: Inputs, deterministic: bool) -> tuple[int, ...]:
+    """What the backward's main kernel has compiled in."""
+    block_d = inputs.block_d()
+    held = backward_buffers(inputs), ds_swizzle(block_d, deterministic)
+    return inputs.group(), block_d, *held, inputs.cut_from(), inputs.cut_to(), deterministic
+
+
+@lru_cache(maxsize=4096)
+def forward_plan(inputs: Inputs, output_dtype: torch.dtype, use: Forward | None) -> Plan:
+    """The forward's launch."""
+    (batch, n_head, seq_q, _), block_d = inputs.shape, inputs.block_d()
+    chosen = use or forward_setting(inputs)
+    n_tile = -(-seq_q // (QUERIES * chosen.warpgroups))
+    n_tiles = n_tile * batch * n_head
+    at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * inputs.group())
+    constants = forward_constants(inputs, chosen)
+    sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
+    _, _, average = chosen.registers()
+    run = ready(forward_kernel, average, *inputs.kind(), output_dtype, constants)
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*inputs.asked, *sizes, *constants))
+
+
+def output_width(block_d: int, output_dtype: torch.dtype) -> int:
+    """Columns of the output that the forward stores at once: at head_dim 256 they must fit in Q's place."""
+    return 128 if block_d == 256 and output_dtype == torch.float32 else block_d
+
+
+@lru_cache(maxsize=4096)
+def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
+    """The launch of the backward's main kernel."""
+    (batch, _, seq_q, _), block_d = inputs.shape, inputs.block_d()
+    batch_heads = batch * inputs.n_kv_head
+    block_k = steps.keys_of(block_d)
+    n_tile = -(-inputs.seq_k // block_k)
+    n_tiles = n_tile * batch_heads
+    at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * inputs.group())))
+    constants = backward_constants(inputs, deterministic)
+    sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
+    run = ready(backward_kernel, BACKWARD_REGISTERS, *inputs.kind(), constants)
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*inputs.asked, *sizes, *constants))
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+    use: Forward | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]; in `output_dtype`, by default the inputs') and lse [B, Hq, Sq] float32.
+
+    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the setting.
+    """
+    output = heads_last(query, output_dtype)
+    lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
+    if output.numel() == 0 or key.shape[2] == 0:
+        return output.zero_(), lse.fill_(-math.inf)
+    asked = meaning(query.shape[2], key.shape[2], scale, is_causal, window_size, softcap)
+    inputs = _inputs(query, key, asked, alibi_slopes, document_ids)
+    plan = forward_plan(inputs, output.dtype, use)
+    d, keys = plan.block_d, plan.block_k
+    with on(query.device):
+        query, key, value = reachable(query), reachable(key), reachable(value)
+        counter = torch.zeros(1, device=query.device, dtype=torch.int32)
+        plan.run(
+            plan.programs,
+            _descriptor(query, 1, 1, QUERIES, d), _descriptor(key, 1, 1, keys, d), _descriptor(value, 1, 1, keys, d),
+            _descriptor(output, 1, 1, QUERIES, output_width(d, output.dtype)), lse,
+            *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+        )  # fmt: skip
+    return output, lse
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    window_size: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value in their dtypes, in memory [B, S, H, D].
+
+    `output` and `lse` may come from several forwards merged (ring attention): only delta and the probabilities are made of them.
+    """
+    batch, n_head, seq_q, head_dim = query.shape
+    dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)
+    if query.numel() == 0 or key.shape[2] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
+    plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), deterministic)
+    d, box = plan.block_d, (1, 1, 64, steps.width_of(plan.block_d))  # what TMA moves at a time, of queries and of keys
+    with on(query.device):
+        grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
+        query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))
+        tiles = batch * n_head * -(-seq_q // QUERIES)
+        stats = torch.empty((tiles, 2 * QUERIES), device=query.device, dtype=torch.float32)
+        dq_sum = torch.empty((tiles * 2 * d, 32), device=query.device, dtype=torch.float32)
+        counter = torch.empty(1 + tiles, device=query.device, dtype=torch.int32)
+        constants = (head_dim, d, QUERIES)
+        kind = (query.device, query.dtype, constants)
+        ready(prepare_kernel, None, *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
+            tiles, output, grad_output, lse, grad_lse, stats, dq_sum, counter,
+            *output.stride()[:3], *grad_output.stride()[:3], n_head, seq_q, *constants,
+        )  # fmt: skip
+        plan.run(
+            plan.programs,
+            _descriptor(query, *box), _descriptor(grad_output, *box), _descriptor(key, *box), _descriptor(value, *box),
+            _descriptor(stats, 1, 2 * QUERIES, layout=FLAT), _descriptor(dq_sum, 2 * QUERIES, 32),
+            _descriptor(dk, *box), _descriptor(dv, *box),
+            *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+        )  # fmt: skip
+        ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)
+    return dq, dk, dv
+
+
+def _inputs(query: Tensor, key: Tensor, asked: Meaning, alibi_slopes: Tensor | None, document_ids: Tensor | None) -> Inputs:
+    shape = tuple(query.shape)
+    return Inputs(
+        query.device, query.dtype, shape, key.shape[1], key.shape[2], asked, document_ids is not None, alibi_slopes is not None
+    )

@@ -1,0 +1,299 @@
+"""Attention alone, measured: speed, memory and error of every backend beside the others', in one run.
+
+FLOPs are those of the algorithm whatever a backend recomputes: 4·B·H·S²·D forward, half of it under causality, and 2.5 times that
+backward, the convention of the FlashAttention papers. Inputs are random normal. A time is the median of repeated calls between
+CUDA events, the L2 cache flushed before each; a CPU's would say nothing about a GPU, so there memory and error are measured alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flash_ladder.benchmark.masks import measure_masks, takers
+from flash_ladder.benchmark.peers import PEERS, Attend, peer, why_not_installed
+from flash_ladder.benchmark.plots import plot
+from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
+from flash_ladder.benchmark.tables import header, row_lines, summary, table_head
+from flash_ladder.benchmark.timing import NoBackward, backward_milliseconds, forward_milliseconds, gradients, random_inputs, trouble
+from flash_ladder.kernels import BACKENDS, attention
+from flash_ladder.kernels.generations import describe
+from flash_ladder.machine.hardware import cudnn_version, nvidia_driver, version_of
+from flash_ladder.measure.flops import BACKWARD, forward_flops
+from flash_ladder.measure.peak_memory import peak_bytes
+from flash_ladder.measure.probe import Layer, eager_may_fit
+from flash_ladder.schema import UserError
+from flash_ladder.script_schema import BenchmarkConfig
+
+# What a null in the configuration stands for.
+ON_GPU = {
+    "seq_len": [1024, 4096, 16384],
+    "memory_seq_len": [8192, 65536],
+    "head_dim": [64, 128],
+    "tokens": 16384,
+    "width": 2048,
+    "dtype": "bfloat16",
+    "error_seq_len": 1024,
+}
+ON_CPU = {
+    "seq_len": [64, 128, 256],
+    "memory_seq_len": [512, 1024, 2048],
+    "head_dim": [32],
+    "tokens": 256,
+    "width": 64,
+    "dtype": "float32",
+    "error_seq_len": 128,
+}
+ON_A_CPU_TOO = ("math",)  # the one peer that is the same algorithm on a CPU
+
+
+def benchmark(cfg: BenchmarkConfig) -> Result:
+    """Measures the grid, or reads cfg.read; prints the tables, writes cfg.out (JSON) and the pictures of cfg.plot (PNG).
+
+    An interrupted run leaves in cfg.out what it had measured. Raises UserError for files that cannot be read or written.
+    """
+    if cfg.read:
+        result = read(Path(cfg.read))
+        print("\n".join([*header(result), *(table_head(result) if result.cells else [])]))
+        for row in result.rows():
+            print("\n".join(row_lines(row, result)))
+    else:
+        result = measure_grid(cfg)
+    print("\n".join(summary(result)))
+    if cfg.out:
+        save(result, Path(cfg.out))
+        print(f"\nfigures in {cfg.out}")
+    if cfg.plot:
+        try:
+            pictures = plot(result, Path(cfg.plot))
+        except OSError as error:
+            raise UserError(f"plot={cfg.plot} cannot be written ({error.strerror}); name another file") from None
+        print(f"\npictures: {', '.join(map(str, pictures)) or 'none, as no speed, memory or error was measured'}")
+    return result
+
+
+def measure_grid(cfg: BenchmarkConfig) -> Result:
+    """Every backend at every shape, printed as it goes and kept in cfg.out after every shape; then under every mask."""
+    for path in (cfg.out, cfg.plot):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it, or name another")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    cfg, left_out = decide(cfg, device)
+    result = Result(left_out=left_out, finished=False, **surroundings(cfg, device))
+    lengths = sorted({*cfg.seq_len, *cfg.memory_seq_len})
+    panels = [Panel(causal, head_dim, heads) for heads in cfg.n_kv_head for causal in cfg.causal for head_dim in cfg.head_dim]
+    panels = panels if lengths else []  # no length: the masks alone
+    compared = [*cfg.backends, *(["eager"] if "eager" not in cfg.backends else [])]  # eager's error is everyone's yardstick
+    print("\n".join([*header(result), *(table_head(result) if panels else [])]), flush=True)
+    steps = len(panels) * (len(lengths) * len(cfg.backends) + len(compared))
+    steps += len(cfg.head_dim) * len(takers(cfg.backends)) * (1 + len(cfg.masks)) if on_gpu and cfg.masks else 0
+    with tqdm(total=steps, leave=False, disable=None) as bar:
+
+        def next_is(what: str) -> None:
+            bar.update()
+            bar.set_description(what)
+
+        try:
+            for panel in panels:
+                for seq_len in lengths:
+                    for backend in cfg.backends:
+                        next_is(f"{backend}, {panel} S={seq_len}")
+                        result.cells.append(measure(cfg, backend, panel, seq_len, device))
+                    bar.write("\n".join(row_lines(result.rows()[-1], result)))
+                    sys.stdout.flush()
+                    if cfg.out:
+                        save(result, Path(cfg.out))
+                right = yardstick(cfg, panel, device)
+                for backend in compared:
+                    next_is(f"error of {backend}, {panel}")
+                    result.errors.append(measure_error(cfg, backend, panel, right, device))
+            if on_gpu and panels:
+                for backend in cfg.backends:
+                    result.host_us[backend] = measure_host_us(cfg, backend, device)
+            for masked in measure_masks(cfg, device, next_is):
+                result.masks.append(masked)
+                if cfg.out:
+                    save(result, Path(cfg.out))
+            result.finished = True
+        finally:
+            if cfg.out and (result.cells or result.masks):
+                save(result, Path(cfg.out))
+                if not result.finished:
+                    print(f"\nfigures so far in {cfg.out}")
+    return result
+
+
+def decide(cfg: BenchmarkConfig, device: torch.device) -> tuple[BenchmarkConfig, dict[str, str]]:
+    """`cfg` with every None decided for this device, checked again; and the peers left out of the default, with why."""
+    values = ON_GPU if device.type == "cuda" else ON_CPU
+    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
+    left_out = {}
+    if cfg.backends is None:
+        for name in PEERS:
+            reason = why_not_installed(name) if device.type == "cuda" or name in ON_A_CPU_TOO else "for a GPU"
+            if reason is not None:
+                left_out[name] = reason
+        cfg = replace(cfg, backends=[*BACKENDS, *(name for name in PEERS if name not in left_out)])
+    if cfg.baseline is None:
+        usual = "fa2" if device.type == "cuda" else "eager"
+        cfg = replace(cfg, baseline=usual if usual in cfg.backends else cfg.backends[0])
+    cfg.validate()
+    if device.type == "cpu" and not cfg.seq_len and not cfg.memory_seq_len:
+        raise UserError("seq_len=[] and memory_seq_len=[] leave the masks alone, which are timed on a GPU; name a length")
+    return cfg, left_out
+
+
+def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
+    """Where and on what: the fields of Result that say so. Paths are left out of the configuration."""
+    found = {
+        "device": describe(device),
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "date": date.today().isoformat(),
+        "config": {key: value for key, value in asdict(cfg).items() if key not in ("out", "plot", "read")},
+    }
+    if device.type == "cuda":
+        found["cudnn"] = cudnn_version()
+        found["driver"] = nvidia_driver()
+        found["device_gib"] = torch.cuda.get_device_properties(device).total_memory / GIB
+    return found
+
+
+# ---- one backend at one shape ----
+
+
+def attend_with(backend: str, panel: Panel, seq_len: int, device: torch.device) -> Attend:
+    """A rung or a peer as a function of query, key and value. Raises NotInstalled."""
+    if backend in PEERS:
+        return peer(backend, is_causal=panel.causal, seq_len=seq_len, device=device)
+    return lambda query, key, value: attention(query, key, value, is_causal=panel.causal, backend=backend)
+
+
+def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, device: torch.device) -> Cell:
+    """One backend at one shape: memory, and on a GPU speed where seq_len is of the grid. A refusal is a result."""
+    cell = Cell(backend, panel.head_dim, seq_len, panel.causal, n_kv_head=panel.n_kv_head)
+    batch = batch_size(cfg.tokens, seq_len)
+    n_head = cfg.width // panel.head_dim
+    flops = forward_flops(batch, n_head, seq_len, panel.head_dim, panel.causal)
+    if device.type == "cpu" and backend.startswith("flash_v") and seq_len not in cfg.seq_len:
+        cell.note = "not measured: too slow in Triton's interpreter"
+        return cell
+
+    def work() -> None:
+        if device.type == "cpu" and backend in ("eager", "math"):  # where a process that runs out of memory is killed
+            refuse_what_cannot_fit(cfg, panel, batch, seq_len)
+        attend = attend_with(backend, panel, seq_len, device)
+        inputs, grad_output = random_inputs(cfg, panel, batch, seq_len, device)
+
+        def forward_and_backward() -> None:
+            try:
+                gradients(attend(*inputs), inputs, grad_output)
+            except NoBackward as error:
+                cell.note = str(error)
+
+        if device.type == "cuda":
+            forward_and_backward()  # compiles; sets up the matrix library's workspace
+        peak = peak_bytes(forward_and_backward, device)
+        cell.peak_gib = None if cell.note else peak / GIB
+        if device.type == "cuda" and seq_len in cfg.seq_len:
+            cell.forward_tflops = flops / forward_milliseconds(attend, inputs, cfg.milliseconds) / 1e9
+            if not cell.note:
+                milliseconds = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
+                cell.backward_tflops = BACKWARD * flops / milliseconds / 1e9
+
+    cell.note = trouble(work) or cell.note
+    return cell
+
+
+def refuse_what_cannot_fit(cfg: BenchmarkConfig, panel: Panel, batch: int, seq_len: int) -> None:
+    """Raises MemoryError where eager's scores alone are beyond a good part of the machine's free memory."""
+    n_head = cfg.width // panel.head_dim
+    layer = Layer(batch, n_head, n_head, seq_len, panel.head_dim, getattr(torch, cfg.dtype), torch.device("cpu"))
+    if not eager_may_fit(layer):
+        raise MemoryError(f"the scores alone take {layer.score_bytes / GIB:.1f} GiB")
+
+
+def measure_host_us(cfg: BenchmarkConfig, backend: str, device: torch.device) -> float | None:
+    """Median microseconds that the host spends on one forward call of a shape too small to keep the GPU busy; None if refused."""
+    found = []
+
+    def work() -> None:
+        panel = Panel(cfg.causal[0], cfg.head_dim[0], 1)
+        attend = attend_with(backend, panel, 128, device)
+        one_head = replace(cfg, width=panel.head_dim)
+        inputs, _ = random_inputs(one_head, panel, 1, 128, device)
+        with torch.no_grad():
+            for _ in range(20):
+                attend(*inputs)
+            torch.cuda.synchronize(device)
+            times = []
+            for _ in range(200):
+                start = time.perf_counter()
+                attend(*inputs)
+                times.append(time.perf_counter() - start)
+            torch.cuda.synchronize(device)
+        found.append(median(times) * 1e6)
+
+    trouble(work)
+    return found[0] if found else None
+
+
+# ---- errors ----
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Inputs in the benchmark's dtype and what float64 eager attention makes of them; `note` says why it could not."""
+
+    inputs: list[Tensor]
+    grad_output: Tensor
+    exact: tuple[Tensor, ...]  # output, dq, dk, dv
+    note: str
+
+
+def yardstick(cfg: BenchmarkConfig, panel: Panel, device: torch.device) -> Yardstick:
+    """One sequence of cfg.error_seq_len tokens in float64.
+
+    One, and of a bounded length, because the float64 scores of a long one fit nowhere.
+    """
+    inputs, grad_output = random_inputs(cfg, panel, 1, cfg.error_seq_len, device)
+    exact: list[Tensor] = []
+
+    def work() -> None:
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        output = attend_with("eager", panel, cfg.error_seq_len, device)(*wide)
+        exact.extend([output.detach(), *torch.autograd.grad(output, wide, grad_output.double())])
+
+    note = trouble(work)
+    return Yardstick(inputs, grad_output, tuple(exact), note and f"no float64 to compare with: {note}")
+
+
+def measure_error(cfg: BenchmarkConfig, backend: str, panel: Panel, right: Yardstick, device: torch.device) -> Error:
+    """The backend's output and gradients beside float64's."""
+    error = Error(backend, panel.head_dim, panel.causal, panel.n_kv_head, note=right.note)
+    if right.note:
+        return error
+
+    def work() -> None:
+        output = attend_with(backend, panel, cfg.error_seq_len, device)(*right.inputs)
+        error.output = relative_error(output, right.exact[0])
+        grads = gradients(output, right.inputs, right.grad_output)
+        for name, grad, exact in zip(GRADIENTS, grads, right.exact[1:], strict=True):
+            setattr(error, name, relative_error(grad, exact))
+
+    error.note = trouble(work)
+    return error
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over the root mean square of the exact values; nan where there is a NaN."""
+    return ((found.detach().double() - exact).pow(2).mean() / exact.pow(2).mean()).sqrt().item()

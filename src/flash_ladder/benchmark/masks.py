@@ -1,0 +1,130 @@
+"""Whether time follows the visible area: attention under a window or packed documents, beside the same call without them.
+
+One causal sequence, as many key/value heads as query heads. A kernel that skips what a mask hides takes the visible area's share of
+its dense time; one that only hides it takes all of that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_ladder.benchmark.peers import PACKAGES, Attend, Sees, causal, flex, package, packed
+from flash_ladder.benchmark.result import Masked, Panel
+from flash_ladder.benchmark.timing import backward_milliseconds, forward_milliseconds, random_inputs, trouble
+from flash_ladder.kernels import BACKENDS, attention
+from flash_ladder.kernels.bounds import key_bounds
+from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig, split_mask
+
+
+def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[[str], None]) -> Iterator[Masked]:
+    """Every mask of cfg.masks on every backend that takes masks, for every head_dim, each as soon as it is measured.
+
+    `next_is` is told what comes next. A CPU's times would say nothing about a GPU: there nothing is measured.
+    """
+    if device.type == "cpu" or not cfg.masks:
+        return
+    for head_dim in cfg.head_dim:
+        for backend in takers(cfg.backends):
+            next_is(f"{backend} without a mask, D={head_dim}")
+            dense = measure(cfg, backend, head_dim, {}, device)
+            for name in cfg.masks:
+                next_is(f"{backend} under {name}, D={head_dim}")
+                yield measure_mask(cfg, backend, head_dim, name, dense, device)
+
+
+def takers(backends: list[str]) -> list[str]:
+    """Those that can be given a window and documents: this repository's, which refuse what they cannot do, and some peers."""
+    return [backend for backend in backends if backend in BACKENDS or backend in MASKED_PEERS]
+
+
+# ---- a mask ----
+
+
+def mask_arguments(name: str, seq_len: int, device: torch.device) -> dict[str, Any]:
+    """The arguments of `attention` that a mask's name stands for: a window_size, or document_ids int32 [1, S].
+
+    documents_N are of N tokens each (the last of what is left); ragged_N are S / N documents, rounded, cut at random places.
+    """
+    kind, length = split_mask(name)
+    length = min(length, seq_len)  # a longer one hides no more
+    if kind == "window":
+        return {"window_size": length}
+    position = torch.arange(seq_len, dtype=torch.int32)
+    if kind == "documents":
+        ids = position // length
+    else:
+        n_cuts = max(1, round(seq_len / length)) - 1
+        starts = 1 + torch.randperm(seq_len - 1, generator=torch.Generator().manual_seed(0))[:n_cuts]
+        ids = torch.zeros_like(position).index_fill(0, starts, 1).cumsum(0, dtype=torch.int32)
+    return {"document_ids": ids[None].to(device)}
+
+
+def visible_pairs(seq_len: int, arguments: dict[str, Any], device: torch.device) -> int:
+    """Pairs of a query and a key that it sees, under causality and the mask."""
+    lo, hi = key_bounds(seq_len, seq_len, is_causal=True, device=device, **arguments)
+    return int((hi - lo + 1).sum())  # under causality every query sees itself at least
+
+
+def sees(window_size: int | None = None, document_ids: Tensor | None = None) -> Sees:
+    """The mask as FlexAttention takes it, causality included; document_ids [1, S]."""
+    if window_size is not None:
+        return lambda batch, head, i, j: (i >= j) & (i - j < window_size)
+    if document_ids is not None:
+        ids = document_ids[0]
+        return lambda batch, head, i, j: (i >= j) & (ids[i] == ids[j])
+    return causal
+
+
+# ---- its time ----
+
+
+@dataclass
+class Times:
+    """Median milliseconds of one backend; None where they could not be taken, `note` says why."""
+
+    forward: float | None = None
+    backward: float | None = None
+    note: str = ""
+
+
+def attend_under(backend: str, arguments: dict[str, Any], seq_len: int, device: torch.device) -> Attend:
+    """Causal attention under a mask as a function of query, key and value."""
+    if backend == "flex":
+        return flex(sees(**arguments), seq_len, device)
+    if backend in PACKAGES:
+        if "document_ids" in arguments:
+            return packed(PACKAGES[backend], **arguments)
+        return package(PACKAGES[backend], True, arguments.get("window_size"))
+    return lambda query, key, value: attention(query, key, value, is_causal=True, backend=backend, **arguments)
+
+
+def measure(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
+    """Forward and backward of one sequence of cfg.mask_seq_len tokens. A refusal and a lack of memory are results."""
+    times = Times()
+
+    def work() -> None:
+        attend = attend_under(backend, arguments, cfg.mask_seq_len, device)
+        inputs, grad_output = random_inputs(cfg, Panel(True, head_dim, None), 1, cfg.mask_seq_len, device)
+        times.forward = forward_milliseconds(attend, inputs, cfg.milliseconds)
+        times.backward = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
+
+    times.note = trouble(work)
+    return times
+
+
+def measure_mask(cfg: BenchmarkConfig, backend: str, head_dim: int, name: str, dense: Times, device: torch.device) -> Masked:
+    """One backend under one mask, beside its dense times."""
+    arguments = mask_arguments(name, cfg.mask_seq_len, device)
+    area = visible_pairs(cfg.mask_seq_len, arguments, device) / visible_pairs(cfg.mask_seq_len, {}, device)
+    if dense.forward is None:  # nothing to compare with
+        return Masked(name, backend, head_dim, cfg.mask_seq_len, area, note=f"without the mask: {dense.note}")
+    times = measure(cfg, backend, head_dim, arguments, device)
+    note = times.note or (dense.note and f"without the mask: {dense.note}")
+    return Masked(
+        name, backend, head_dim, cfg.mask_seq_len, area, times.forward, times.backward, dense.forward, dense.backward, note
+    )

@@ -1,0 +1,228 @@
+"""What the attention benchmark found: its cells, where they were measured, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import geometric_mean
+
+from flash_ladder.files import write_json
+from flash_ladder.measure.flops import peak_tflops
+from flash_ladder.measure.probe import GIB
+from flash_ladder.schema import UserError
+
+PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32"}  # a dtype's column in the table of peaks
+GRADIENTS = ("dq", "dk", "dv")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a column of a table or a panel of a picture shares."""
+
+    causal: bool
+    head_dim: int
+    n_kv_head: int | None  # None: as many as query heads
+
+    def __str__(self) -> str:
+        heads = "" if self.n_kv_head is None else f" KV={self.n_kv_head}"
+        return f"{'causal' if self.causal else 'full'} D={self.head_dim}{heads}"
+
+    @property
+    def title(self) -> str:
+        """In words, over a picture."""
+        heads = "" if self.n_kv_head is None else f", {self.n_kv_head} KV head{'s' if self.n_kv_head > 1 else ''}"
+        return f"{'causal' if self.causal else 'full'}, head_dim {self.head_dim}{heads}"
+
+
+@dataclass
+class Cell:
+    """One backend at one shape. A figure that could not be taken is None, and `note` says why."""
+
+    backend: str
+    head_dim: int
+    seq_len: int
+    causal: bool
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
+    peak_gib: float | None = None  # forward and backward, above the inputs, of the whole batch
+    note: str = ""
+    n_kv_head: int | None = None
+
+    @property
+    def panel(self) -> Panel:
+        return Panel(self.causal, self.head_dim, self.n_kv_head)
+
+
+@dataclass
+class Error:
+    """How far one backend lies from float64: rms error over the rms of the exact values. None: not measured, `note` says why."""
+
+    backend: str
+    head_dim: int
+    causal: bool
+    n_kv_head: int | None = None
+    output: float | None = None
+    dq: float | None = None
+    dk: float | None = None
+    dv: float | None = None
+    note: str = ""
+
+    @property
+    def panel(self) -> Panel:
+        return Panel(self.causal, self.head_dim, self.n_kv_head)
+
+
+@dataclass
+class Masked:
+    """One backend under one causal mask and without it: median milliseconds. None: not measured, `note` says why."""
+
+    mask: str  # as in BenchmarkConfig.masks
+    backend: str
+    head_dim: int
+    seq_len: int
+    area: float  # pairs of query and key that the mask leaves visible, over those that causality alone does
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    dense_forward_ms: float | None = None
+    dense_backward_ms: float | None = None
+    note: str = ""
+
+    @property
+    def forward(self) -> float | None:
+        """The forward's time over the area's share of the dense time: 1 where time follows the area."""
+        return over_share(self.forward_ms, self.area, self.dense_forward_ms)
+
+    @property
+    def backward(self) -> float | None:
+        """The same of the backward."""
+        return over_share(self.backward_ms, self.area, self.dense_backward_ms)
+
+
+def over_share(milliseconds: float | None, area: float, dense: float | None) -> float | None:
+    """Time over `area` times the dense time; None where one of them is missing."""
+    return None if milliseconds is None or dense is None else milliseconds / (area * dense)
+
+
+@dataclass
+class Result:
+    """A grid measured, and where. `config` is BenchmarkConfig as a dict, every value decided."""
+
+    device: str
+    torch: str
+    config: dict
+    cells: list[Cell] = field(default_factory=list)
+    errors: list[Error] = field(default_factory=list)
+    masks: list[Masked] = field(default_factory=list)
+    host_us: dict[str, float | None] = field(default_factory=dict)  # host time of one tiny forward call, by backend
+    left_out: dict[str, str] = field(default_factory=dict)  # backends that the default list did not take, and why
+    device_gib: float | None = None
+    triton: str | None = None
+    cudnn: str | None = None
+    driver: str | None = None
+    date: str | None = None
+    finished: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "CPU"
+
+    @property
+    def peak(self) -> float | None:
+        """The GPU's dense peak in TFLOP/s for this dtype; None for one that is not in the table."""
+        return peak_tflops(self.device, PRECISION[self.config["dtype"]])
+
+    @property
+    def backends(self) -> list[str]:
+        """Those measured, in the order of their measurement."""
+        return list(dict.fromkeys(cell.backend for cell in self.cells))
+
+    @property
+    def panels(self) -> list[Panel]:
+        """In the order of their measurement."""
+        return list(dict.fromkeys(cell.panel for cell in self.cells))
+
+    def rows(self) -> list[list[Cell]]:
+        """The cells of each shape, in the order of their measurement."""
+        shapes: dict[tuple, list[Cell]] = {}
+        for cell in self.cells:
+            shapes.setdefault((cell.panel, cell.seq_len), []).append(cell)
+        return list(shapes.values())
+
+    def sequence_bytes(self, panel: Panel, backend: str) -> dict[int, float]:
+        """Peak bytes that one sequence costs, by seq_len.
+
+        The grid keeps batch x seq_len constant, so that a linear algorithm's total does not move at all: its memory is compared
+        per sequence of the batch.
+        """
+        cells = [c for c in self.cells if (c.panel, c.backend) == (panel, backend) and c.peak_gib is not None]
+        return {c.seq_len: c.peak_gib * GIB / batch_size(self.config["tokens"], c.seq_len) for c in cells}
+
+    def out_of_memory_at(self, panel: Panel, backend: str) -> int | None:
+        """The shortest seq_len at which the backend ran out of memory."""
+        cells = [c for c in self.cells if (c.panel, c.backend) == (panel, backend)]
+        return min((c.seq_len for c in cells if c.note.startswith("out of memory")), default=None)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """bytes = factor · seq_len ** exponent."""
+
+    exponent: float
+    factor: float
+    lengths: tuple[int, ...]  # those it was fitted to
+
+    def bytes(self, seq_len: int) -> float:
+        return self.factor * seq_len**self.exponent
+
+
+def growth(bytes_by_length: dict[int, float], last: int = 3) -> Growth | None:
+    """Least-squares line through log(bytes) over log(seq_len); None with fewer than two lengths.
+
+    The `last` lengths count: in short sequences the linear part (output, gradients) still hides the square of the scores.
+    """
+    lengths = tuple(sorted(length for length, size in bytes_by_length.items() if size > 0))[-last:]
+    if len(lengths) < 2:
+        return None
+    x = [math.log(length) for length in lengths]
+    y = [math.log(bytes_by_length[length]) for length in lengths]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return Growth(slope, math.exp(mean_y - slope * mean_x), lengths)
+
+
+def batch_size(tokens: int, seq_len: int) -> int:
+    """Sequences that make up `tokens`, at least one."""
+    return max(1, tokens // seq_len)
+
+
+def mean_speedup(result: Result, backend: str, other: str, figure: str) -> float | None:
+    """Geometric mean of `backend`'s speed over `other`'s, over the shapes where both have the figure ("forward_tflops", ...)."""
+    ratios = []
+    for row in result.rows():
+        speed = {cell.backend: getattr(cell, figure) for cell in row}
+        if speed.get(backend) and speed.get(other):
+            ratios.append(speed[backend] / speed[other])
+    return geometric_mean(ratios) if ratios else None
+
+
+def save(result: Result, path: Path) -> None:
+    """Writes `result` as JSON, all of it or nothing."""
+    write_json(path, asdict(result))
+
+
+def read(path: Path) -> Result:
+    """What an earlier run wrote with out=; raises UserError where it is not that."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found["cells"] = [Cell(**cell) for cell in found["cells"]]
+        found["errors"] = [Error(**error) for error in found.get("errors", [])]
+        found["masks"] = [Masked(**masked) for masked in found.get("masks", [])]
+        if not {"dtype", "tokens", "width", "seq_len", "baseline"} <= found["config"].keys():
+            raise KeyError("config")
+        return Result(**found)
+    except OSError as error:
+        raise UserError(f"read={path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"read={path} is not a result of this command; out=PATH writes one") from None

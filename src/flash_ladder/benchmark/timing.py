@@ -1,0 +1,113 @@
+"""One call of attention as the benchmark makes it: its inputs, how long it takes, and what is said where it fails."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from flash_ladder.benchmark.peers import Attend, NotInstalled, one_line
+from flash_ladder.benchmark.result import Panel
+from flash_ladder.kernels import Unsupported
+from flash_ladder.script_schema import BenchmarkConfig
+
+L2_FLUSH_BYTES = 256 * 2**20  # beyond any GPU's L2 cache
+FLUSHES = 8  # half a millisecond of an H200's, in which the host queues the call: its own time is measured apart
+
+
+def random_inputs(
+    cfg: BenchmarkConfig, panel: Panel, batch: int, seq_len: int, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value, which ask for gradients, and the gradient of the output: [B, H, S, D], random normal, seeded."""
+    n_head = cfg.width // panel.head_dim
+    generator = torch.Generator(device).manual_seed(0)
+    heads = (n_head, panel.n_kv_head or n_head, panel.n_kv_head or n_head, n_head)
+    query, key, value, grad_output = (
+        torch.randn(batch, h, seq_len, panel.head_dim, device=device, dtype=getattr(torch, cfg.dtype), generator=generator)
+        for h in heads
+    )
+    return [x.requires_grad_() for x in (query, key, value)], grad_output
+
+
+class NoBackward(Exception):
+    """A backend that has the forward alone; the message says so."""
+
+
+def gradients(output: Tensor, inputs: list[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
+    """Of query, key and value. Raises NoBackward; some packages say only when they are called that they have none."""
+    if not output.requires_grad:
+        raise NoBackward("no backward")
+    try:
+        return torch.autograd.grad(output, inputs, grad_output)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NoBackward(f"no backward: {one_line(error)}") from None
+
+
+def trouble(work: Callable[[], None]) -> str:
+    """Does `work`; returns "", or in one line why it came to no end.
+
+    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The memory that the failed call
+    held is free again on return, which is why the error itself is not passed on: its traceback keeps the tensors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch explains over many lines why it passed a kernel over
+            work()
+        note = ""
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        note = "out of memory" + (f": {error}" if isinstance(error, MemoryError) else "")
+    except (NotInstalled, NoBackward) as error:
+        note = str(error)
+    except Unsupported as error:
+        note = f"refused: {error}"
+    except Exception as error:
+        note = f"failed: {one_line(error)}"
+    if note:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return note
+
+
+def forward_milliseconds(attend: Attend, inputs: list[Tensor], budget: float) -> float:
+    """Median milliseconds of a forward pass that keeps nothing, over about `budget` milliseconds of calls."""
+    with torch.no_grad():
+        return median_milliseconds(lambda: None, lambda _: attend(*inputs), budget)
+
+
+def backward_milliseconds(attend: Attend, inputs: list[Tensor], grad_output: Tensor, budget: float) -> float:
+    """Median milliseconds of a backward pass alone, over about `budget` milliseconds of calls; raises NoBackward."""
+    return median_milliseconds(lambda: attend(*inputs), lambda output: gradients(output, inputs, grad_output), budget)
+
+
+def median_milliseconds(prepare: Callable[[], object], call: Callable[[object], object], budget: float) -> float:
+    """Median milliseconds of call(prepare()) on the GPU, `prepare` not timed, over about `budget` milliseconds of calls.
+
+    A backward pass is timed on a new graph each time: compiled ones (FlexAttention) free what they saved and cannot run twice.
+    """
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def timed(repeats: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in events:
+            prepared = prepare()
+            for _ in range(FLUSHES):
+                flush.zero_()
+            start.record()
+            call(prepared)
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    timed(1)  # compiles
+    (first,) = timed(1)
+    if first > budget:  # so long that it hardly varies
+        return median([first, *timed(2)])
+    estimate = median(timed(5))
+    return median(timed(max(5, min(1000, int(budget / max(estimate, 1e-3))))))

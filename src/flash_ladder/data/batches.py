@@ -1,0 +1,218 @@
+"""From one stream of tokens to batches: windows, their order, and Lightning's data module.
+
+A window is seq_len + 1 tokens (the inputs and, one further, the targets). The next one starts seq_len tokens later, so that in one
+pass every token but the first is predicted once. Which windows make up which batch depends on the seed, the batch's number and the
+rank alone: nothing is stored to resume exactly, and the number of loading processes changes nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from tqdm import tqdm
+
+from flash_ladder.data.corpus import Corpus, DataStats, TokenStream, open_corpus
+from flash_ladder.data.sources import open_hub
+from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.schema import DataConfig, UserError
+
+SHUFFLE_BUFFER = 1000  # documents of a hub stream, shuffled among themselves
+
+Example = dict[str, torch.Tensor]
+
+
+def to_example(tokens: np.ndarray, eos_id: int | None) -> Example:
+    """Returns {"tokens": int64 [seq_len + 1]} and, given `eos_id`, "document_ids": int32 [seq_len], from 0 in each window."""
+    example = {"tokens": torch.from_numpy(tokens.astype(np.int64))}
+    if eos_id is not None:
+        ids = np.zeros(len(tokens) - 1, dtype=np.int32)
+        np.cumsum(tokens[:-2] == eos_id, out=ids[1:])  # <|endoftext|> still belongs to the document it ends
+        example["document_ids"] = torch.from_numpy(ids)
+    return example
+
+
+class Windows(Dataset[Example]):
+    """The windows of a token stream, in order; the last seq_len tokens at most are left over."""
+
+    def __init__(self, tokens: TokenStream, seq_len: int, eos_id: int | None) -> None:
+        self.tokens, self.seq_len, self.eos_id = tokens, seq_len, eos_id
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - 1) // self.seq_len
+
+    def __getitem__(self, window: int) -> Example:
+        start = int(window) * self.seq_len
+        return to_example(self.tokens.read(start, start + self.seq_len + 1), self.eos_id)
+
+
+class StreamedWindows(IterableDataset[Example]):
+    """Endless windows of a hub stream, read, tokenised and packed as training goes.
+
+    Each pass reads the documents after the held-out ones, shuffled a buffer at a time by (seed, pass); a rank keeps every
+    world_size-th. `first` windows are made and dropped: to resume exactly, a stream has to be read from its beginning.
+    """
+
+    def __init__(self, cfg: DataConfig, corpus: Corpus, *, seed: int, rank: int, world_size: int, first: int) -> None:
+        self.cfg, self.seed, self.rank, self.world_size, self.first = cfg, seed, rank, world_size, first
+        self.tokenizer, self.stream = corpus.tokenizer, open_hub(cfg).skip(corpus.n_held_out)
+
+    def __iter__(self) -> Iterator[Example]:
+        windows = self._windows()
+        skipped = itertools.islice(windows, self.first)
+        for _ in tqdm(skipped, desc="reading the stream up to where the run stopped", total=self.first, delay=2, leave=False):
+            pass
+        eos_id = self.tokenizer.eos_id if self.cfg.document_ids else None
+        for tokens in windows:
+            yield to_example(tokens, eos_id)
+
+    def _windows(self) -> Iterator[np.ndarray]:
+        seq_len, tokens = self.cfg.seq_len, np.empty(0, dtype=np.int64)
+        for text in self._documents():
+            tokens = np.concatenate([tokens, self.tokenizer.encode(text), [self.tokenizer.eos_id]])
+            while len(tokens) > seq_len:
+                yield tokens[: seq_len + 1]
+                tokens = tokens[seq_len:]
+
+    def _documents(self) -> Iterator[str]:
+        for epoch in itertools.count():
+            texts = (row["text"] for row in self.stream if row["text"])
+            shuffled = _shuffle(texts, np.random.default_rng([self.seed, epoch]))
+            yield from itertools.islice(shuffled, self.rank, None, self.world_size)
+
+
+def _shuffle(texts: Iterator[str], rng: np.random.Generator) -> Iterator[str]:
+    """Draws from a buffer of SHUFFLE_BUFFER texts. (`IterableDataset.shuffle` orders them otherwise in a loading process.)"""
+    buffer: list[str] = []
+    for text in texts:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(text)
+        else:
+            i = int(rng.integers(SHUFFLE_BUFFER))
+            yield buffer[i]
+            buffer[i] = text
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+class TrainingOrder:
+    """A batch sampler without end: window numbers for one rank, from batch number `first_batch` on.
+
+    The windows form one endless sequence, each pass over them a permutation drawn from (seed, pass). Batch b of rank r takes the
+    batch_size entries from (b * world_size + r) * batch_size on, so all ranks together go through the sequence once.
+    """
+
+    def __init__(self, n_windows: int, batch_size: int, *, seed: int, rank: int, world_size: int, first_batch: int) -> None:
+        self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
+        self.rank, self.world_size, self.first_batch = rank, world_size, first_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn, permutation = -1, np.empty(0)
+        for batch in itertools.count(self.first_batch):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            windows = []
+            for epoch, position in (divmod(entry, self.n_windows) for entry in range(first, first + self.batch_size)):
+                if epoch != drawn:
+                    drawn, permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
+                windows.append(int(permutation[position]))
+            yield windows
+
+
+class TextData(lightning.LightningDataModule):
+    """The text that `cfg` names, as batches of {"tokens": int64 [B, seq_len + 1]}.
+
+    With cfg.document_ids also "document_ids": int32 [B, seq_len], non-decreasing from 0 in each row.
+    `accumulate` is batches per optimiser step, by which a resumed run finds its place. `val_batches` is how many batches a
+    validation reads, all devices together, so that its loss does not depend on their number.
+    """
+
+    tokenizer: Tokenizer
+    stats: DataStats
+
+    def __init__(self, cfg: DataConfig, *, seed: int, accumulate: int = 1, val_batches: int) -> None:
+        super().__init__()
+        self.cfg, self.seed, self.accumulate, self.val_batches = cfg, seed, accumulate, val_batches
+        self._corpus: Corpus | None = None
+
+    def prepare(self) -> None:
+        """Makes sure that the tokens are in the cache and opens them; needs no trainer. The second time it does nothing.
+
+        Every process calls it: the first to come builds, the others wait. Sets `tokenizer` and `stats`.
+        Raises UserError for data that cannot be used, such as a part shorter than one window.
+        """
+        if self._corpus is not None:
+            return
+        corpus = open_corpus(self.cfg, self.seed)
+        window = self.cfg.seq_len + 1
+        if len(corpus.train) < window and not self.cfg.streaming:
+            raise UserError(
+                f"the text is {len(corpus.train)} training tokens, shorter than one window of {window} (data.seq_len + 1): "
+                "add text or lower data.seq_len"
+            )
+        if len(corpus.val) < window:
+            raise UserError(
+                f"the validation part is {len(corpus.val)} tokens, shorter than one window of {window} (data.seq_len + 1): "
+                "add text, raise data.val_fraction or lower data.seq_len"
+            )
+        self._corpus, self.tokenizer, self.stats = corpus, corpus.tokenizer, corpus.stats
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook, for a trainer that was given this module unprepared."""
+        self.prepare()
+
+    def train_dataloader(self) -> DataLoader:
+        """Returns an endless loader of this rank's batches, which starts where `trainer.global_step` says that training is."""
+        rank, world_size = self._rank()
+        first_batch = self.trainer.global_step * self.accumulate if self.trainer else 0
+        place = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        batch_size, num_workers = self.cfg.batch_size, self.cfg.num_workers
+        if self.cfg.streaming:
+            streamed = StreamedWindows(self.cfg, self._corpus, first=first_batch * batch_size, **place)
+            # One process reads a stream: with several, each would read all of it.
+            return self._loader(streamed, min(1, num_workers), batch_size=batch_size)
+        windows = self._windows(self._corpus.train)
+        order = TrainingOrder(len(windows), batch_size, first_batch=first_batch, **place)
+        return self._loader(windows, num_workers, batch_sampler=order)
+
+    def val_dataloader(self) -> DataLoader:
+        """Returns this rank's share of the first validation windows: at most `val_batches` full batches over all ranks.
+
+        Every rank gets equally many batches of one size, which is smaller than cfg.batch_size where there are too few windows.
+        """
+        rank, world_size = self._rank()
+        windows = self._windows(self._corpus.val)
+        n_windows = min(len(windows), self.val_batches * self.cfg.batch_size)
+        batch_size = min(self.cfg.batch_size, n_windows // world_size)
+        if batch_size == 0:
+            raise UserError(
+                f"the validation part has {n_windows} windows for {world_size} devices; add text, raise data.val_fraction or "
+                "lower data.seq_len"
+            )
+        starts = range(rank * batch_size, n_windows - n_windows % (world_size * batch_size), world_size * batch_size)
+        batches = [list(range(start, start + batch_size)) for start in starts]
+        return self._loader(windows, 0, batch_sampler=batches)
+
+    def val_windows(self, n: int | None = None) -> Example:
+        """Returns the first `n` validation windows (None: all; fewer if there are fewer) as one batch, on the CPU."""
+        windows = self._windows(self._corpus.val)
+        return default_collate([windows[i] for i in range(len(windows) if n is None else min(n, len(windows)))])
+
+    def _windows(self, tokens: TokenStream) -> Windows:
+        return Windows(tokens, self.cfg.seq_len, self.tokenizer.eos_id if self.cfg.document_ids else None)
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, windows: Dataset, num_workers: int, **batching: object) -> DataLoader:
+        return DataLoader(
+            windows,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # a loader draws from the global one otherwise: dropout would shift
+            **batching,
+        )

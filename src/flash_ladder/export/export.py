@@ -1,0 +1,129 @@
+"""What scripts/export.py does: a run's checkpoint becomes a folder, which is read back from the disk and evaluated.
+
+On the backend that the model was trained with and on eager; and the loss must be the one that training wrote down.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flash_ladder.data.batches import TextData
+from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.export.evaluate import Windows, described, record, report, same_loss
+from flash_ladder.export.folder import FILES, load_export, load_windows, write_export
+from flash_ladder.export.losses import pick_backend, pick_device
+from flash_ladder.export.parity import compare
+from flash_ladder.files import read_json, replace_folder, write_json
+from flash_ladder.kernels.generations import describe
+from flash_ladder.model.gpt import GPT
+from flash_ladder.model.weights import load_weights
+from flash_ladder.schema import DataConfig, ModelConfig, UserError
+from flash_ladder.script_schema import ExportConfig
+from flash_ladder.training.checkpoint import load_run
+from flash_ladder.training.record import versions
+
+DATA_KEYS = ("source", "hub_name", "hub_config", "hub_split", "tokenizer", "seq_len", "val_fraction", "document_ids")
+
+
+def export_run(cfg: ExportConfig) -> int:
+    """Exports a run's checkpoint, evaluates what was written, prints a table; returns 1 where a figure is beyond its limit.
+
+    Raises UserError where the run, its checkpoint or its text cannot be read, and where the target cannot be written.
+    """
+    run = Path(cfg.run)
+    out = Path(cfg.out) if cfg.out else run / "export"
+    config, weights, training = load_run(run, cfg.checkpoint)
+    training |= training_place(run)
+    model = GPT(ModelConfig(**config["model"]))
+    load_weights(model, weights, training["checkpoint"])
+    print(f"checkpoint: {training['checkpoint']}, step {training['step']}")
+
+    device = pick_device(cfg.device)
+    precision = training["precision"] if cfg.precision == "auto" else cfg.precision
+    backend = training_backend(cfg, training, config, device, precision)
+    windows, as_validated = validation_windows(run, config, training, cfg)
+
+    about = {
+        "training": training | {"checkpoint": Path(training["checkpoint"]).name},
+        "data": {key: config["data"][key] for key in DATA_KEYS},
+        "versions": versions(),
+    }
+    with replace_folder(out, FILES) as folder:
+        write_export(folder, model, Tokenizer.load(run), windows, about)
+        del model, weights, windows  # from here on, only what was written
+        model, _, written = load_export(folder, device=device)
+        windows = load_windows(folder, written)
+        print(f"evaluating: {described(windows)}, precision {precision}, {describe(device)}")
+        parity = compare(model, windows, backend=backend, precision=precision, batch_size=cfg.batch_size)
+        losses = {backend: parity.candidate.loss, "eager": parity.against.loss}
+        checks = [] if backend == "eager" else parity.checks()
+        if as_validated and precision == training["precision"] and training["val_loss"] is not None:
+            losses = {"training": training["val_loss"], **losses}
+            checks.append(same_loss("training", training["val_loss"], parity.candidate, parity.rounding))
+        write_json(folder / "parity.json", record(parity, checks, device))
+    return report(losses, checks, f"{backend} against eager", f"exported to {out}")
+
+
+def training_place(run: Path) -> dict[str, Any]:
+    """Where a run was trained and on what text, from its environment.json."""
+    there = read_json(run / "environment.json")
+    try:
+        return {
+            "device": there["gpu"] or "CPU",
+            "n_devices": there["n_devices"],
+            "precision": there["precision"]["precision"],
+            "attention": there["attention"]["backend"],
+            "corpus": there["data"]["corpus"],
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / 'environment.json'} was not written by train.py: it has no {error}") from None
+
+
+def training_backend(
+    cfg: ExportConfig, training: dict[str, Any], config: dict[str, Any], device: torch.device, precision: str
+) -> str:
+    """The backend to hold against eager: the one named, or the training's, and eager itself where that cannot run here.
+
+    What this machine cannot run is said, not replaced: the table then has eager's loss beside the one recorded in training.
+    """
+    model, documents = ModelConfig(**config["model"]), config["data"]["document_ids"]
+    if cfg.attention != "auto":
+        return pick_backend(cfg.attention, model, device, precision, documents).backend
+    trained = training["attention"]
+    try:
+        pick_backend(trained, model, device, precision, documents)
+    except UserError as error:
+        why_not = str(error)
+    else:
+        if device.type != "cpu" or training["device"] == "CPU" or not trained.startswith("flash"):
+            return trained
+        why_not = f"a CPU would only interpret it, which takes hours; attention={trained} does so all the same"
+    print(f"note: the model was trained with {trained} on {training['device']}, and that is not compared here: {why_not}")
+    return "eager"
+
+
+def validation_windows(run: Path, config: dict[str, Any], training: dict[str, Any], cfg: ExportConfig) -> tuple[Windows, bool]:
+    """The run's first validation windows, and whether they are the ones that its training validated on."""
+    data_config = DataConfig(**config["data"])
+    val_batches = config["trainer"]["val_batches"]
+    data = TextData(data_config, seed=config["seed"], val_batches=val_batches)
+    data.prepare()
+    if data.stats.corpus != training["corpus"] or data.tokenizer.fingerprint != Tokenizer.load(run).fingerprint:
+        raise UserError(
+            f"the text that run={run} was trained on (data.source={data_config.source}) is another one on this machine, "
+            f"so there is no validation split to evaluate on; export it where it was trained"
+        )
+    # As TextData.val_dataloader deals them out: full batches of one size, equally many for every device.
+    validated = min((data.stats.n_val_tokens - 1) // data_config.seq_len, val_batches * data_config.batch_size)
+    per_round = training["n_devices"] * min(data_config.batch_size, validated // training["n_devices"])
+    validated -= validated % per_round
+
+    windows = data.val_windows(cfg.windows or validated)
+    whole = cfg.seq_len is None or cfg.seq_len >= data_config.seq_len
+    if not whole:
+        extra = {"tokens": 1, "document_ids": 0}
+        windows = {name: rows[:, : cfg.seq_len + extra[name]] for name, rows in windows.items()}
+    return windows, whole and len(windows["tokens"]) == validated

@@ -1,0 +1,140 @@
+"""Loss and perplexity of a model on windows of tokens, with a given attention backend and precision.
+
+A batch at a time: logits stay in the precision they come in and turn into float32 probabilities a chunk at a time, so that a window
+of 32k tokens and a vocabulary of 50k need little more than its logits; what is added up over tokens is float64.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from flash_ladder.kernels import Choice, Unsupported, choose
+from flash_ladder.machine.decide import DTYPES
+from flash_ladder.model.gpt import GPT
+from flash_ladder.schema import ModelConfig, UserError
+
+BATCH_WINDOWS = 32  # in a batch whose size nobody chose, or as many as keep ...
+BATCH_ELEMENTS = 2**28  # ... logits, and attention scores of a layer, under 1 GiB in float32
+CHUNK_ELEMENTS = 2**24  # logits that become probabilities at once: 64 MiB in float32 (malloc would keep, and scatter, 16 MiB ones)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's loss on windows of tokens."""
+
+    backend: str
+    precision: str
+    loss: float  # nats per token
+    n_tokens: int
+    seconds: float
+    window_losses: list[float]  # the mean of each window
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that overflows."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, windows: dict[str, Tensor], *, backend: str, precision: str = "32", batch_size: int | None = None
+) -> Evaluation:
+    """Mean cross-entropy of predicting each token of the windows from those before it. Shows a progress bar.
+
+    windows: "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S], on any device. backend: a name, not "auto".
+    precision: "32", "bf16-mixed" or "16-mixed". batch_size: windows at once; None: up to 32, with logits under 1 GiB.
+    Raises UserError where a batch does not fit in the GPU's memory.
+    """
+    start = time.perf_counter()
+    losses = [
+        token_losses(logits(model, batch, backend, precision), batch["tokens"][:, 1:])
+        for batch in batches(model, windows, batch_size, backend)
+    ]
+    return summarise(backend, precision, losses, time.perf_counter() - start)
+
+
+def batches(model: GPT, windows: dict[str, Tensor], batch_size: int | None, label: str) -> Iterator[dict[str, Tensor]]:
+    """The windows, batch by batch on the model's device, behind a progress bar."""
+    n, seq_len = len(windows["tokens"]), windows["tokens"].shape[1] - 1
+    if batch_size is None:
+        per_window = seq_len * max(model.cfg.vocab_size, model.cfg.n_head * seq_len)
+        batch_size = max(1, min(BATCH_WINDOWS, BATCH_ELEMENTS // per_window))
+    device = model.embedding.weight.device
+    model.eval()
+    with tqdm(total=n, desc=label, unit="window", leave=False, delay=1) as bar:
+        for start in range(0, n, batch_size):
+            yield {name: rows[start : start + batch_size].to(device) for name, rows in windows.items()}
+            bar.update(min(batch_size, n - start))
+
+
+def logits(model: GPT, batch: dict[str, Tensor], backend: str, precision: str) -> Tensor:
+    """The model's logits [B, S, V] on a batch, in the precision's dtype."""
+    tokens = batch["tokens"][:, :-1]
+    model.backend = backend
+    try:
+        with autocast(tokens.device, precision):
+            return model(tokens, document_ids=batch.get("document_ids"))
+    except torch.OutOfMemoryError:
+        less = "batch_size=1 needs less" if len(tokens) > 1 else "scripts/export.py with seq_len=N takes shorter windows"
+        raise UserError(
+            f"{backend} attention does not fit in the GPU's memory with {len(tokens)} windows of {tokens.shape[1]} tokens; {less}"
+        ) from None
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """torch.autocast as Lightning's mixed precisions use it; nothing for "32"."""
+    return nullcontext() if precision == "32" else torch.autocast(device.type, DTYPES[precision])
+
+
+def chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [B, S, ...] cut along B · S, into pieces of the first of at most CHUNK_ELEMENTS."""
+    size = max(1, CHUNK_ELEMENTS // rows[0].shape[-1])
+    return zip(*(r.flatten(0, 1).split(size) for r in rows), strict=True)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, float32 [B, S], from logits [B, S, V] and targets [B, S]."""
+    pieces = (F.cross_entropy(part.float(), wanted[:, 0], reduction="none") for part, wanted in chunks(logits, targets[..., None]))
+    return torch.cat(list(pieces)).view(targets.shape)
+
+
+def summarise(backend: str, precision: str, losses: list[Tensor], seconds: float) -> Evaluation:
+    """The evaluation that token losses [B, S] of every batch add up to."""
+    per_token = torch.cat(losses).double()
+    return Evaluation(backend, precision, per_token.mean().item(), per_token.numel(), seconds, per_token.mean(1).tolist())
+
+
+# ---- what a user asked for, on this machine ----
+
+
+def pick_device(name: str) -> torch.device:
+    """The device named ("cpu", "cuda", "cuda:1"), or for "auto" a GPU where there is one. Raises UserError where it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is not a device this runs on; auto, cpu, cuda and cuda:1 are")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}: PyTorch finds {torch.cuda.device_count()} GPUs here; device=cpu works anywhere")
+    return device
+
+
+def pick_backend(name: str, cfg: ModelConfig, device: torch.device, precision: str, documents: bool = False) -> Choice:
+    """The attention backend named, or for "auto" the best one here, and why. Raises UserError where it cannot run here."""
+    features = frozenset({"is_causal", "document_ids"} if documents else {"is_causal"})
+    try:
+        return choose(device, DTYPES[precision], cfg.head_dim, backend=name, features=features)
+    except Unsupported as error:
+        raise UserError(str(error)) from None

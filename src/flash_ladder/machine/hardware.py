@@ -1,0 +1,242 @@
+"""What a machine has: its GPUs, or why PyTorch sees none, its driver, and which packages are installed in which version.
+
+Nothing but torch is imported, so that a broken or missing package can be reported.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from flash_ladder.kernels.generations import GENERATIONS, capability, generation
+from flash_ladder.measure.flops import peak_tflops
+from flash_ladder.measure.probe import GIB
+
+REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
+
+
+# ---- GPUs ----
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that PyTorch sees."""
+
+    index: int
+    name: str
+    architecture: str  # "compute capability 9.0"; AMD's name for it on ROCm
+    generation: str  # "Hopper: wgmma tensor cores", or in which way it is not in the table
+    multiprocessors: int
+    shared_memory_kib: float | None  # that a thread block can ask for; None where PyTorch does not tell
+    memory_gib: float
+    free_gib: float | None  # None where it cannot be read
+    peak_tflops: dict[str, float | None]  # by dtype, dense; None for a GPU that is not in the table of flash_ladder.measure.flops
+    built_for: bool  # whether this PyTorch has kernels for it
+
+
+def find_gpus() -> list[Gpu]:
+    """Every GPU that PyTorch sees."""
+    return [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def _gpu(index: int) -> Gpu:
+    device = torch.device("cuda", index)
+    properties = torch.cuda.get_device_properties(device)
+    is_nvidia = capability(device) is not None
+    try:
+        free = torch.cuda.mem_get_info(device)[0] / GIB
+    except RuntimeError:  # another process holds it, or it is broken: a fact to report, no reason to stop
+        free = None
+    shared = getattr(properties, "shared_memory_per_block_optin", None)  # not in ROCm's properties
+    return Gpu(
+        index=index,
+        name=properties.name,
+        architecture=f"compute capability {properties.major}.{properties.minor}" if is_nvidia else properties.gcnArchName,
+        generation=generation_in_words(device),
+        multiprocessors=properties.multi_processor_count,
+        shared_memory_kib=shared and shared / 1024,
+        memory_gib=properties.total_memory / GIB,
+        free_gib=free,
+        peak_tflops={
+            name: peak_tflops(properties.name, precision)
+            for name, precision in (("bfloat16", "bf16-mixed"), ("float16", "16-mixed"), ("float32", "32"))
+        },
+        built_for=not is_nvidia or has_code_for(torch.cuda.get_arch_list(), (properties.major, properties.minor)),
+    )
+
+
+def generation_in_words(device: torch.device) -> str:
+    """ "Hopper: wgmma tensor cores", or why there is no name for it."""
+    entry, found = generation(device), capability(device)
+    if entry is not None:
+        return f"{entry.name}: {entry.brings}"
+    if found is None:
+        return "not NVIDIA's: the flash rungs do not run on it"
+    table = [known for entry in GENERATIONS for known in entry.capabilities]
+    if found < min(table):
+        return f"older than {GENERATIONS[0].name}, the first generation that the rungs are written for"
+    if found > max(table):
+        return "newer than the table in kernels/generations.py: auto takes no flash rung; ask for one by name to try it"
+    return "not in the table in kernels/generations.py: auto takes no flash rung; ask for one by name to try it"
+
+
+def has_code_for(arch_list: list[str], found: tuple[int, int]) -> bool:
+    """Whether a build has code for a GPU of capability `found`.
+
+    "sm_86" is machine code for 8.6 and what follows in 8.x, "compute_86" is PTX for all that follows, "sm_90a" is for 9.0 alone.
+    """
+    for arch in arch_list:
+        kind, _, digits = arch.partition("_")
+        number = int(digits.rstrip("af"))
+        built = (number // 10, number % 10)
+        if digits[-1] == "a" and built != found:  # for that very architecture only
+            continue
+        if built <= found and (kind == "compute" or built[0] == found[0]):
+            return True
+    return False
+
+
+def why_no_gpu(driver: str | None) -> str:
+    """Why PyTorch sees no GPU, and what would help.
+
+    driver: the version of NVIDIA's, None where it is not installed.
+    """
+    if torch.version.hip is not None:
+        return "PyTorch is built for ROCm and finds no AMD GPU; on an NVIDIA machine install its CUDA build"
+    if torch.version.cuda is None:
+        to_do = (
+            "install PyTorch's CUDA build, as its site describes, to use the GPU" if driver else "there is no NVIDIA driver either"
+        )
+        return f"PyTorch is a CPU build; {to_do}"
+    build = f"PyTorch is built for CUDA {torch.version.cuda} and finds no GPU"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (driver or visible in ("", "-1")):
+        return f"{build}: CUDA_VISIBLE_DEVICES='{visible}' hides them; unset it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # its message says what is wrong with the driver
+        return f"{build}: {str(error).strip().splitlines()[0]}"
+    return build
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, as nvidia-smi tells it; None where it does not answer."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip().splitlines()[0] if asked.returncode == 0 and asked.stdout.strip() else None
+
+
+# ---- packages ----
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that this project needs, and whether what is installed will do."""
+
+    name: str
+    version: str | None  # None: not installed
+    wanted: str  # "<2.16,>=2.11"
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A package that can be there or not."""
+
+    module: str
+    installed: str | None  # its version; None: not installed
+    purpose: str
+
+
+# Module, the distributions that may bring it, what it would be for.
+EXTRAS = (
+    ("flash_attn", ("flash-attn",), "FlashAttention-2, a peer in the benchmark"),
+    ("flash_attn.cute", ("flash-attn-4", "flash-attn"), "FlashAttention-4, a peer in the benchmark"),
+    ("fa3_fwd_interface", ("fa3-fwd",), "FlashAttention-3 forward, a peer in the benchmark"),
+    ("flash_attn_interface", ("flash-attn-3",), "FlashAttention-3 built from source, a peer in the benchmark"),
+    ("xformers", ("xformers",), "other kernels to compare with; nothing here calls it"),
+    ("matplotlib", ("matplotlib",), "the benchmark's pictures"),
+    ("transformers", ("transformers",), "the tests: an independent GPT-2 and Llama"),
+)
+
+
+def version_of(*names: str) -> str | None:
+    """The version of the first of these distributions that is installed; None where none is."""
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def packages() -> list[Package]:
+    """What requirements.txt asks for beside what is installed; nothing where that file is not beside the code."""
+    if not REQUIREMENTS.is_file():
+        return []
+    found = []
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+        line = line.partition("#")[0].strip()
+        if not line or line.startswith("-"):
+            continue
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate():
+            here = version_of(wanted.name)
+            fits = here is not None and wanted.specifier.contains(here, prereleases=True)
+            found.append(Package(wanted.name, here, str(wanted.specifier), fits))
+    return found
+
+
+def extras() -> list[Extra]:
+    """The optional packages, none of which is imported."""
+    return [Extra(module, _installed(module, names), purpose) for module, names, purpose in EXTRAS]
+
+
+def _installed(module: str, distributions: tuple[str, ...]) -> str | None:
+    parent, _, child = module.partition(".")
+    spec = find_spec(parent)
+    if spec is None or (child and not any((Path(place) / child).exists() for place in spec.submodule_search_locations or ())):
+        return None
+    return version_of(*distributions) or "installed"
+
+
+def cudnn_version() -> str | None:
+    """Of the cuDNN that PyTorch is built with, "9.15.1"; None where it is built without."""
+    number = torch.backends.cudnn.version()  # 91501
+    return number and f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def versions() -> dict[str, str | None]:
+    """Python, PyTorch and what it is built with."""
+    built_for = f"ROCm {torch.version.hip}" if torch.version.hip else torch.version.cuda and f"CUDA {torch.version.cuda}"
+    return {
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (built for {built_for or 'the CPU alone'})",
+        "cudnn": cudnn_version(),
+    }
+
+
+def compiler_trouble() -> str | None:
+    """Why Triton cannot build the small C file that launches its kernels, or None."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch kernels and finds none: install gcc, or set CC"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's default names a folder that holds no headers
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    if not header.is_file():
+        return f"Triton needs Python's headers to launch kernels, and {header} is missing: install python3-dev"
+    return None

@@ -1,0 +1,230 @@
+"""The model: one GPT, a stack of pre-norm blocks whose parts `ModelConfig` picks.
+
+Shapes in comments and docstrings are written with these letters:
+    B  sequences in a batch       H  query heads                          L  blocks
+    S  positions of this call     K  key/value heads, each serving H / K  V  vocabulary
+    E  d_model                    D  head_dim, E / H                      F  hidden width of the MLP
+
+Under bf16 autocast the residual stream, the norms and the loss stay in float32; matrix products, attention and the logits are bf16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flash_ladder.kernels import attention
+from flash_ladder.schema import ModelConfig, UserError
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with GPT-2's initialisation.
+
+    `backend` names the attention backend that every block calls and `activation_checkpointing` makes a block keep nothing but its
+    input for the backward pass; both may be set at any time. `torch.compile(net, fullgraph=True)` compiles it, loss included.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, backend: str = "eager") -> None:
+        super().__init__()
+        if cfg.vocab_size is None:
+            raise ValueError("cfg.vocab_size is None; the tokenizer's size, rounded up, must be filled in first")
+        self.cfg = cfg
+        self.backend = backend
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.position = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.norm = _norm(cfg)
+        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02²); what adds to the residual stream is scaled by 1 / sqrt(2 L); biases 0, norms 1."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                adds_to_residual = name.endswith(("attention.out", "mlp.down"))
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.cfg.n_layer) if adds_to_residual else 0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Returns the logits [B, S, V], or with `targets` the mean cross-entropy in nats as a float32 scalar.
+
+        tokens: int64 [B, S]. targets: int64 [B, S], the token that follows each position; -100 is left out of the mean, which is
+        nan when nothing else is there. document_ids: int32 [B, S], non-decreasing in a row; attention stays inside a document.
+        cache: keys and values of the positions before `tokens`, which come next; theirs are appended. For use without gradients.
+        Raises UserError where the positions pass a learned position table or the cache's end.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if cache is not None and end > cache.max_len:
+            raise UserError(f"{end} positions do not fit a KV cache of {cache.max_len}; a longer one would work")
+
+        x = self.embedding(tokens)  # [B, S, E]
+        angles = None
+        if self.position is None:
+            angles = rotary_angles(tokens, start, self.cfg.head_dim, self.cfg.rope_theta)
+        elif end > self.cfg.max_seq_len:
+            raise UserError(
+                f"{end} positions pass the learned position table of model.max_seq_len={self.cfg.max_seq_len}; "
+                f"a shorter text fits, and a model with model.position=rotary has no such limit"
+            )
+        else:
+            x = x + self.position.weight[start:end]
+
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                # Nothing random happens in a block, so there is no generator state to keep and restore.
+                x = checkpoint(block, x, angles, document_ids, self.backend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, angles, document_ids, self.backend, cache)
+        if cache is not None:
+            cache.length = end
+
+        logits = F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    @property
+    def n_params(self) -> int:
+        """All parameters, shared ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def n_params_matmul(self) -> int:
+        """The N of 6 N FLOPs per token: all parameters but tables that are only looked up. A tied embedding is also the head."""
+        looked_up = [self.position] if self.head is None else [self.position, self.embedding]
+        return self.n_params - sum(table.weight.numel() for table in looked_up if table is not None)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = _norm(cfg)
+        self.attention = Attention(cfg, layer)
+        self.mlp_norm = _norm(cfg)
+        self.mlp = MLP(cfg)
+
+    def forward(
+        self, x: Tensor, angles: Tensor | None, document_ids: Tensor | None, backend: str, cache: KVCache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, document_ids, backend, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention, grouped where K < H. One matrix gives queries, keys and values, which stay views of its result."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer  # where its keys and values lie in a cache
+        self.head_dim = cfg.head_dim
+        self.heads = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)
+        self.qkv = nn.Linear(cfg.d_model, sum(self.heads) * cfg.head_dim, bias=cfg.bias)
+        self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+
+    def forward(self, x: Tensor, angles: Tensor | None, document_ids: Tensor | None, backend: str, cache: KVCache | None) -> Tensor:
+        H, K, _ = self.heads
+        qkv = self.qkv(x).unflatten(-1, (H + 2 * K, self.head_dim))  # [B, S, H + 2K, D]
+        if angles is None:
+            q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # [B, H, S, D], [B, K, S, D], [B, K, S, D]
+        else:
+            qk, v = qkv.split((H + K, K), dim=2)
+            q, k = rotate(qk, angles).transpose(1, 2).split((H, K), dim=1)
+            v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = attention(q, k, v, is_causal=True, document_ids=document_ids, backend=backend)  # [B, H, S, D]
+        return self.out(y.transpose(1, 2).flatten(2))  # no copy where the backend wrote [B, S, H, D]
+
+
+class MLP(nn.Module):
+    """GELU (tanh approximation, as GPT-2) or SwiGLU (Shazeer, 2020: https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.swiglu = cfg.mlp == "swiglu"
+        self.up = nn.Linear(cfg.d_model, (2 if self.swiglu else 1) * cfg.hidden_dim, bias=cfg.bias)  # SwiGLU: gate over value
+        self.down = nn.Linear(cfg.hidden_dim, cfg.d_model, bias=cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)  # [B, S, F], or [B, S, 2F]
+        if self.swiglu:
+            gate, value = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(x, approximate="tanh"))
+
+
+def _norm(cfg: ModelConfig) -> nn.Module:
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+    return nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps, bias=cfg.bias)
+
+
+# ---- rotary positions (Su et al., 2021: https://arxiv.org/abs/2104.09864) ----
+
+
+# Derived from the positions at each call: no buffer to outgrow, to round in `.to(bfloat16)` or to lose on the meta device.
+# As an operator of its own it is computed once; else torch.compile would fuse the cosines into every layer's kernel.
+@torch.library.custom_op("flash_ladder::rotary_angles", mutates_args=())
+def rotary_angles(tokens: Tensor, start: int, head_dim: int, theta: float) -> Tensor:
+    """Cosine and sine of position · theta^(−2i / D), float32 [2, S, 1, D / 2]; tokens [B, S] lie at positions start + 0 … S − 1."""
+    i = torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float32)
+    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float32)
+    angle = positions[:, None, None] * (1.0 / theta ** (i / head_dim))
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+@rotary_angles.register_fake
+def _(tokens: Tensor, start: int, head_dim: int, theta: float) -> Tensor:
+    return tokens.new_empty((2, tokens.shape[1], 1, head_dim // 2), dtype=torch.float32)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotates dimension i of each head of x [B, S, heads, D] with dimension i + D / 2, as Llama does; new, in x's dtype."""
+    cos, sin = angles.unbind()
+    first, second = x.chunk(2, dim=-1)
+    # The products are float32 by type promotion, whatever x is.
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions a model has seen, for decoding: `length` of `max_len`, kept as [L, B, K, max_len, D].
+
+    `dtype` is the one attention runs in: autocast's where it is on, else the weights'.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, *, batch_size: int = 1, max_len: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        self.length = 0
+        self.max_len = max_len
+        shape = (cfg.n_layer, batch_size, cfg.n_kv_head, max_len, cfg.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v [B, K, S, D] of `layer` after the first `length` positions and returns views of all [B, K, length + S, D].
+
+        `length` itself moves when every layer has written.
+        """
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

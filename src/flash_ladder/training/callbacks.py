@@ -1,0 +1,232 @@
+"""What happens around the training loop: speed, the progress bar, checkpoints, and a clean stop on Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
+
+from flash_ladder.measure.flops import TokenFlops
+from flash_ladder.schema import UserError
+from flash_ladder.training.record import peak_memory_gib, seconds_since_start
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one optimiser step does on all devices together, and the most they could do."""
+
+    tokens: int
+    flops: TokenFlops  # of one token
+    peak_tflops: float | None  # dense; None where it is not known, and then no MFU is logged
+
+
+class Speed(Callback):
+    """Every `log_every` optimiser steps: loss, learning rate, speed and memory, sent to the loggers.
+
+    The clock is read after a synchronise. Validation and checkpoints stop it; the first step, which compiles and tunes, comes
+    before it. Nothing here waits for the GPU on other steps.
+    """
+
+    def __init__(self, work: Work, log_every: int) -> None:
+        self.work = work
+        self.log_every = log_every
+        self.first_step_seconds: float | None = None  # from the start of the process to the end of the first step
+        self.latest: dict[str, float] = {}  # what was logged last
+        self.step = 0
+        self.clock: float | None = None  # when timing last began; None while it stands still
+        self.seconds = 0.0  # of the interval so far
+        self.interval_start = 0
+        self.intervals: list[tuple[int, float]] = []  # steps and seconds of each full interval
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the whole run but its first interval, in which clocks and caches warm up; None for a run of one step."""
+        counted = self.intervals[1:] or self.intervals
+        seconds = sum(s for _, s in counted)
+        return self.work.tokens * sum(n for n, _ in counted) / seconds if seconds else None
+
+    def rates(self, tokens_per_second: float) -> dict[str, float]:
+        """Speed in tokens, in FLOPs, and as a share of the peak under both conventions."""
+        full, causal = (tokens_per_second * flops / 1e12 for flops in (self.work.flops.full, self.work.flops.causal))
+        rates = {"speed/tokens_per_second": tokens_per_second, "speed/model_tflops": full}
+        if self.work.peak_tflops is not None:
+            rates |= {"speed/mfu": full / self.work.peak_tflops, "speed/mfu_causal": causal / self.work.peak_tflops}
+        return rates
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.clock is None and self.first_step_seconds is not None:
+            self.clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            return  # more batches to accumulate
+        self.step = trainer.global_step
+        last = self.step >= trainer.max_steps
+        if self.first_step_seconds is None:
+            self._begin_interval(self._stop_clock(module.device))
+            self.first_step_seconds = seconds_since_start()
+        if self.step % self.log_every == 0 or last:
+            self._log(trainer, module)
+        if last:
+            trainer.should_stop = True  # Lightning validates once more, on the final weights, before it stops
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._stop_clock(module.device)
+
+    def _stop_clock(self, device: torch.device) -> float:
+        """Returns the time it is."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if self.clock is not None:
+            self.seconds += now - self.clock
+        self.clock = None
+        return now
+
+    def _begin_interval(self, now: float) -> None:
+        self.interval_start, self.seconds, self.clock = self.step, 0.0, now
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        now = self._stop_clock(module.device)
+        metrics = {"train/loss": module.step_loss, "train/lr": module.step_lr}
+        if not self.latest:
+            metrics["speed/first_step_seconds"] = self.first_step_seconds
+        steps = self.step - self.interval_start
+        if steps:
+            self.intervals.append((steps, self.seconds))
+            metrics |= self.rates(self.work.tokens * steps / self.seconds)
+        metrics["memory/peak_gib"] = peak_memory_gib(module.device)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=self.step)
+        self.latest = metrics
+        self._begin_interval(now)
+
+
+class Bar(Callback):
+    """A progress bar over optimiser steps, with loss and tokens/s as `speed` logs them, and the last validation loss."""
+
+    def __init__(self, speed: Speed) -> None:
+        self.speed = speed
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.speed.log_every == 0 or trainer.global_step >= trainer.max_steps:
+            self._show(trainer)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.bar.set_description("validating")
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.bar.set_description("training", refresh=False)
+        self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
+        shown = self.speed.latest
+        words = [f"loss {shown['train/loss']:.3f}"] if shown else []
+        if "val/loss" in trainer.callback_metrics:
+            words.append(f"val {trainer.callback_metrics['val/loss']:.3f}")
+        if "speed/tokens_per_second" in shown:
+            words.append(f"{shown['speed/tokens_per_second']:,.0f} tokens/s")
+        self.bar.n = trainer.global_step
+        self.bar.set_postfix_str(", ".join(words))
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it did so between two optimiser steps."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopOnSignal(Callback):
+    """On the first Ctrl-C or SIGTERM, raises Stopped at the end of an optimiser step; the second acts at once.
+
+    Several processes must stop at the same step, or one would wait for the others for ever: they compare notes every `log_every`
+    steps, where they synchronise anyway.
+    """
+
+    def __init__(self, log_every: int) -> None:
+        self.log_every = log_every
+        self.received = 0
+        self.step = 0
+        self.before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.step = trainer.global_step
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.before[signum] = signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        self._restore()
+        if rank_zero_only.rank == 0:
+            os.write(2, b"\nstopping between two steps; once more to stop at once\n")  # print may not be called in a handler
+
+    def _restore(self) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+        self.before = {}
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        received = self.received
+        if trainer.world_size > 1:
+            if self.step % self.log_every:
+                return
+            everyone = torch.tensor(received, device=module.device)
+            torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
+            received = int(everyone)
+        if received and self.step < trainer.max_steps:
+            raise Stopped(received)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """checkpoints/last.ckpt: written after every validation, and where an exception ends the run between two steps.
+
+    Not on a UserError, which a loss that is not finite raises: the checkpoint before it is the good one. Nor, with several
+    processes, on anything but Stopped: the others may never come to help write it.
+    """
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        together = trainer.world_size == 1 or isinstance(exception, Stopped)
+        if together and isinstance(exception, Exception) and not isinstance(exception, UserError):
+            super().on_exception(trainer, module, exception)
+
+
+def checkpoints(folder: Path) -> tuple[ModelCheckpoint, LastCheckpoint]:
+    """The two that a run keeps in `folder`: best.ckpt, of the lowest validation loss, and last.ckpt."""
+    best = ModelCheckpoint(folder, "best", monitor="val/loss", mode="min", enable_version_counter=False)
+    last = LastCheckpoint(folder, "last", save_on_exception=True, enable_version_counter=False)
+    return best, last

@@ -1,0 +1,155 @@
+"""The GPT as Lightning trains it: the loss, AdamW on a warm-up and cosine schedule, and a stop before a loss that is not finite
+reaches the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from flash_ladder.model.gpt import GPT
+from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig, UserError
+
+
+class NotFinite(UserError):
+    """A loss is nan or infinite. Every process sees the mean over all of them, so all raise it at the same step."""
+
+
+class GPTModule(L.LightningModule):
+    """Trains `net`, a GPT, on batches {"tokens": int64 [B, S + 1], and maybe "document_ids": int32 [B, S]}.
+
+    config: a schema.Config as plain dicts (a checkpoint can be read with weights_only=True), model.vocab_size filled in.
+    choice_backend: the attention backend that kernels.choose named.
+    """
+
+    def __init__(self, config: dict[str, Any], choice_backend: str) -> None:
+        super().__init__()
+        self.save_hyperparameters("config", logger=False)
+        self.optimizer_config = OptimizerConfig(**config["optimizer"])
+        self.trainer_config = TrainerConfig(**config["trainer"])
+        self.net = GPT(ModelConfig(**config["model"]), backend=choice_backend)
+        self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
+        if self.trainer_config.compile:
+            self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
+        self.losses = LossWatch(self.trainer_config.accumulate)
+        self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
+        self.step_lr = math.nan  # learning rate of that step
+        self.val_losses: list[Tensor] = []
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy in nats per token of predicting each token from those before it, float32 scalar."""
+        tokens = batch["tokens"]
+        return self.net(tokens[:, :-1], tokens[:, 1:], document_ids=batch.get("document_ids"))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.losses.add(mean_over_devices(loss.detach()))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises NotFinite where a loss of this step is not finite; the weights are still those of the step before."""
+        losses = self.losses.take()
+        for loss in losses:
+            if not math.isfinite(loss):
+                raise NotFinite(
+                    f"the training loss is {loss} at step {self.trainer.global_step + 1}; training stopped before that step "
+                    f"changed the weights; a smaller optimizer.lr (now {self.optimizer_config.lr:g}) or more warmup_steps may help"
+                )
+        self.step_loss = sum(losses) / len(losses)
+        self.step_lr = optimizer.param_groups[0]["lr"]
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clips the global norm. Lightning's own refuses fused AdamW in bf16 too, though only fp16 has a loss scale to undo."""
+        if self.optimizer_config.grad_clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.optimizer_config.grad_clip)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.val_losses.append(self.loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs val/loss and val/perplexity; raises NotFinite where they are not finite, before a checkpoint is written."""
+        loss = mean_over_devices(torch.stack(self.val_losses).mean())
+        self.val_losses.clear()
+        if not loss.isfinite():
+            raise NotFinite(
+                f"the validation loss is {loss.item()} after step {self.trainer.global_step}; no checkpoint of these weights was "
+                f"written; a smaller optimizer.lr (now {self.optimizer_config.lr:g}) may help"
+            )
+        # For ModelCheckpoint; Lightning itself would send it to the loggers under the step before.
+        self.log("val/loss", loss, logger=False, sync_dist=True)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"val/loss": loss.item(), "val/perplexity": loss.exp().item()}, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        cfg = self.optimizer_config
+        # Fused AdamW would undo fp16's loss scaling by itself, after the gradients should have been clipped.
+        scaled = self.trainer.precision == "16-mixed"
+        optimizer = torch.optim.AdamW(
+            weight_decay_groups(self.net, cfg.weight_decay), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=not scaled
+        )
+        max_steps = self.trainer_config.max_steps
+        schedule = LambdaLR(optimizer, lambda step: lr_factor(step, cfg.warmup_steps, max_steps, cfg.min_lr_ratio))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def weight_decay_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices and embedding tables decay; norms and biases, which are vectors, do not."""
+    matrices = [p for p in net.parameters() if p.dim() >= 2]
+    vectors = [p for p in net.parameters() if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def lr_factor(step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:
+    """What optimizer.lr is multiplied by at optimiser step `step`, counted from 0.
+
+    Rises in a straight line to 1 at step `warmup_steps`, then falls along half a cosine to `min_lr_ratio` at the last step.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def mean_over_devices(loss: Tensor) -> Tensor:
+    """The mean of a scalar over all processes, without waiting for it; `loss` itself where there is one process."""
+    if not torch.distributed.is_initialized():
+        return loss
+    loss = loss / torch.distributed.get_world_size()
+    torch.distributed.all_reduce(loss)
+    return loss
+
+
+class LossWatch:
+    """Brings the losses of one optimiser step to the CPU without making the GPU wait.
+
+    Reading a loss (`loss.item()`) waits for all work in flight and leaves the GPU idle until the next is launched. Here each
+    forward pass is followed by a copy into pinned memory and an event; waiting for that event leaves the backward pass behind it
+    running, and in that time the optimiser step is launched.
+    """
+
+    def __init__(self, accumulate: int) -> None:
+        self.accumulate = accumulate
+        self.host: Tensor | None = None  # float32 [accumulate]
+        self.copied: torch.cuda.Event | None = None
+        self.count = 0
+
+    def add(self, loss: Tensor) -> None:
+        """Starts copying the float32 scalar `loss`."""
+        if self.host is None:
+            self.host = torch.empty(self.accumulate, pin_memory=loss.is_cuda)
+            self.copied = torch.cuda.Event() if loss.is_cuda else None
+        self.host[self.count].copy_(loss, non_blocking=True)
+        self.count += 1
+        if self.copied is not None:
+            self.copied.record()
+
+    def take(self) -> list[float]:
+        """The losses added since the last call, once they have arrived."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        losses, self.count = self.host[: self.count].tolist(), 0
+        return losses

@@ -1,0 +1,200 @@
+"""What a run leaves behind about itself: metrics.jsonl, environment.json, wandb's copy, and how much memory it took.
+
+metrics.jsonl is the record: one JSON object a line, written and flushed at once, whatever the tracker does. wandb is a copy for
+looking at; a server that is down costs a bounded wait at the start (INIT_TIMEOUT) and at the end (FINISH_TIMEOUT), no more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from flash_ladder.machine.hardware import version_of
+from flash_ladder.measure.probe import GIB
+from flash_ladder.schema import LoggerConfig
+
+if TYPE_CHECKING:
+    import wandb
+
+INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
+FINISH_TIMEOUT = 30  # seconds that it may take at the end to send what is left
+PACKAGES = ("triton", "lightning", "hydra-core", "datasets", "tokenizers", "safetensors", "wandb", "flash-ladder")
+
+
+class MetricsFile(Logger):
+    """Appends to metrics.jsonl: {"step": optimiser steps taken, "time": Unix seconds, NAME: number, ...}.
+
+    A number that JSON has no word for (nan, inf) is written as null. A line torn by an earlier kill is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        written = path.read_bytes() if path.exists() else b""
+        if written and not written.endswith(b"\n"):
+            os.truncate(path, written.rfind(b"\n") + 1)
+        self.file = path.open("a", encoding="utf-8")
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **line}) + "\n")
+        self.file.flush()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+class WandbCopy(WandbLogger):
+    """Lightning's wandb logger on a run that is open already. Should wandb fail on the way, training goes on without it."""
+
+    def __init__(self, run: wandb.Run) -> None:
+        super().__init__(experiment=run)
+        self.run = run
+        self.failed = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        import wandb
+
+        if self.failed:
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except (wandb.Error, OSError) as error:
+            self.failed = True
+            warn(f"wandb stopped working ({_one_line(error)}); metrics.jsonl goes on")
+
+    def close(self, *, failed: bool = False) -> None:
+        """Sends what is left, for FINISH_TIMEOUT at most."""
+        self.run.finish(exit_code=int(failed))
+
+
+def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> wandb.Run | None:
+    """Starts wandb as `cfg.mode` says, in `run_dir`/wandb; None for mode=disabled. `config` is what the run is, as plain data.
+
+    A resumed run goes on under the same wandb id. Where the server cannot be reached the run is kept offline, for `wandb sync` to
+    upload; where wandb cannot start at all, None. Either gives one warning.
+    """
+    if cfg.mode == "disabled":
+        return None
+    import wandb  # takes a second, which a run without it need not spend
+
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=INIT_TIMEOUT, login_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT
+    )
+    wandb.setup(settings)
+    id_file = run_dir / "wandb" / "id"
+    about = {
+        "project": cfg.project,
+        "name": cfg.name,
+        "dir": run_dir,
+        "config": config,
+        "id": id_file.read_text() if id_file.exists() else None,
+        "resume": "allow",
+        "settings": settings,
+    }
+    failures = []
+    for mode in ("online", "offline") if cfg.mode == "online" else ("offline",):
+        try:
+            run = wandb.init(mode=mode, **about)
+            id_file.write_text(run.id)
+        except (wandb.Error, OSError) as error:
+            failures.append(_one_line(error))
+            continue
+        if failures:
+            warn(f"wandb is offline ({failures[0]}); `wandb sync {run_dir}/wandb/offline-run-*` uploads the run later")
+        return run
+    warn(f"wandb could not start ({failures[-1]}); metrics.jsonl has everything")
+    return None
+
+
+def warn(text: str) -> None:
+    """One line on the screen, without the source line that Python's warnings add."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- environment.json ----
+
+
+def environment(device: torch.device, **about: Any) -> dict[str, Any]:
+    """Where a run happens: device, versions, commit and command line, and what else the run is told to add."""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "commit": commit(Path(__file__).parent),
+        "command": [sys.executable, *sys.argv],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **about,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a run's numbers depend on; None for a package that is not installed."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # with what it was built for
+        "cuda": torch.version.cuda,
+        **{package: version_of(package) for package in PACKAGES},
+    }
+
+
+def commit(folder: Path) -> str | None:
+    """The commit that `folder` is at, with "-dirty" where tracked files differ from it; None outside a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+# ---- memory and time ----
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory taken so far: of a GPU, what tensors held; on a CPU, what this process held of the machine's (its RSS)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process started, imports included (Linux: field 22 of /proc/self/stat, in clock ticks since boot)."""
+    stat = Path("/proc/self/stat").read_text()
+    ticks = int(stat.rpartition(")")[2].split()[19])  # the second field, a name in brackets, may hold spaces
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

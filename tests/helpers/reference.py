@@ -1,0 +1,229 @@
+"""The yardstick of every kernel test: float64 attention, and how far a result lies from it."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from flash_ladder.kernels import attention, eager
+from flash_ladder.kernels.operation import why_not
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON_RUNGS = ("flash_v1", "flash_v2")  # which run without a GPU too, in Triton's interpreter
+HOPPER = why_not("flash_v3", DEVICE, torch.float16, 64, frozenset()) is None
+RUNGS = (*TRITON_RUNGS, "flash_v3") if HOPPER else TRITON_RUNGS
+NAMES = ("output", "lse", "dq", "dk", "dv")
+
+
+@dataclass
+class Case:
+    """Inputs, exactly representable in `dtype`, and the upstream gradients of output and log-sum-exp."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_output: Tensor
+    grad_lse: Tensor
+    dtype: torch.dtype
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        return [x.to(dtype) for x in (self.query, self.key, self.value)]
+
+
+def make_case(batch, n_head, n_kv_head, seq_q, seq_k, head_dim, dtype, *, seed=0, size=1.0) -> Case:
+    """Random normal inputs; `size` scales query and key."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    query = (size * normal(batch, n_head, seq_q, head_dim)).to(dtype).double()
+    key = (size * normal(batch, n_kv_head, seq_k, head_dim)).to(dtype).double()
+    value = normal(batch, n_kv_head, seq_k, head_dim).to(dtype).double()
+    grad_output = normal(batch, n_head, seq_q, head_dim).to(dtype).double()
+    return Case(query, key, value, grad_output, normal(batch, n_head, seq_q).float().double(), dtype)
+
+
+def slopes(n_head: int) -> Tensor:
+    """ALiBi slopes of n_head heads, float32 [Hq], no two alike and in no order that a mixed-up head would leave unseen."""
+    return torch.tensor([0.5, 0.03, 0.2, 0.1], device=DEVICE)[:n_head]
+
+
+def documents(seq: int, *cuts: tuple[int, ...]) -> Tensor:
+    """Document ids int64 [B, seq], one batch entry for each tuple of positions at which a new document starts; ids have gaps."""
+    ids = torch.zeros(len(cuts), seq, dtype=torch.int64, device=DEVICE)
+    for entry, starts in zip(ids, cuts, strict=True):
+        for start in starts:
+            entry[start:] += 3
+    return ids
+
+
+# What attention may be asked for, with windows and slopes that matter at a hundred positions. Slopes are for two query heads.
+MEANINGS = {
+    "full": {},
+    "causal": {"is_causal": True},
+    "window": {"window_size": 20},
+    "causal window": {"is_causal": True, "window_size": 45},
+    "window of one": {"window_size": 1},
+    "causal window of one": {"is_causal": True, "window_size": 1},
+    "window beyond the end": {"window_size": 1000},
+    "causal window beyond the end": {"is_causal": True, "window_size": 1000},
+    "softcap": {"is_causal": True, "softcap": 2.0},
+    "full softcap": {"softcap": 0.5},
+    "alibi": {"is_causal": True, "alibi_slopes": slopes(2)},
+    "full alibi": {"alibi_slopes": slopes(2)},
+    "scale": {"is_causal": True, "scale": 0.9},
+    "negative scale": {"is_causal": True, "scale": -0.3},
+    "zero scale": {"is_causal": True, "scale": 0.0},
+    "everything": {"is_causal": True, "window_size": 50, "softcap": 2.0, "alibi_slopes": slopes(2), "scale": -0.3},
+}
+
+
+def finest(backend: str) -> torch.dtype:
+    """The most precise dtype up to float32 that a backend takes: tests that are not about a dtype take it."""
+    return torch.float16 if backend == "flash_v3" else torch.float32
+
+
+def skip_unless_runs(backend: str, dtype: torch.dtype, head_dim: int, **meaning) -> None:
+    """Skips the test, with the backend's own reason, where it cannot run this."""
+    used = frozenset(name for name, value in meaning.items() if name != "scale" and value is not None and value is not False)
+    reason = why_not(backend, DEVICE, dtype, head_dim, used)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def run(case: Case, dtype: torch.dtype, **meaning) -> tuple[Tensor, ...]:
+    """Output, lse, dq, dk, dv of one backend in one dtype."""
+    inputs = [x.requires_grad_() for x in case.inputs(dtype)]
+    output, lse = attention(*inputs, return_lse=True, **meaning)
+    grads = torch.autograd.grad((output, lse), inputs, (case.grad_output.to(output.dtype), case.grad_lse.to(lse.dtype)))
+    return output, lse, *grads
+
+
+def n_unlike(
+    backend: str,
+    found: tuple[Tensor, ...],
+    again: tuple[Tensor, ...],
+    names: tuple[str, ...] = NAMES,
+    *,
+    deterministic: bool = False,
+) -> Tensor:
+    """How many elements two runs of a backend do not share, on the device: equal bits are asked of all results but flash_v3's dq.
+
+    Where nobody asked for `deterministic` gradients that is added up in float32 in an order that changes from run to run: after
+    rounding it may be the neighbouring value, or off by what float32 loses where large terms cancel. A term lost or added twice
+    moves it by far more.
+    """
+    unlike = torch.zeros((), dtype=torch.int64, device=found[0].device)
+    for name, a, b in zip(names, found, again, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        if backend == "flash_v3" and name == "dq" and not deterministic:
+            a, b = a.detach().float(), b.detach().float()
+            limit = torch.finfo(found[0].dtype).eps * torch.maximum(a.abs(), b.abs()) + 2**-16 * b.abs().max()
+            unlike += (~((a - b).abs() <= limit)).sum()
+        else:
+            unlike += (a != b).sum()
+    return unlike
+
+
+class Error(NamedTuple):
+    """How far a result lies from the exact one: by root mean square and at most, each over the same of the exact values."""
+
+    rms: float
+    max: float
+
+
+def error(result: Tensor, exact: Tensor) -> Error:
+    """The error of finite values; infinities must stand in the same places."""
+    result, exact = result.detach().double(), exact.detach().double()
+    assert not result.isnan().any(), "NaN in the result"
+    assert torch.equal(result.isinf(), exact.isinf()), "infinities differ"
+    finite = exact.isfinite()
+    if not finite.any():
+        return Error(0.0, 0.0)
+    exact, difference = exact[finite], (result - exact)[finite]
+    rms = difference.pow(2).mean().sqrt() / exact.pow(2).mean().sqrt().clamp_min(1e-30)
+    return Error(rms.item(), (difference.abs().max() / exact.abs().max().clamp_min(1e-30)).item())
+
+
+def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, Error]:
+    return {name: error(a, b) for name, a, b in zip(NAMES, results, exact, strict=True)}
+
+
+# One rounding of a result, and a little: what a value stored in this dtype may be off by, relative to itself, however it was found.
+FLOOR = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 5e-7}
+
+
+def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = None, **meaning) -> dict[str, float]:
+    """What one float32 rounding of every term in the sums moves the worst element by, over the largest exact one.
+
+    Eager attention does not bound this: where a row sees one or two keys, torch's softmax loses nothing of dp - delta, which is
+    nearly zero there, while whoever takes delta from rowsum(do * o) must, and whoever keeps lse instead of p rounds an exponent.
+    """
+    scale = case.query.shape[-1] ** -0.5 if scale is None else scale
+    group, seq_k = case.query.shape[1] // case.key.shape[1], case.key.shape[2]
+    query, do = case.query.abs(), case.grad_output.abs()
+    key, value = (x.abs().repeat_interleave(group, 1) for x in (case.key, case.value))
+    every = torch.eye(seq_k, dtype=torch.float64, device=DEVICE).expand(*case.key.shape[:2], -1, -1)
+    p = eager.attend(case.query, case.key, every, scale=scale, **meaning)[0]  # as values, the unit vectors give the weights
+    output, lse = exact[0].detach().abs(), exact[1].detach().abs()
+    exponent = abs(scale) * query @ key.mT + lse.masked_fill(lse.isinf(), 0.0)[..., None]
+    p = p * (1 + exponent)
+    ds = abs(scale) * p * (do @ value.mT + ((do * output).sum(-1) + case.grad_lse.abs())[..., None])
+    dk, dv = ((x.mT @ y).unflatten(1, (-1, group)).sum(2) for x, y in ((ds, query), (p, do)))
+    terms = {"output": p @ value, "lse": exponent, "dq": ds @ key, "dk": dk, "dv": dv}
+    largest = {name: x[x.isfinite()].abs().amax() for name, x in zip(NAMES, exact, strict=True)}
+    return {name: 2**-24 * (terms[name].amax() / largest[name].clamp_min(1e-30)).item() for name in NAMES}
+
+
+def judge(found: dict[str, Error], eagers: dict[str, Error], floors: dict[str, Error], lse: Tensor, factor: float) -> None:
+    """Asserts that errors are within `factor` of what eager attention loses in the same precision, for all five results.
+
+    By root mean square and at the worst element. On a GPU gradients may instead be off by eager's error plus what
+    p = exp(s - lse) inherits there: the hardware's exponential, taken to be right to two units in the last place (2^-22), and the
+    rounding of the stored float32 lse, which scales a whole row. Only float32 notices.
+    """
+    lse = lse[lse.isfinite()].abs()
+    inherited = 2**-22 + 2**-24 * lse.max().item() if DEVICE.type == "cuda" and lse.numel() else 0.0
+    for name in NAMES:
+        for kind, error, eager_error, floor in zip(Error._fields, found[name], eagers[name], floors[name], strict=True):
+            allowed = factor * max(eager_error, floor)
+            if name in ("dq", "dk", "dv"):
+                allowed = max(allowed, eager_error + inherited)
+            assert error <= allowed, f"{name}: {kind} error {error:.2e}, eager has {eager_error:.2e}, and {allowed:.2e} is allowed"
+
+
+def two_sums(head_dim: int) -> float:
+    """By how much, by root mean square, two float32 sums of head_dim random products are off that are added one after another.
+
+    The scores and dp, which dq and dk are made of, are such sums. In the interpreter they are numpy's, whose BLAS adds so on some
+    processors (OPENBLAS_CORETYPE=SkylakeX, Sandybridge) and by parts on others (Haswell, Zen); torch's adds by parts on all.
+    One sum of 32 to 256 products was measured to be off by 2^-24 sqrt(n / 11).
+    """
+    return 2**-24 * (2 * head_dim / 11) ** 0.5
+
+
+def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
+    """Runs `backend` on a case and judges it beside eager attention; skips where it cannot run."""
+    skip_unless_runs(backend, case.dtype, case.query.shape[-1], **meaning)
+    asked = {name: value for name, value in meaning.items() if name != "deterministic"}
+    exact = run(case, torch.float64, backend="eager", **meaning)
+    eagers = errors(run(case, case.dtype, backend="eager", **meaning), exact)
+    found = errors(run(case, case.dtype, backend=backend, **meaning), exact)
+    floor = FLOOR[case.dtype] / 2
+    floors = {name: Error(floor, max(floor, moved)) for name, moved in roundings(case, exact, **asked).items()}
+    if DEVICE.type == "cpu":
+        sums = max(floor, two_sums(case.query.shape[-1]))
+        floors |= {name: floors[name]._replace(rms=sums) for name in ("dq", "dk")}
+    judge(found, eagers, floors, exact[1], factor)
+
+
+def check_unrounded(rung: ModuleType, case: Case) -> None:
+    """flash_v3's float32 output is what it rounds for one in the inputs' dtype, and lse is the same."""
+    asked = {"scale": case.query.shape[-1] ** -0.5, "is_causal": True}
+    output, lse = rung.forward(*case.inputs(case.dtype), **asked, output_dtype=torch.float32)
+    rounded, same = rung.forward(*case.inputs(case.dtype), **asked)
+    assert output.dtype == torch.float32 and torch.equal(output.to(case.dtype), rounded), "not the same unrounded"
+    assert torch.equal(lse, same), "not the same lse"

@@ -1,0 +1,240 @@
+"""From tokens to batches: windows, their order, its resumption under Lightning, the ranks' shares, and streams."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+import flash_ladder.data.batches
+from flash_ladder.data import corpus
+from flash_ladder.data.batches import TextData, TrainingOrder
+from flash_ladder.data.corpus import open_corpus
+from flash_ladder.schema import DataConfig, UserError
+from tests.helpers.corpora import END, config, documents, hub_folder, refused, text_data, twenty_documents, words_of, write_txt
+
+
+@pytest.fixture
+def twenty(tmp_path) -> DataConfig:
+    return twenty_documents(tmp_path)
+
+
+def first_batches(loader, n: int) -> torch.Tensor:
+    """[n, B, seq_len + 1]"""
+    return torch.stack([batch["tokens"] for batch, _ in zip(loader, range(n), strict=False)])
+
+
+# ---- windows ----
+
+
+def test_windows_overlap_by_one_token(twenty):
+    data = text_data(twenty)
+    val = open_corpus(twenty, seed=0).val
+    windows = data.val_windows(None)["tokens"]
+    assert windows.dtype == torch.int64
+    assert len(windows) == (len(val) - 1) // 16
+    assert windows[:, :-1].flatten().tolist() == val.read(0, 16 * len(windows)).tolist()
+    assert windows[:, 1:].flatten().tolist() == val.read(1, 16 * len(windows) + 1).tolist()
+    assert data.val_windows(3)["tokens"].tolist() == windows[:3].tolist()
+
+
+def test_last_window_needs_a_target_for_its_last_token(tmp_path):
+    cfg = config(tmp_path, write_txt(tmp_path / "text", ["x" * 63] * 20))
+    assert text_data(cfg).stats.n_val_tokens == 16 * 16
+    assert len(text_data(cfg).val_windows(None)["tokens"]) == 15
+
+
+def test_document_ids(tmp_path):
+    cfg = config(tmp_path, write_txt(tmp_path / "text", documents(40, words=3)), document_ids=True)
+    data = text_data(cfg)
+    batch = next(iter(data.train_dataloader()))
+    tokens, ids = batch["tokens"], batch["document_ids"]
+    assert (ids.dtype, ids.shape) == (torch.int32, (4, 16))
+    assert (ids[:, 0] == 0).all()
+    after_end = (tokens[:, :-2] == data.tokenizer.eos_id).int()
+    assert after_end.sum() > 0
+    assert torch.equal(ids.diff(dim=1), after_end)
+    assert "document_ids" not in next(iter(text_data(config(tmp_path, cfg.files)).train_dataloader()))
+
+
+def test_shorter_than_a_window(tmp_path):
+    files = write_txt(tmp_path / "text", ["a" * 100, "b" * 100])
+    refused(config(tmp_path, files, seq_len=101), "training tokens, shorter than one window of 102")
+    text_data(config(tmp_path, files, seq_len=100))  # 100 bytes and <|endoftext|>: one window exactly
+    refused(config(tmp_path, files[0], seq_len=50), "validation part is 21 tokens, shorter than one window of 51")
+    refused(config(tmp_path, write_txt(tmp_path / "tiny", ["a"])), "shorter than one window")
+
+
+# ---- the order ----
+
+
+def order_of(n_batches: int, n_windows: int = 11, batch_size: int = 2, **place) -> list[list[int]]:
+    order = TrainingOrder(n_windows, batch_size, **{"seed": 0, "rank": 0, "world_size": 1, "first_batch": 0, **place})
+    return [batch for batch, _ in zip(order, range(n_batches), strict=False)]
+
+
+def test_every_pass_is_a_permutation_of_its_own():
+    entries = np.array(order_of(11)).flatten()
+    passes = entries[:11].tolist(), entries[11:].tolist()
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(11))
+    assert passes[0] != passes[1]
+    assert np.array(order_of(11, seed=1)).flatten().tolist() != entries.tolist()
+
+
+def test_ranks_share_the_sequence_out():
+    alone = order_of(8, batch_size=6)
+    shares = [order_of(8, rank=rank, world_size=3) for rank in range(3)]
+    assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone
+
+
+def test_order_from_a_later_batch_on():
+    assert order_of(5, first_batch=9, rank=1, world_size=2) == order_of(14, rank=1, world_size=2)[9:]
+
+
+def test_batches_do_not_depend_on_workers(twenty):
+    expected = first_batches(text_data(twenty).train_dataloader(), 5)
+    twenty.num_workers = 2
+    assert torch.equal(first_batches(text_data(twenty).train_dataloader(), 5), expected)
+
+
+def test_loaders_leave_the_global_random_state_alone(twenty):
+    data = text_data(twenty)
+    before = torch.get_rng_state()
+    next(iter(data.train_dataloader()))
+    next(iter(data.val_dataloader()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- ranks ----
+
+
+def as_rank(data: TextData, rank: int, world_size: int, global_step: int = 0) -> TextData:
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, global_step=global_step)
+    return data
+
+
+@pytest.mark.parametrize("world_size, val_batches", [(1, 3), (2, 4), (3, 4), (3, 1), (2, 10**6)])
+def test_ranks_share_the_first_validation_windows(twenty, world_size, val_batches):
+    data = text_data(twenty, val_batches=val_batches)
+    shares = [[batch["tokens"] for batch in as_rank(data, rank, world_size).val_dataloader()] for rank in range(world_size)]
+    assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
+    seen = torch.cat([torch.cat(batches) for batches in zip(*shares, strict=True)])
+    n_windows = min(4 * val_batches, len(data.val_windows(None)["tokens"]))
+    assert n_windows - len(seen) < min(4, n_windows // world_size) * world_size
+    assert torch.equal(seen, data.val_windows(len(seen))["tokens"])
+
+
+def test_too_few_validation_windows_for_the_devices(twenty):
+    with pytest.raises(UserError, match="for 5 devices"):
+        as_rank(text_data(twenty, val_batches=1), 0, 5).val_dataloader()
+
+
+# ---- resuming under Lightning ----
+
+
+class Recorder(lightning.LightningModule):
+    """Trains one number and remembers every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch: dict) -> torch.Tensor:
+        self.seen.append(batch["tokens"].tolist())
+        return self.weight * 1.0
+
+    def validation_step(self, batch: dict) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(tmp_path: Path, data: TextData, steps: int, resume: str | None = None) -> tuple[list, str]:
+    """The batches that training until `steps` sees, and a checkpoint at its end."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        accumulate_grad_batches=data.accumulate,
+        val_check_interval=2 * data.accumulate,
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+        **quiet,
+    )
+    recorder = Recorder()
+    trainer.fit(recorder, datamodule=data, ckpt_path=resume)
+    trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+    return recorder.seen, str(tmp_path / f"{steps}.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning would like more workers
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_training_sees_the_same_batches(tmp_path, twenty, num_workers, accumulate):
+    twenty.num_workers = num_workers
+    whole, _ = fit(tmp_path, text_data(twenty, accumulate=accumulate), 6)
+    before, checkpoint = fit(tmp_path, text_data(twenty, accumulate=accumulate), 3)
+    after, _ = fit(tmp_path, text_data(twenty, accumulate=accumulate), 6, resume=checkpoint)
+    assert len(whole) == 6 * accumulate
+    assert before + after == whole
+
+
+# ---- streams ----
+
+
+@pytest.fixture
+def stream(tmp_path, monkeypatch) -> DataConfig:
+    hub = hub_folder(tmp_path)
+    monkeypatch.setattr(corpus, "STREAM_VALIDATION_BYTES", 1000)
+    monkeypatch.setattr(flash_ladder.data.batches, "SHUFFLE_BUFFER", 9)
+    hub.streaming = True
+    return hub
+
+
+def test_stream_holds_out_its_first_documents(stream):
+    data = text_data(stream)
+    assert (data.stats.n_documents, data.stats.n_train_tokens) == (None, None)
+    val = words_of(data.tokenizer.decode(data.val_windows(None)["tokens"][:, :-1].flatten().tolist()))
+    assert val == {"d0", "d1", "d2", "d3"}
+    tokens = first_batches(data.train_dataloader(), 150)[..., :-1].flatten()  # 9,600 tokens: more than one pass
+    train = words_of(data.tokenizer.decode(tokens.tolist()).rsplit(maxsplit=1)[0])
+    assert "d9" in train
+    assert not val & train
+
+
+def test_stream_passes_differ_and_come_from_the_seed(stream):
+    batches = [first_batches(text_data(stream, seed=seed).train_dataloader(), 300) for seed in (0, 0, 1)]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+    text = text_data(stream).tokenizer.decode(batches[0][..., :-1].flatten().tolist())
+    passes = text.split(END)[:26], text.split(END)[26:52]
+    assert sorted(passes[0]) == sorted(passes[1])
+    assert passes[0] != passes[1]
+
+
+def test_ranks_share_the_documents_of_a_stream(stream):
+    data = text_data(stream)
+    shares = [first_batches(as_rank(data, rank, 2).train_dataloader(), 50)[..., :-1].flatten().tolist() for rank in range(2)]
+    one, other = (words_of(data.tokenizer.decode(share).rsplit(maxsplit=1)[0]) for share in shares)
+    assert one
+    assert not one & other
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_resumes_exactly(stream, num_workers):
+    whole = first_batches(text_data(stream).train_dataloader(), 9)
+    stream.num_workers = num_workers
+    resumed = as_rank(text_data(stream, accumulate=2), 0, 1, global_step=3).train_dataloader()
+    assert torch.equal(first_batches(resumed, 3), whole[6:])
+
+
+def test_stream_document_ids(stream):
+    stream.document_ids = True
+    batch = next(iter(text_data(stream).train_dataloader()))
+    assert batch["document_ids"].shape == (4, 16)

@@ -1,0 +1,275 @@
+"""The front door: what reaches `main`, and one line with the nearest right one for everything that does not."""
+
+import os
+import sys
+import time
+
+import pytest
+import yaml
+
+import flash_ladder.front_door
+from flash_ladder.front_door import CONF, Config, front_door
+from flash_ladder.schema import DataConfig, ModelConfig, UserError
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, capsys):
+    """Calls the front door of train.py with a `main` that only listens; returns exit code, stderr, and what main was given."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, main=None):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        given = []
+        code = 0
+        try:
+            front_door("train", Config, main or (lambda cfg, folder: given.append((cfg, folder))))
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err, given
+
+    return call
+
+
+@pytest.fixture
+def refused(train, tmp_path):
+    def check(message, *arguments):
+        code, said, given = train(*arguments)
+        assert (code, given) == (2, [])
+        assert said.startswith("error: ") and message in said and said.count("\n") == 1
+        assert not any(tmp_path.iterdir())  # and nothing is left behind
+
+    return check
+
+
+# ---- what reaches main ----
+
+
+def test_defaults_are_what_conf_says(train, tmp_path):
+    code, said, [(cfg, folder)] = train()
+    assert (code, said) == (0, "")
+    assert cfg.data == DataConfig(**yaml.safe_load((CONF / "data" / "stdlib.yaml").read_text()))
+    assert cfg.model == ModelConfig(**yaml.safe_load((CONF / "model" / "tiny.yaml").read_text()))
+    assert cfg.attention.backend == "auto" and cfg.prompt == "def "
+    assert folder.is_dir() and folder.parents[1] == tmp_path / "outputs"  # outputs/DATE/TIME
+    assert cfg == Config()  # one set of defaults, though YAML and dataclasses both write it down
+
+
+def test_groups_keys_and_an_experiment(train):
+    _, _, [(cfg, _)] = train("experiment=gpt2_124m", "attention=eager", "data.seq_len=512", "optimizer.lr=1e-3", "seed=7")
+    assert (cfg.model.n_layer, cfg.model.n_kv_head, cfg.model.position) == (12, 12, "learned")
+    assert cfg.data.seq_len == cfg.model.max_seq_len == 512  # one refers to the other
+    assert (cfg.attention.backend, cfg.optimizer.lr, cfg.seed, cfg.trainer.compile) == ("eager", 1e-3, 7, True)
+
+
+@pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("model", sorted(p.stem for p in (CONF / "model").glob("*.yaml")))
+def test_every_model_and_experiment_is_valid(train, model, experiment):
+    code, said, given = train(f"model={model}", f"experiment={experiment}")
+    assert (code, said, len(given)) == (0, "", 1)
+
+
+@pytest.mark.parametrize("option", ["trainer=ddp", "logger.mode=disabled", "data=hub", "model.d_ff=null"])
+def test_other_options_are_taken(train, option):
+    assert train(option)[:2] == (0, "")
+
+
+def test_files_may_be_a_path_a_glob_or_a_list(train):
+    for argument, files in (("a.txt", ["a.txt"]), ("'my/*.txt'", ["my/*.txt"]), ("[a.txt,b.txt]", ["a.txt", "b.txt"])):
+        _, said, [(cfg, _)] = train("data=text", f"data.files={argument}")
+        assert cfg.data.paths() == files, said
+
+
+def test_the_run_folder_and_its_overrides(train, tmp_path):
+    _, _, [(_, folder)] = train("hydra.run.dir=here/run", "seed=3")
+    assert folder == tmp_path / "here" / "run"
+    assert yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()) == ["seed=3"]
+
+
+def test_exit_codes_are_mains(train):
+    assert train(main=lambda cfg, folder: None)[0] == 0
+    assert train(main=lambda cfg, folder: 1)[0] == 1
+
+    def interrupted(cfg, folder):
+        raise KeyboardInterrupt
+
+    assert train(main=interrupted)[:2] == (130, "\ninterrupted\n")
+
+
+PROMPTS = ["def ", "  a=b, 'c' \"d\" # e", "${HOME} \\${a}\\", "null", "", "[1, 2", "def f():\n    return '\\n'\n", "é 漢字"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_taken_as_it_is(train, prompt):
+    assert train(f"prompt={prompt}")[2][0][0].prompt == prompt
+
+
+# ---- what does not ----
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("sed=1", "sed is not a key; did you mean seed?"),
+        ("data.seq_ln=64", "data.seq_ln is not a key; did you mean data.seq_len?"),
+        ("seq_len=64", "seq_len is not a key; did you mean"),
+        ("zzzzz=1", "zzzzz is not a key; --help lists them"),
+        ("+colour=red", "colour is not a key"),
+        ("+model.colour=red", "model.colour is not a key"),
+        (
+            "attention=flash",
+            "attention=flash is not a choice (auto, eager, flash_v1, flash_v2, flash_v3, sdpa); did you mean flash_v3?",
+        ),
+        (
+            "attention.backend=egaer",
+            "attention.backend=egaer is not a choice (auto, eager, sdpa, flash_v1, flash_v2, flash_v3); did you mean eager?",
+        ),
+        ("model=gpt2", "did you mean gpt2_"),
+        ("experiment=gpt2_124", "did you mean gpt2_124m?"),
+        ("experiment=null", "experiment=None is not a choice (gpt2_124m"),
+        ("seed=x", "seed: value 'x'"),
+        ("data.seq_len=1.5", "data.seq_len: value '1.5'"),
+        ("model.bias=maybe", "model.bias: value 'maybe'"),
+        ("optimizer.lr=fast", "optimizer.lr: value 'fast'"),
+        ("seed", "seed is not KEY=VALUE; --help lists the keys"),
+        ("data.files=a(b).txt", "data.files=a(b).txt cannot be read: such a value needs quotes that the shell leaves on"),
+        ("seed=???", "seed=??? says that the value is missing"),
+        ("seed=1,2", "seed=1,2 names several values: add -m to run each"),
+        ("data.files=a.txt,b.txt", "write a list as [a,b]"),
+        ("model.max_seq_len=${data.sqe_len}", "sqe_len"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_right_one(refused, argument, message):
+    refused(message, argument)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("model.d_model=130", "d_model=128 would work"),
+        ("model.n_kv_head=3", "n_kv_head can be 1, 2, 4"),
+        ("model.d_model=36 model.n_head=4", "head_dim = d_model / n_head = 9 must be even"),
+        (
+            "model.position=learned model.max_seq_len=64 data.seq_len=65",
+            "data.seq_len=65 is longer than the learned",
+        ),
+        ("model.n_layer=0", "model.n_layer=0 must be at least 1"),
+        ("model.vocab_size=1", "model.vocab_size=1 must be at least 2"),
+        ("model.norm=batchnorm", "model.norm=batchnorm is not a choice (rmsnorm, layernorm)"),
+        ("model.mlp=relu", "model.mlp=relu is not a choice"),
+        ("model.position=alibi", "model.position=alibi is not a choice"),
+        ("data.source=web", "data.source=web is not a choice"),
+        ("data=text", "data=text needs data.files=PATH"),
+        ("data.files=a.txt", "data.files=a.txt is for data=text"),
+        ("data=text data.files=3", "data.files=3 must be a path, a glob or a list"),
+        ("data=hub data.hub_name=null", "data=hub needs data.hub_name"),
+        ("data.streaming=true", "data.streaming=true is for data=hub"),
+        ("data.val_fraction=1", "data.val_fraction=1.0 must lie between 0 and 1"),
+        ("data.vocab_size=256", "so at least 257"),
+        ("data.tokenizer=words", "data.tokenizer=words is not a choice"),
+        ("data.batch_size=0", "data.batch_size=0 must be at least 1"),
+        ("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0"),
+        ("optimizer.lr=nan", "optimizer.lr=nan must be at least 0"),
+        ("optimizer.beta2=1", "optimizer.beta2=1.0 must lie in [0, 1)"),
+        ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must lie in [0, 1]"),
+        ("trainer.precision=fp8", "trainer.precision=fp8 is not a choice"),
+        ("trainer.accelerator=tpu", "trainer.accelerator=tpu is not a choice"),
+        ("trainer.strategy=fsdp", "trainer.strategy=fsdp is not a choice"),
+        ("trainer.devices=0", "trainer.devices=0 must be a number of devices"),
+        ("trainer.max_steps=0", "trainer.max_steps=0 must be at least 1"),
+        ("logger.mode=on", "logger.mode"),
+    ],
+)
+def test_what_cannot_work_is_refused(refused, arguments, message):
+    refused(message, *arguments.split(" "))
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(refused, tmp_path_factory):
+    file = tmp_path_factory.mktemp("other") / "file"
+    file.touch()
+    refused(
+        f"the output folder {file}/run cannot be written (Not a directory); set hydra.run.dir=PATH", f"hydra.run.dir={file}/run"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_folder_that_cannot_be_written_is_refused(refused, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("read_only")
+    folder.chmod(0o555)
+    refused("permission denied", f"hydra.run.dir={folder}")
+
+
+# ---- several runs, and one that goes on ----
+
+
+def test_a_sweep_runs_every_point(train):
+    code, said, given = train("-m", "seed=1,2", "model.n_layer=range(1,3)")
+    assert (code, said) == (0, "")
+    assert [(cfg.seed, cfg.model.n_layer) for cfg, _ in given] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert len({folder for _, folder in given}) == 4
+
+
+def test_a_sweep_that_cannot_begin_is_refused(refused):
+    refused("did you mean eager?", "-m", "attention=egaer,sdpa")
+    refused("did you mean sdpa?", "-m", "attention=eager,sdap")
+    refused("n_kv_head can be 1, 2, 4", "-m", "model.n_kv_head=3,4")
+
+
+def test_resume_takes_the_runs_own_values_and_then_the_new_ones(train, tmp_path):
+    train("hydra.run.dir=run", "data.seq_len=64", "trainer.max_steps=10", 'prompt=it\'s, "x" = ${y}')
+    _, said, [(cfg, folder)] = train("resume=run", "trainer.max_steps=20")
+    assert said == "" and folder == tmp_path / "run"
+    assert (cfg.data.seq_len, cfg.trainer.max_steps, cfg.resume, cfg.prompt) == (64, 20, "run", 'it\'s, "x" = ${y}')
+    _, _, [(cfg, folder)] = train("resume=run")  # again: what the second call added is kept
+    assert (folder, cfg.data.seq_len, cfg.trainer.max_steps, cfg.resume) == (tmp_path / "run", 64, 20, "run")
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(train, tmp_path):
+    """What main refuses (a checkpoint of another shape, say) is not what the run is resumed with next time."""
+    train("hydra.run.dir=run", "data.seq_len=64")
+
+    def main(cfg, folder):
+        raise UserError("another model")
+
+    assert train("resume=run", "model.n_layer=9", main=main)[:2] == (2, "error: another model\n")
+    _, _, [(cfg, _)] = train("resume=run")
+    assert (cfg.model.n_layer, cfg.data.seq_len) == (4, 64)
+
+
+def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
+    """What main refuses before it has written anything; what it has written stays."""
+
+    def refuse(cfg, folder):
+        raise UserError("no such file")
+
+    def write_and_refuse(cfg, folder):
+        (folder / "metrics.jsonl").write_text("{}")
+        raise UserError("not finite")
+
+    assert train("hydra.run.dir=a", main=refuse)[0] == train("hydra.run.dir=b", main=write_and_refuse)[0] == 2
+    assert not (tmp_path / "a").exists() and (tmp_path / "b" / "metrics.jsonl").exists()
+
+
+def test_the_clock_is_read_once(train, tmp_path, monkeypatch):
+    """The run's folder is named after the second in which it was checked, and no other is made a second later."""
+    make = flash_ladder.front_door._check_writable
+    monkeypatch.setattr(flash_ladder.front_door, "_check_writable", lambda folder: (make(folder), time.sleep(1.1)))
+    _, _, [(_, folder)] = train()
+    assert [p for p in (tmp_path / "outputs").glob("*/*") if p.is_dir()] == [folder]
+
+
+def test_resume_of_nothing_is_refused(refused):
+    refused("resume=none: there is no run here (no none/.hydra/overrides.yaml)", "resume=none")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg"])
+def test_help_lists_the_choices(train, capsys, monkeypatch, flag):
+    written = []
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    code, _, given = train(*{"--help": ["--help"], "--cfg": ["--cfg", "job"]}[flag])
+    said = "".join(written)
+    assert code == 0 and given == []
+    if flag == "--help":
+        assert "attention: auto, eager, flash_v1, flash_v2, flash_v3, sdpa" in said
+        assert "model: gpt2_124m, gpt2_350m, llama_1b, tiny" in said
+        assert "python train.py resume=outputs/DATE/TIME" in said
+    assert f"seq_len: {DataConfig(**yaml.safe_load((CONF / 'data' / 'stdlib.yaml').read_text())).seq_len}" in said

@@ -1,0 +1,243 @@
+"""flash_ladder.training.record, flops and probe: what is logged, what it means, and that a dead tracker costs nothing."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from flash_ladder.measure.flops import PEAKS, attention_flops, flops_per_token, peak_tflops
+from flash_ladder.measure.probe import Layer, probe_attention
+from flash_ladder.schema import LoggerConfig
+from flash_ladder.training import record as telemetry
+from flash_ladder.training.callbacks import Speed, Work
+from flash_ladder.training.record import MetricsFile, WandbCopy, commit, environment, open_wandb, seconds_since_start
+
+CPU = torch.device("cpu")
+
+
+# ---- FLOPs ----
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 88.2),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("Tesla T4", None),  # no bf16
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA GeForce RTX 2060 SUPER", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_dense_peak_of_a_gpu_by_its_name(name, bf16):
+    assert peak_tflops(name, "bf16-mixed") == bf16
+
+
+def test_peaks_in_other_precisions():
+    assert peak_tflops("Tesla T4", "16-mixed") == 65
+    assert peak_tflops("Tesla V100-SXM2-32GB", "16-mixed") == 125
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "32") == 19.5
+    assert all(fp32 < fp16 for _, fp16, fp32 in PEAKS.values())
+
+
+def test_flops_of_gpt2_124m_by_both_conventions():
+    # nanoGPT's count: 123,587,328 parameters multiply (bias=False, vocabulary 50304); 6 N + 12 L S d at 1024 positions.
+    flops = flops_per_token(123_587_328, n_layer=12, d_model=768, seq_len=1024)
+    assert flops.full == 6 * 123_587_328 + 12 * 12 * 1024 * 768
+    # Causal: position i sees i + 1 keys.
+    pairs = sum(i + 1 for i in range(1024))
+    assert flops.causal == pytest.approx(6 * 123_587_328 + 12 * 12 * 768 * pairs / 1024)
+    # 2 products of 2·S·D FLOPs a row and head, half of them causal, and a backward of 2.5 times that.
+    assert attention_flops(2, 3, 128, 64) == 3.5 * 2 * 3 * (2 * 2 * 128 * 128 * 64) / 2
+
+
+def test_mfu_is_flops_over_peak_and_absent_where_the_peak_is_unknown():
+    flops = flops_per_token(123_587_328, 12, 768, 1024)
+    rates = Speed(Work(tokens=1, flops=flops, peak_tflops=989.0), log_every=1).rates(522_985.0)
+    assert rates["speed/mfu"] == pytest.approx(0.452, abs=5e-4)
+    assert rates["speed/mfu"] == pytest.approx(rates["speed/model_tflops"] / 989)
+    assert 0.4 < rates["speed/mfu_causal"] < rates["speed/mfu"]
+    unknown = Speed(Work(tokens=1, flops=flops, peak_tflops=None), log_every=1).rates(522_985.0)
+    assert set(unknown) == {"speed/tokens_per_second", "speed/model_tflops"}
+
+
+def test_speed_leaves_the_first_interval_out_where_there_are_others():
+    speed = Speed(Work(tokens=100, flops=flops_per_token(1, 1, 1, 1), peak_tflops=None), log_every=2)
+    assert speed.tokens_per_second is None
+    speed.intervals = [(1, 10.0)]
+    assert speed.tokens_per_second == 10
+    speed.intervals += [(2, 1.0), (2, 3.0)]
+    assert speed.tokens_per_second == 100
+
+
+# ---- the attention probe ----
+
+
+def layer(seq_len):
+    return Layer(2, 4, 2, seq_len, 16, torch.float32, CPU)
+
+
+def test_eager_keeps_the_square_of_the_length_and_sdpa_its_multiple():
+    short, long = (probe_attention(layer(n), "sdpa") for n in (256, 512))
+    # sdpa: the output [2, 4, S, 16] and a log-sum-exp [2, 4, S], float32.
+    assert short.bytes == 2 * 4 * 256 * (16 + 1) * 4
+    assert long.bytes == 2 * short.bytes
+    assert short.eager_bytes >= layer(256).score_bytes == 2 * 4 * 256 * 256 * 4
+    assert 3.5 < long.eager_bytes / short.eager_bytes < 4
+    logged = long.metrics()
+    assert set(logged) == {
+        "memory/attention_gib",
+        "memory/attention_eager_gib",
+        "memory/attention_eager_is_analytic",
+        "memory/attention_saved_gib_vs_eager",
+        "memory/attention_saved_ratio_vs_eager",
+        "speed/attention_tflops",
+        "speed/attention_speedup_vs_eager",
+    }
+    assert logged["memory/attention_gib"] == long.bytes / 2**30
+    assert logged["memory/attention_saved_gib_vs_eager"] == pytest.approx((long.eager_bytes - long.bytes) / 2**30)
+    assert logged["memory/attention_saved_ratio_vs_eager"] == pytest.approx(long.eager_bytes / long.bytes)
+    assert logged["speed/attention_speedup_vs_eager"] == pytest.approx(long.eager_seconds / long.seconds)
+    assert logged["memory/attention_eager_is_analytic"] == 0
+
+
+def test_where_eager_does_not_fit_its_analytic_size_is_logged_and_marked(monkeypatch):
+    monkeypatch.setattr("flash_ladder.measure.probe.free_memory", lambda: layer(64).score_bytes)
+    probe = probe_attention(layer(64), "sdpa")
+    assert probe.eager_bytes == layer(64).score_bytes and probe.eager_seconds is None
+    assert probe.metrics()["memory/attention_eager_is_analytic"] == 1
+    assert "speed/attention_speedup_vs_eager" not in probe.metrics()
+    assert "does not fit" in str(probe)
+
+
+def test_a_backend_in_the_interpreter_is_measured_in_memory_alone():
+    probe = probe_attention(Layer(1, 1, 1, 32, 16, torch.float32, CPU), "flash_v2")
+    assert probe.bytes == 32 * (16 + 1) * 4 and probe.seconds is None
+    assert not any(name.startswith("speed/") for name in probe.metrics())
+    assert "time not compared" in str(probe)
+
+
+def test_eager_is_its_own_measure():
+    probe = probe_attention(layer(64), "eager")
+    assert probe.metrics()["memory/attention_saved_gib_vs_eager"] == 0
+    assert probe.metrics()["speed/attention_speedup_vs_eager"] == 1
+
+
+# ---- metrics.jsonl and environment.json ----
+
+
+def test_metrics_are_json_lines_and_nan_is_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsFile(path)
+    log.log_metrics({"train/loss": 1.5, "val/loss": math.nan, "speed/mfu": math.inf}, step=3)
+    line = json.loads(path.read_text())  # there without closing: it is flushed
+    assert {k: v for k, v in line.items() if k != "time"} == {"step": 3, "train/loss": 1.5, "val/loss": None, "speed/mfu": None}
+    assert abs(line["time"] - time.time()) < 60
+    log.close()
+
+
+def test_metrics_go_on_after_a_line_torn_by_a_kill(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "tr')
+    log = MetricsFile(path)
+    log.log_metrics({}, step=2)
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_environment_says_what_the_numbers_depend_on():
+    about = json.loads(json.dumps(environment(CPU, attention={"backend": "sdpa", "reason": "CPU"})))
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["python"] and about["versions"]["lightning"] and about["command"]
+    assert about["gpu"] is None and about["attention"]["backend"] == "sdpa"
+
+
+def test_commit_outside_a_checkout_is_none(tmp_path):
+    assert commit(tmp_path) is None
+
+
+def test_time_counts_from_the_start_of_the_process():
+    assert 0 < seconds_since_start() < 24 * 3600
+    first = seconds_since_start()
+    time.sleep(0.1)
+    assert 0.05 < seconds_since_start() - first < 5
+
+
+# ---- wandb ----
+
+
+def test_wandb_offline_goes_on_under_the_same_id(tmp_path):
+    ids = []
+    for step in (1, 2):
+        run = open_wandb(LoggerConfig(mode="offline"), tmp_path, {"model": {"d_model": 16}})
+        copy = WandbCopy(run)
+        copy.log_metrics({"train/loss": 1.0}, step)
+        copy.close()
+        ids.append(run.id)
+    assert ids[0] == ids[1]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
+
+
+def test_wandb_disabled_leaves_nothing(tmp_path):
+    assert open_wandb(LoggerConfig(mode="disabled"), tmp_path, {}) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dead_server_costs_a_bounded_wait_and_one_warning(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(telemetry, "INIT_TIMEOUT", 2)
+    start = time.monotonic()
+    run = open_wandb(LoggerConfig(mode="online"), tmp_path, {})
+    copy = WandbCopy(run)
+    copy.log_metrics({"train/loss": 1.0}, 1)
+    copy.close()
+    assert time.monotonic() - start < 15
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1 and "wandb is offline" in warnings[0] and "`wandb sync" in warnings[0]
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_wandb_failing_on_the_way_is_left_behind(tmp_path, monkeypatch, capsys):
+    run = open_wandb(LoggerConfig(mode="offline"), tmp_path, {})
+    copy = WandbCopy(run)
+
+    def broken(*args, **kwargs):
+        raise ConnectionResetError("its service died")
+
+    monkeypatch.setattr(type(run), "log", broken)
+    for step in (1, 2):
+        copy.log_metrics({"train/loss": 1.0}, step)
+    assert capsys.readouterr().err == "warning: wandb stopped working (its service died); metrics.jsonl goes on\n"
+    monkeypatch.undo()
+    copy.close()
+
+
+def test_wandb_that_cannot_start_is_done_without(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def broken(**kwargs):
+        raise wandb.Error("no service here")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    assert open_wandb(LoggerConfig(mode="offline"), tmp_path, {}) is None
+    assert capsys.readouterr().err.startswith("warning: wandb could not start (no service here)")

@@ -1,0 +1,348 @@
+"""flash_ladder.training.run: a run from its text to its report, going on from a checkpoint, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from flash_ladder.kernels import Choice
+
+from flash_ladder.front_door import UserError
+from flash_ladder.machine.decide import find_devices, find_place, find_precision
+from flash_ladder.schema import AttentionConfig, TrainerConfig
+from flash_ladder.training.run import printable, train
+from tests.helpers.tiny import metrics, overrides, tiny_config, values
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+
+
+def checkpoint(run, name="last"):
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def command(*arguments, cwd, timeout=60):
+    """Runs train.py in a process of its own."""
+    return subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ
+    )
+
+
+# ---- one run ----
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps in one go: its configuration, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    cfg = tiny_config(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *words, **kwargs: printed.append(" ".join(map(str, words))))
+        train(cfg, folder / "run")
+    return cfg, folder / "run", "\n".join(printed)
+
+
+def test_a_run_leaves_its_record(whole):
+    _, run, _ = whole
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.jsonl", "environment.json", "tokenizer.json", "checkpoints"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["attention"]["backend"] == "sdpa" and environment["precision"]["precision"] == "32"
+    assert checkpoint(run)["global_step"] == 6
+    assert checkpoint(run)["hyper_parameters"]["config"]["model"]["vocab_size"] == 320  # 257 rounded up to 64
+
+
+def test_metrics_have_the_names_of_the_design(whole):
+    _, run, _ = whole
+    steps = [line["step"] for line in metrics(run)]
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    names = {name for line in metrics(run) for name in line}
+    assert names == {
+        "step",
+        "time",
+        "train/loss",
+        "train/lr",
+        "val/loss",
+        "val/perplexity",
+        "speed/tokens_per_second",
+        "speed/model_tflops",
+        "speed/first_step_seconds",
+        "speed/attention_tflops",
+        "speed/attention_speedup_vs_eager",
+        "memory/peak_gib",
+        "memory/attention_gib",
+        "memory/attention_eager_gib",
+        "memory/attention_eager_is_analytic",
+        "memory/attention_saved_gib_vs_eager",
+        "memory/attention_saved_ratio_vs_eager",
+    }  # no MFU on a CPU
+    assert list(values(run, "val/loss")) == [3, 6]
+    losses = values(run, "train/loss")
+    assert losses[6] < losses[1]
+    assert values(run, "memory/peak_gib")[6] > 0.1
+
+
+def test_the_report_says_what_a_run_came_to(whole):
+    _, run, printed = whole
+    assert printed.startswith("attention: sdpa (CPU, float32, head_dim 16)\nprecision: 32 (a CPU)\ndata: 24 documents")
+    assert f"validation   loss {values(run, 'val/loss')[6]:.4f}" in printed
+    for name in (
+        "attention memory: one layer",
+        "\nbaseline",
+        "| def ",
+        "\nspeed",
+        "tokens/s",
+        "\npeak memory",
+        "\nattention    sdpa",
+    ):
+        assert name in printed, name
+    assert f"\nrun          {run}: checkpoints/best.ckpt" in printed
+
+
+def test_best_is_the_lowest_validation_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr("flash_ladder.training.module.lr_factor", lambda step, *_: 1 if step < 2 else -1)  # two steps down, then up
+    train(tiny_config(tmp_path, val_every=1, max_steps=4), tmp_path / "run")
+    losses = values(tmp_path / "run", "val/loss")
+    assert len(losses) == 4
+    assert checkpoint(tmp_path / "run", "best")["global_step"] == min(losses, key=losses.get) == 2
+
+
+def test_mixed_precision_documents_and_recomputation_go_together(tmp_path):
+    cfg = tiny_config(tmp_path, precision="bf16-mixed", activation_checkpointing=True, accumulate=2)
+    cfg = replace(cfg, data=replace(cfg.data, document_ids=True), optimizer=replace(cfg.optimizer, grad_clip=1.0))
+    train(cfg, tmp_path / "run")
+    assert values(tmp_path / "run", "val/loss")[6] < values(tmp_path / "run", "val/loss")[3]
+
+
+@pytest.mark.parametrize("backend", ["eager", "flash_v2"])
+@pytest.mark.filterwarnings("ignore:flash_v2 runs in Triton's interpreter")
+def test_every_backend_trains_the_same_model(tmp_path, whole, backend):
+    cfg = tiny_config(tmp_path, max_steps=3)
+    train(replace(cfg, attention=AttentionConfig(backend=backend)), tmp_path / "run")
+    expected = {step: loss for step, loss in values(whole[1], "train/loss").items() if step <= 3}
+    assert values(tmp_path / "run", "train/loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("a\x1b[2J\tb\n\x00é") == "a\ufffd[2J\tb\n\ufffdé"
+
+
+def test_the_last_step_is_validated_and_saved_wherever_it_falls(tmp_path):
+    train(tiny_config(tmp_path, max_steps=4), tmp_path / "run")
+    assert list(values(tmp_path / "run", "val/loss")) == [3, 4]
+    assert checkpoint(tmp_path / "run")["global_step"] == 4
+
+
+# ---- going on ----
+
+
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(tmp_path, accumulate):
+    cfg = tiny_config(tmp_path, accumulate=accumulate)
+    train(cfg, tmp_path / "whole")
+    run = tmp_path / "run"
+    train(replace(cfg, trainer=replace(cfg.trainer, max_steps=3)), run)
+    train(replace(cfg, resume=str(run)), run)
+    for name in ("train/loss", "val/loss"):
+        assert values(run, name) == values(tmp_path / "whole", name)
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 3, 3, 4, 5, 6, 6]
+    whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(run)
+    assert same_weights(whole["state_dict"], resumed["state_dict"])
+    assert whole["lr_schedulers"] == resumed["lr_schedulers"]
+
+
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(tmp_path, whole, monkeypatch):
+    cfg, uninterrupted, _ = whole
+    from flash_ladder.training.module import GPTModule
+
+    step = GPTModule.training_step
+
+    def interrupt(self, batch, batch_idx):
+        if batch_idx == 3:  # inside step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(GPTModule, "training_step", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        train(cfg, tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert checkpoint(tmp_path / "run")["global_step"] == 4
+    monkeypatch.undo()
+    train(replace(cfg, resume=str(tmp_path / "run")), tmp_path / "run")
+    for name in ("train/loss", "val/loss"):
+        assert values(tmp_path / "run", name) == values(uninterrupted, name)
+    assert same_weights(checkpoint(tmp_path / "run")["state_dict"], checkpoint(uninterrupted)["state_dict"])
+
+
+def resumable(tmp_path, **trainer):
+    """A finished run of three steps, and the configuration that would go on to six."""
+    cfg = tiny_config(tmp_path, **trainer)
+    train(replace(cfg, trainer=replace(cfg.trainer, max_steps=3)), tmp_path / "run")
+    return replace(cfg, resume=str(tmp_path / "run")), tmp_path / "run"
+
+
+def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
+    cfg, run = resumable(tmp_path)
+    last = run / "checkpoints" / "last.ckpt"
+    good = last.read_bytes()
+    with pytest.raises(UserError, match=r"at step 3 of trainer.max_steps=3: nothing is left to do; trainer.max_steps=6 would"):
+        train(replace(cfg, trainer=replace(cfg.trainer, max_steps=3)), run)
+    with pytest.raises(UserError, match=r"trained with model\.n_kv_head=1, not 2"):
+        train(replace(cfg, model=replace(cfg.model, n_kv_head=2)), run)
+    with pytest.raises(UserError, match=r"embedding.weight is \(8, 32\)"):
+        changed = torch.load(last, weights_only=True)
+        changed["state_dict"]["net.embedding.weight"] = torch.zeros(8, 32)
+        torch.save(changed, last)
+        train(cfg, run)
+    last.write_bytes(good[:1000])
+    with pytest.raises(UserError, match=r"last.ckpt"):
+        train(cfg, run)
+    torch.save({"weights": 1}, last)
+    with pytest.raises(UserError, match=r"last.ckpt was not written by"):
+        train(cfg, run)
+    last.unlink()
+    with pytest.raises(UserError, match=r"no checkpoint last.ckpt"):
+        train(cfg, run)
+    last.write_bytes(good)
+    (tmp_path / "text" / "00.txt").write_text("another text " * 100)
+    train(cfg, run)  # bytes have one tokenizer whatever the text
+    assert checkpoint(run)["global_step"] == 6
+
+
+def test_resume_refuses_another_tokenizer(tmp_path):
+    cfg = tiny_config(tmp_path)
+    cfg = replace(cfg, data=replace(cfg.data, tokenizer="bpe", vocab_size=300))
+    train(replace(cfg, trainer=replace(cfg.trainer, max_steps=3)), tmp_path / "run")
+    for path in (tmp_path / "text").iterdir():
+        path.write_text("quite another text, in which other pairs of letters are frequent " * 20)
+    with pytest.raises(UserError, match="its corpus has changed"):
+        train(replace(cfg, resume=str(tmp_path / "run")), tmp_path / "run")
+
+
+# ---- where and how ----
+
+
+def test_precision_follows_the_device_and_says_why(monkeypatch):
+    gpu = torch.device("cuda")
+    assert find_precision("auto", CPU) == ("32", "a CPU")
+    for capability, precision in (((9, 0), "bf16-mixed"), ((8, 0), "bf16-mixed"), ((7, 5), "16-mixed"), ((7, 0), "32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert find_precision("auto", gpu)[0] == precision
+    assert find_precision("bf16-mixed", CPU) == ("bf16-mixed", "asked for")
+    with pytest.raises(UserError, match="16-mixed needs a GPU"):
+        find_precision("16-mixed", CPU)
+
+
+def test_devices_are_counted_or_refused(monkeypatch):
+    assert find_devices(TrainerConfig(devices="auto", accelerator="cpu")) == (CPU, 1)
+    assert find_devices(TrainerConfig(devices=2, accelerator="cpu")) == (CPU, 2)
+    with pytest.raises(UserError, match="must be a number, or auto"):
+        find_devices(TrainerConfig(devices="0,1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="PyTorch finds no GPU here"):
+        find_devices(TrainerConfig(accelerator="gpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert find_devices(TrainerConfig(devices=-1)) == (torch.device("cuda", 0), 4)
+    with pytest.raises(UserError, match="finds 4 GPUs here"):
+        find_devices(TrainerConfig(devices=8))
+
+
+def test_attention_that_cannot_run_is_refused_before_the_data_is_read(tmp_path):
+    cfg = tiny_config(tmp_path)
+    cfg = replace(
+        cfg,
+        attention=replace(cfg.attention, backend="flash_v2"),
+        data=replace(cfg.data, files="nowhere"),
+        model=replace(cfg.model, d_model=8 * cfg.model.n_head),
+    )
+    with pytest.raises(UserError, match="flash_v2 cannot run here: flash_v2 takes head_dim 16 to 256, not 8"):
+        find_place(cfg)
+    with pytest.raises(UserError, match="flash_v2 cannot run here"):
+        train(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_deterministic_training_on_hopper_takes_a_rung_that_is(tmp_path, monkeypatch):
+    """And PyTorch's own attention, which the switch that Lightning turns makes so, stays there for who names it."""
+
+    class Properties:
+        major, minor, name = 9, 0, "NVIDIA H200"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def chosen(backend: str, deterministic: bool) -> Choice:
+        cfg = tiny_config(tmp_path, deterministic=deterministic, accelerator="gpu", precision="bf16-mixed")
+        return find_place(replace(cfg, attention=replace(cfg.attention, backend=backend))).attention
+
+    assert chosen("auto", False).backend == chosen("flash_v3", False).backend == "flash_v3"
+    assert chosen("auto", True).backend == chosen("flash_v3", True).backend == "flash_v3"
+    assert chosen("sdpa", True).backend == "sdpa"
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+    cfg = tiny_config(tmp_path)
+    with pytest.raises(UserError, match=r"model\.vocab_size=100 is smaller than the tokenizer's 257"):
+        train(replace(cfg, model=replace(cfg.model, vocab_size=100)), tmp_path / "run")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_training(tmp_path):
+    with pytest.raises(UserError, match=r"prompt: 40 tokens are more than data\.seq_len=16"):
+        train(replace(tiny_config(tmp_path), prompt="x" * 40), tmp_path / "run")
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["model.n_heads=4"], "did you mean model.n_head?"),
+        (["attention=flash_v9"], "attention=flash_v9 is not a choice"),
+        (["trainer.max_steps=many"], "trainer.max_steps"),
+        (["model.n_kv_head=3"], "model.n_head=4 is not divisible by model.n_kv_head=3"),
+        (["resume=nowhere"], "resume=nowhere: there is no run here"),
+    ],
+)
+def test_a_mistake_in_the_configuration_costs_one_line(tmp_path, arguments, says):
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and says in done.stderr
+    assert done.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_costs_one_line(tmp_path):
+    done = command("data=text", "data.files=nowhere.txt", "logger=wandb", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "nowhere.txt" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_trains_resumes_and_keeps_one_folder(tmp_path):
+    cfg = tiny_config(tmp_path, max_steps=2)
+    run = tmp_path / "run"
+    first = command(*overrides(cfg), "logger.mode=offline", f"hydra.run.dir={run}", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "Traceback" not in first.stderr and "Warning" not in first.stderr
+    again = command(f"resume={run}", "trainer.max_steps=4", "trainer.val_every=4", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "resuming after step 2" in again.stdout
+    assert list(values(run, "train/loss")) == [1, 2, 3, 4]
+    assert len(list(run.glob("wandb/offline-run-*"))) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"text", "cache", "run"}
