@@ -2,6 +2,7 @@
 
 from . import jit  # isort: skip  (settles how Triton runs, so it comes before whatever imports Triton)
 
-from .operation import BACKENDS, Choice, Unsupported, attention, choose
+from .choice import BACKENDS, Choice, Unsupported, choose
+from .operation import attention
 
 __all__ = ["BACKENDS", "Choice", "Unsupported", "attention", "choose", "jit"]

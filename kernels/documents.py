@@ -1,11 +1,18 @@
-"""Where each position's document begins and ends: `kernels.bounds.document_bounds` as one kernel.
+"""What is asked of attention as tensors for the kernels: slopes, and where each position's document begins and ends.
 
-Every call with document_ids needs these bounds, forward and backward. PyTorch's three operations take 5 % of a forward pass at 16k
-tokens.
+Every call with document_ids needs these bounds, forward and backward. `kernels.bounds.document_bounds` finds them by three of
+PyTorch's operations, which take 5 % of a forward pass at 16k tokens; here one kernel does.
 """
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .asked import Asked
+from .launch import Launch, on
 
 
 @triton.jit
@@ -31,3 +38,28 @@ def bounds_kernel(IDS, FIRST, LAST, seq, n_block, steps, BLOCK: tl.constexpr):
         last_to = tl.where(is_own, last_to, after - 1)
     tl.store(FIRST + row + place, first_from, mask=inside)
     tl.store(LAST + row + place, last_to, mask=inside)
+
+
+def tensors_for_kernels(asked: Asked, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """First and last position of each position's document, int32 [B, S], and slopes, float32 [Hq]; None for what is not asked."""
+    first, last = (None, None) if asked.document_ids is None else document_ends(asked.document_ids)
+    slopes = None if asked.alibi_slopes is None else asked.alibi_slopes.to(device, torch.float32).contiguous()
+    return first, last, slopes
+
+
+def document_ends(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last position of the document that each position belongs to, int32 [B, S]; ids [B, S] are non-decreasing."""
+    ids = document_ids.contiguous()
+    first, last = (torch.empty(ids.shape, device=ids.device, dtype=torch.int32) for _ in range(2))
+    if ids.numel():
+        with on(ids.device):
+            prepare_ends(ids.device, ids.dtype, *ids.shape)(ids, first, last)
+    return first, last
+
+
+@lru_cache(maxsize=4096)
+def prepare_ends(device: torch.device, dtype: torch.dtype, batch: int, seq: int) -> Launch:
+    """The launch of `document_ends` for all ids of one shape, remembered."""
+    block = 256
+    n_block = triton.cdiv(seq, block)
+    return Launch(bounds_kernel, (batch * n_block, 1, 1), device, (seq, n_block, seq.bit_length(), block), {"num_warps": 4})

@@ -5,12 +5,11 @@ section 3.2.1). Products run in the inputs' dtype, the softmax in float32 (float
 a fused kernel does.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .bounds import key_bounds, visible
+from .asked import Asked
+from .bounds import distance, key_bounds, visible
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
@@ -18,36 +17,20 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
     return None
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    is_causal: bool,
-    window_size: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    document_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _scores(query: Tensor, key: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
     """Scores [B, Hq, Sq, Sk] in the accumulation dtype, -inf where hidden, and which rows see nothing [., 1, Sq, 1].
 
     Rows that see nothing are left unmasked, so that no NaN arises; the caller sets what they give.
     """
     seq_q, seq_k = query.shape[2], key.shape[2]
-    bounds = key_bounds(seq_q, seq_k, is_causal=is_causal, window_size=window_size, document_ids=document_ids, device=query.device)
-    hidden = ~visible(*bounds, seq_k)
+    hidden = ~visible(*key_bounds(asked, seq_q, seq_k, query.device), seq_k)
     blind = hidden.all(-1, keepdim=True)
-    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance(seq_q, seq_k, query.device)
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * asked.scale
+    if asked.softcap is not None:
+        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    if asked.alibi_slopes is not None:
+        scores = scores - asked.alibi_slopes.to(scores.dtype)[:, None, None] * distance(seq_q, seq_k, query.device)
     return scores.masked_fill(hidden & ~blind, -torch.inf), blind
-
-
-def distance(seq_q: int, seq_k: int, device: torch.device) -> Tensor:
-    """|i − j| with i aligned bottom-right, int64 [Sq, Sk]."""
-    position = torch.arange(seq_q, device=device) + (seq_k - seq_q)
-    return (position[:, None] - torch.arange(seq_k, device=device)).abs()
 
 
 def _repeat_heads(query: Tensor, *shared: Tensor) -> list[Tensor]:
@@ -56,34 +39,22 @@ def _repeat_heads(query: Tensor, *shared: Tensor) -> list[Tensor]:
     return [x.repeat_interleave(group, 1) if group > 1 else x for x in shared]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention that torch differentiates by itself; arguments as in `kernels.attention`, whose checks have passed.
+def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> tuple[Tensor, Tensor | None]:
+    """Attention that torch differentiates by itself; `attention` has checked what is asked.
 
     Returns the output [B, Hq, Sq, D] and, if asked for, the log-sum-exp of each row's scores [B, Hq, Sq] (natural log).
     """
     key, value = _repeat_heads(query, key, value)
-    scores, blind = _scores(query, key, scale, is_causal, window_size, softcap, alibi_slopes, document_ids)
+    scores, blind = _scores(query, key, asked)
     weights = torch.softmax(scores, -1).to(value.dtype)
     output = (weights @ value).masked_fill(blind, 0.0)
-    lse = torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -torch.inf) if return_lse else None
+    lse = torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -torch.inf) if asked.return_lse else None
     return output, lse
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, **meaning: Any) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, as `attend`."""
-    return attend(query, key, value, return_lse=True, **meaning)
+    return attend(query, key, value, asked._replace(return_lse=True))
 
 
 def backward(
@@ -94,14 +65,7 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    deterministic: bool = True,
+    asked: Asked,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from the output and its log-sum-exp: the formulas that every rung's backward computes.
 
@@ -109,17 +73,17 @@ def backward(
     (Dao, 2023, section 2.3.2; the gradient of lse joins delta because ∂lse/∂S = P).
     """
     keys, values = _repeat_heads(query, key, value)
-    scores, blind = _scores(query, keys, scale, is_causal, window_size, softcap, alibi_slopes, document_ids)
+    scores, blind = _scores(query, keys, asked)
     p = torch.exp(scores - lse[..., None]).masked_fill(blind, 0.0)
     dp = (grad_output @ values.transpose(-1, -2)).to(p.dtype)
     delta = (grad_output * output).to(p.dtype).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
     ds = p * (dp - delta[..., None])
-    if softcap is not None:
-        capped = _scores(query, keys, scale, False, None, softcap, None, None)[0]
-        ds = ds * (1 - (capped / softcap) ** 2)
-    ds = (ds * scale).to(query.dtype)
+    if asked.softcap is not None:
+        capped = _scores(query, keys, Asked(asked.scale, softcap=asked.softcap))[0]
+        ds = ds * (1 - (capped / asked.softcap) ** 2)
+    ds = (ds * asked.scale).to(query.dtype)
     dq = ds @ keys
     dk = ds.transpose(-1, -2) @ query
     dv = p.to(query.dtype).transpose(-1, -2) @ grad_output

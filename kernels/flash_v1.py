@@ -26,8 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .asked import Asked, numbers_for_kernels, upstream
+from .documents import tensors_for_kernels
 from .jit import INTERPRET
-from .launch import launch, meaning, meaning_tensors, refusal, upstream, warn_once
+from .launch import launch, refusal, warn_once
 from .layout import heads_last
 from .tile_ops import (
     LN2,
@@ -222,18 +224,13 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    asked: Asked,
     *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]; in `output_dtype`, by default the inputs') and lse [B, Hq, Sq] float32.
 
-    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive.
+    `attention` has checked what is asked; its scale is positive.
     """
     if INTERPRET:
         warn_once("flash_v1")
@@ -243,15 +240,15 @@ def forward(
     lse = torch.empty((batch, n_head, seq_q), device=query.device, dtype=torch.float32)
     if output.numel() == 0:
         return output, lse
-    asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
+    numbers = numbers_for_kernels(asked, seq_q, seq_k)
     # Line 2: output 0, row sums 0, row maxima -inf.
     running = torch.zeros(query.shape, device=query.device, dtype=torch.float32)
     row_sum, row_max = torch.zeros_like(lse), torch.full_like(lse, -math.inf)
     tile = tiles_v1(query.device, query.dtype, head_dim).forward
     launch(
         _forward_kernel, tile, (batch * n_head, 1, 1),
-        (query, key, value, running, row_sum, row_max, output, lse, *meaning_tensors(query, alibi_slopes, document_ids)),
-        (query, key, value, running, output), (n_head, seq_q, seq_k), asked, n_head // n_kv_head,
+        (query, key, value, running, row_sum, row_max, output, lse, *tensors_for_kernels(asked, query.device)),
+        (query, key, value, running, output), (n_head, seq_q, seq_k), numbers, n_head // n_kv_head,
     )  # fmt: skip
     return output, lse
 
@@ -264,14 +261,7 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    deterministic: bool = True,
+    asked: Asked,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time, asked for or not."""
     batch, n_head, seq_q, head_dim = query.shape
@@ -280,13 +270,13 @@ def backward(
     if query.numel() == 0 or seq_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad_output, grad_lse = upstream(grad_output, grad_lse)
-    asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
+    numbers = numbers_for_kernels(asked, seq_q, seq_k)
     running = torch.zeros(query.shape, device=query.device, dtype=torch.float32)  # line 5
     tile = tiles_v1(query.device, query.dtype, head_dim).backward
-    more = meaning_tensors(query, alibi_slopes, document_ids)
+    more = tensors_for_kernels(asked, query.device)
     launch(
         _backward_kernel, tile, (batch * n_kv_head, 1, 1),
         (query, key, value, output, lse, grad_output, grad_lse, running, dk, dv, *more),
-        (query, key, value, output, grad_output, running, dk, dv), (n_kv_head, seq_q, seq_k), asked, n_head // n_kv_head,
+        (query, key, value, output, grad_output, running, dk, dv), (n_kv_head, seq_q, seq_k), numbers, n_head // n_kv_head,
     )  # fmt: skip
     return dq.copy_(running), dk, dv

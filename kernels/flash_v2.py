@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .asked import Asked, numbers_for_kernels, upstream
+from .documents import tensors_for_kernels
 from .flash_v2_backward import dkdv_kernel, dq_kernel
 from .jit import INTERPRET
-from .launch import grid, launch, meaning, meaning_tensors, refusal, upstream, warn_once
+from .launch import grid, launch, refusal, warn_once
 from .layout import heads_last
 from .tile_ops import (
     ALL,
@@ -165,19 +167,14 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    asked: Asked,
     *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
     use: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]; in `output_dtype`, by default the inputs') and lse [B, Hq, Sq] float32.
 
-    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the table's tiles.
+    `attention` has checked what is asked; its scale is positive. `use` replaces the table's tiles.
     """
     if INTERPRET:
         warn_once("flash_v2")
@@ -187,13 +184,13 @@ def forward(
     lse = torch.empty((batch, n_head, seq_q), device=query.device, dtype=torch.float32)
     if output.numel() == 0 or seq_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
-    asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
+    numbers = numbers_for_kernels(asked, seq_q, seq_k)
     tile = (use or tiles(query.device, query.dtype, head_dim)).forward
     programs, flat = grid(-(-seq_q // tile.block_q), n_head, batch)
     launch(
         _forward_kernel, tile, programs,
-        (query, key, value, output, lse, *meaning_tensors(query, alibi_slopes, document_ids)), (query, key, value, output),
-        (n_head, seq_q, seq_k), asked, n_head // n_kv_head, RAGGED=seq_k % tile.block_k != 0, FLAT=flat,
+        (query, key, value, output, lse, *tensors_for_kernels(asked, query.device)), (query, key, value, output),
+        (n_head, seq_q, seq_k), numbers, n_head // n_kv_head, RAGGED=seq_k % tile.block_k != 0, FLAT=flat,
     )  # fmt: skip
     return output, lse
 
@@ -206,14 +203,8 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
+    asked: Asked,
     *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    deterministic: bool = True,
     use: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time, asked for or not.
@@ -227,22 +218,22 @@ def backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad_output, grad_lse = upstream(grad_output, grad_lse)
     delta = torch.empty_like(lse)
-    asked = meaning(seq_q, seq_k, scale, is_causal, window_size, softcap)
-    more = meaning_tensors(query, alibi_slopes, document_ids)
-    cut = window_size is not None or document_ids is not None
+    numbers = numbers_for_kernels(asked, seq_q, seq_k)
+    more = tensors_for_kernels(asked, query.device)
+    cut = asked.window_size is not None or asked.document_ids is not None
     chosen, group = use or tiles(query.device, query.dtype, head_dim, cut), n_head // n_kv_head
     tile = chosen.dq
     programs, flat = grid(-(-seq_q // tile.block_q), n_head, batch)
     launch(
         dq_kernel, tile, programs,
         (query, key, value, output, lse, grad_output, grad_lse, dq, delta, *more), (query, key, value, output, grad_output, dq),
-        (n_head, seq_q, seq_k), asked, group, RAGGED=seq_k % tile.block_k != 0, FLAT=flat,
+        (n_head, seq_q, seq_k), numbers, group, RAGGED=seq_k % tile.block_k != 0, FLAT=flat,
     )  # fmt: skip
     tile = chosen.dkdv
     programs, flat = grid(-(-seq_k // tile.block_k), n_kv_head, batch)
     launch(
         dkdv_kernel, tile, programs,
         (query, key, value, lse, grad_output, delta, dk, dv, *more), (query, key, value, grad_output, dk, dv),
-        (n_kv_head, seq_q, seq_k), asked, group, RAGGED=seq_q % tile.block_q != 0, FLAT=flat,
+        (n_kv_head, seq_q, seq_k), numbers, group, RAGGED=seq_q % tile.block_q != 0, FLAT=flat,
     )  # fmt: skip
     return dq, dk, dv

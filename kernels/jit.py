@@ -10,14 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-if "TRITON_INTERPRET" in os.environ:
-    INTERPRET, TOO_LATE = os.environ["TRITON_INTERPRET"] == "1", False
-else:
-    INTERPRET = not torch.cuda.is_available()
-    TOO_LATE = INTERPRET and "triton" in sys.modules  # somebody else has imported Triton to compile, and it stays so
-    if INTERPRET and not TOO_LATE:
-        os.environ["TRITON_INTERPRET"] = "1"
-
 
 def installed(name: str) -> str | None:
     """A package's version, or None."""
@@ -28,19 +20,31 @@ def installed(name: str) -> str | None:
 
 
 def numpy_trouble(triton: str | None, numpy: str | None) -> str | None:
-    """Triton 3.6's interpreter takes one-element arrays for numbers, which numpy 2.4 no longer allows."""
-    if triton and numpy and triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+    """Why Triton's interpreter cannot run with this NumPy, or None. Triton 3.6's takes one-element arrays for numbers, which numpy
+    2.4 no longer allows."""
+    if numpy is None:
+        return "Triton's interpreter needs numpy, which is not installed"
+    if triton and triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
         return f"Triton 3.6's interpreter needs numpy below 2.4, not {numpy}; a newer Triton would do too"
     return None
 
 
-NUMPY_TROUBLE = numpy_trouble(installed("triton"), installed("numpy"))  # asked here: torch 2.11's torch.compile cannot trace it
+NUMPY = installed("numpy")
+NUMPY_TROUBLE = numpy_trouble(installed("triton"), NUMPY)  # asked here: torch 2.11's torch.compile cannot trace it
+
+if "TRITON_INTERPRET" in os.environ:
+    INTERPRET, TOO_LATE = os.environ["TRITON_INTERPRET"] == "1", False
+else:
+    INTERPRET = not torch.cuda.is_available() and NUMPY is not None  # Triton imports NumPy as soon as it is to interpret
+    TOO_LATE = INTERPRET and "triton" in sys.modules  # somebody else has imported Triton to compile, and it stays so
+    if INTERPRET and not TOO_LATE:
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def interpreter_trouble() -> str | None:
     """Why kernels cannot run on CPU tensors in this process, or None where the interpreter is ready."""
     if TOO_LATE:
-        return "Triton was imported before kernels; import kernels first or set TRITON_INTERPRET=1"
-    if not INTERPRET:
+        return "Triton was imported before flash_ladder.kernels; import flash_ladder.kernels first or set TRITON_INTERPRET=1"
+    if not INTERPRET and NUMPY is not None:
         return "Triton compiles here, and runs on the CPU only with TRITON_INTERPRET=1"
     return NUMPY_TROUBLE

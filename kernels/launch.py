@@ -1,15 +1,15 @@
-"""What the launches of the Triton rungs share: where they can run, how attention's meaning reaches a kernel, and launching fast."""
+"""What the launches of the Triton rungs share: where they can run, and launching fast."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .documents import bounds_kernel
+from .asked import Numbers
 from .generations import capability, dtype_name
 from .jit import INTERPRET, interpreter_trouble
 from .tiles import Tile
@@ -42,48 +42,6 @@ def warn_once(rung: str) -> None:
     warnings.warn(f"{rung} runs in Triton's interpreter on the CPU: for checking, far too slow to train with", stacklevel=3)
 
 
-class Meaning(NamedTuple):
-    """The numbers that say what is asked of attention, as the kernels take them; None drops the code that would look at it.
-
-    A query sees the keys from `behind` before its own position to `ahead` after it. Scores stay in units of the raw product q·k,
-    so that `scale` and the change to base 2 remain one multiplication: `cap` is softcap / scale.
-    """
-
-    scale: float
-    behind: int | None
-    ahead: int | None
-    cap: float | None
-
-
-def meaning(seq_q: int, seq_k: int, scale: float, is_causal: bool, window_size: int | None, softcap: float | None) -> Meaning:
-    """Attention's arguments that are numbers. `scale` is positive."""
-    reach = None if window_size is None else min(window_size, seq_q + seq_k) - 1
-    return Meaning(scale, reach, 0 if is_causal else reach, None if softcap is None else softcap / scale)
-
-
-def meaning_tensors(query: Tensor, alibi_slopes: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Attention's arguments that are tensors: first and last position of each position's document [B, S], and slopes [Hq]."""
-    first, last = (None, None) if document_ids is None else document_ends(document_ids)
-    return first, last, None if alibi_slopes is None else alibi_slopes.to(query.device, torch.float32).contiguous()
-
-
-def document_ends(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last position of the document that each position belongs to, int32 [B, S]; ids [B, S] are non-decreasing."""
-    ids = document_ids.contiguous()
-    first, last = (torch.empty(ids.shape, device=ids.device, dtype=torch.int32) for _ in range(2))
-    if ids.numel():
-        with on(ids.device):
-            prepare_ends(ids.device, ids.dtype, *ids.shape)(ids, first, last)
-    return first, last
-
-
-def upstream(grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The upstream gradients as the kernels read them; `.sum()` sends back an expanded one, with a last stride of 0."""
-    if grad_output.stride(-1) != 1:
-        grad_output = grad_output.contiguous()
-    return grad_output, None if grad_lse is None else grad_lse.contiguous()
-
-
 AXIS = 65_535  # as many programs as CUDA takes along the second and third axis of a grid
 
 
@@ -105,14 +63,14 @@ def launch(
     tensors: tuple[Tensor | None, ...],
     strided: tuple[Tensor, ...],
     sizes: tuple[int, int, int],
-    asked: Meaning,
+    numbers: Numbers,
     group: int,
     **constants: bool,
 ) -> None:
     """Runs a kernel.
 
     Args:
-        kernel: its arguments are `tensors`, strides, `sizes`, the four of `asked`, and those that `Launch` compiles in.
+        kernel: its arguments are `tensors`, strides, `sizes`, those of `numbers`, and those that `Launch` compiles in.
         tile: its block sizes, warps and stages.
         programs: how many of them run, along each axis.
         tensors: the query first; None where one is not needed.
@@ -126,7 +84,7 @@ def launch(
     dtypes = tuple([None if x is None else x.dtype for x in tensors])
     products = precision(query.dtype, query.shape[-1])
     ready = prepare(
-        kernel, tile, programs, query.device, dtypes, strides, sizes, asked, group, query.shape[-1], products, **constants
+        kernel, tile, programs, query.device, dtypes, strides, sizes, numbers, group, query.shape[-1], products, **constants
     )
     with on(query.device):
         ready(*tensors)
@@ -147,8 +105,8 @@ class Launch:
     what it compiled is kept for each pattern of those, and launched directly.
     """
 
-    def __init__(self, kernel: Any, programs: tuple[int, int, int], device: torch.device, numbers: tuple, options: dict) -> None:
-        self.kernel, self.grid, self.numbers, self.options = kernel, programs, numbers, options
+    def __init__(self, kernel: Any, programs: tuple[int, int, int], device: torch.device, values: tuple, options: dict) -> None:
+        self.kernel, self.grid, self.values, self.options = kernel, programs, values, options
         self.capability = capability(device)
         self.compiled: dict[tuple[bool, ...], Any] = {}
 
@@ -156,10 +114,10 @@ class Launch:
         aligned = tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
         compiled = self.compiled.get(aligned)
         if compiled is not None:
-            compiled[self.grid](*tensors, *self.numbers)
+            compiled[self.grid](*tensors, *self.values)
             return
         with tensor_cores(self.capability) as turing:
-            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.options, **turing)
+            compiled = self.kernel[self.grid](*tensors, *self.values, **self.options, **turing)
         if not INTERPRET:
             self.compiled[aligned] = compiled
 
@@ -173,7 +131,7 @@ def prepare(
     dtypes: tuple[torch.dtype | None, ...],
     strides: tuple[int, ...],
     sizes: tuple[int, int, int],
-    asked: Meaning,
+    numbers: Numbers,
     group: int,
     head_dim: int,
     products: str,
@@ -190,15 +148,7 @@ def prepare(
         "WIDE": any(max(tile.block_q, tile.block_k) * stride >= 2**31 for stride in strides[2::3]),  # offsets inside a tile
     } | constants
     options = tile.options()
-    return Launch(kernel, programs, device, (*strides, *sizes, *asked, *fixed.values()), options)
-
-
-@lru_cache(maxsize=4096)
-def prepare_ends(device: torch.device, dtype: torch.dtype, batch: int, seq: int) -> Launch:
-    """The launch of `document_ends` for all ids of one shape, remembered."""
-    block = 256
-    n_block = triton.cdiv(seq, block)
-    return Launch(bounds_kernel, (batch * n_block, 1, 1), device, (seq, n_block, seq.bit_length(), block), {"num_warps": 4})
+    return Launch(kernel, programs, device, (*strides, *sizes, *numbers, *fixed.values()), options)
 
 
 def precision(dtype: torch.dtype, head_dim: int) -> str:

@@ -5,50 +5,22 @@
 Every backend computes softmax(Q Kᵀ · scale + mask) V with the meaning written down in `attention`'s docstring, or refuses by
 name. A backend is a module with
 
-    forward(query, key, value, **meaning)                       -> output, lse
-    backward(grad_output, grad_lse, query, key, value, output, lse, **meaning) -> dq, dk, dv
-    unsupported(device, dtype, head_dim, features)              -> None, or the reason
+    forward(query, key, value, asked)                                        -> output, lse
+    backward(grad_output, grad_lse, query, key, value, output, lse, asked)   -> dq, dk, dv
+    unsupported(device, dtype, head_dim, features)                           -> None, or the reason
 
-and those made of torch operations (eager, sdpa) also have `attend`, which torch differentiates by itself. The flash rungs, in
-Triton (flash_v1, flash_v2) and in Gluon (flash_v3), go through the two operators registered below, so that torch.compile,
-autocast, activation checkpointing and the FLOP counter know them.
+and those made of torch operations (eager, sdpa) also have `attend(query, key, value, asked)`, which torch differentiates by itself.
+The flash rungs, in Triton (flash_v1, flash_v2) and in Gluon (flash_v3), go through the operators of `kernels.operators`.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from . import eager, sdpa
-from .generations import ELSEWHERE, describe, dtype_name, generation
-from .layout import heads_last
-
-BACKENDS: dict[str, ModuleType | None] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None, "flash_v3": None}
-if find_spec("triton") is not None:  # a machine that only evaluates may have torch alone
-    from . import flash_v1, flash_v2
-    from .flash_v3 import launch as flash_v3
-
-    BACKENDS |= {"flash_v1": flash_v1, "flash_v2": flash_v2, "flash_v3": flash_v3}
-
-
-class Unsupported(ValueError):
-    """A backend was asked for by name that cannot run this; the message says why and which can."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A backend and why it was chosen."""
-
-    backend: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.backend} ({self.reason})"
+from .asked import FEATURES, Asked
+from .choice import BACKENDS, choose
+from .operators import Attention, attention_forward
 
 
 def attention(
@@ -93,44 +65,38 @@ def attention(
     if torch.is_autocast_enabled(query.device.type) and query.dtype.is_floating_point and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    check_inputs(query, key, value, window_size, softcap, alibi_slopes, document_ids)
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.detach()
-    switched = torch.are_deterministic_algorithms_enabled()
+    check_tensors(query, key, value)
     if deterministic is None:
-        deterministic = switched
-    asked = (is_causal, window_size, softcap, alibi_slopes, document_ids, return_lse, deterministic)
-    used = tuple([feature is not None and feature is not False for feature in asked])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    asked = Asked(
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        is_causal=is_causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        document_ids=document_ids,
+        return_lse=return_lse,
+        deterministic=deterministic,
+    )
+    check_asked(asked, query, key)
+    if alibi_slopes is not None:
+        asked = asked._replace(alibi_slopes=alibi_slopes.detach())
     compiling = torch.compiler.is_compiling()  # a compiler follows the code itself and wants no cache in its way
     pick = _pick.__wrapped__ if compiling else _pick
-    name = pick(query.device, query.dtype, query.shape[-1], backend, used, switched)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    switched = torch.are_deterministic_algorithms_enabled()
+    name = pick(query.device, query.dtype, query.shape[-1], backend, asked.used(), switched)
 
     module = BACKENDS[name]
     if hasattr(module, "attend"):
-        output, lse = module.attend(
-            query,
-            key,
-            value,
-            scale=scale,
-            is_causal=is_causal,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            document_ids=document_ids,
-            return_lse=return_lse,
-        )
+        output, lse = module.attend(query, key, value, asked)
     else:
-        if scale <= 0:  # the kernels' scores keep their order under the scale: its sign goes into the query
-            query, scale = query * (-1.0 if scale < 0 else 0.0), -scale or 1.0
+        if asked.scale <= 0:  # the kernels' scores keep their order under the scale: its sign goes into the query
+            query = query * (-1.0 if asked.scale < 0 else 0.0)
+            asked = asked._replace(scale=-asked.scale or 1.0)
         differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        run = _Attention.apply if differentiate and not compiling else attention_forward
-        meaning = (scale, is_causal, window_size, softcap, alibi_slopes, document_ids, deterministic)
-        output, lse = run(query, key, value, *meaning, name)
+        run = Attention.apply if differentiate and not compiling else attention_forward
+        output, lse = run(query, key, value, *asked, name)
     return (output, lse) if return_lse else output
-
-
-FEATURES = ("is_causal", "window_size", "softcap", "alibi_slopes", "document_ids", "return_lse", "deterministic")
 
 
 @lru_cache
@@ -140,65 +106,11 @@ def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str,
     return choose(device, dtype, head_dim, backend=backend, features=features).backend
 
 
-def choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    backend: str = "auto",
-    features: frozenset[str] = frozenset({"is_causal"}),
-) -> Choice:
-    """The backend that will run, and the reason.
-
-    Args:
-        device, dtype, head_dim: of the query.
-        backend: a name, or "auto" for the first in the generation's order that can run this.
-        features: the arguments of `attention` that are in use ("is_causal", "window_size", "document_ids", ...).
-
-    Raises:
-        Unsupported: the named backend cannot run this.
-    """
-    where = f"{describe(device)}, {dtype_name(dtype)}, head_dim {head_dim}"
-    if backend != "auto":
-        reason = why_not(backend, device, dtype, head_dim, features)
-        if reason is not None:
-            able = [b for b in BACKENDS if b != backend and why_not(b, device, dtype, head_dim, features) is None]
-            raise Unsupported(f"attention backend {backend} cannot run here: {reason}; {' and '.join(able)} can")
-        return Choice(backend, f"asked for; {where}")
-    here = generation(device)
-    passed_over = []
-    for name in here.order if here else ELSEWHERE:
-        reason = why_not(name, device, dtype, head_dim, features)
-        if reason is None:
-            because = [where] + ([here.brings] if here and name == here.order[0] else []) + passed_over
-            return Choice(name, "; ".join(because))
-        passed_over.append(f"not {name}: {reason}")
-    raise Unsupported(f"no attention backend can run here: {'; '.join(passed_over)}")
-
-
-def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
-    """Why `backend` cannot run this, or None where it can. Raises ValueError for a name that is no backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    module = BACKENDS[backend]
-    if module is None:
-        return "the package triton is not installed"
-    return module.unsupported(device, dtype, head_dim, features)
-
-
-def check_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window_size: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    document_ids: Tensor | None,
-) -> None:
-    """Raises ValueError, in one line, for inputs that no backend could give a meaning to."""
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError, in one line, for tensors that do not fit together."""
     if not query.dim() == key.dim() == value.dim() == 4:
         raise ValueError(f"query, key and value must be [B, H, S, D], not {query.dim()}D, {key.dim()}D and {value.dim()}D")
-    (batch, n_head, seq_q, head_dim), (key_batch, n_kv_head, seq_k, key_dim) = query.shape, key.shape
+    (batch, n_head, _, head_dim), (key_batch, n_kv_head, _, key_dim) = query.shape, key.shape
     if key.shape != value.shape:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same shape")
     if batch != key_batch or head_dim != key_dim:
@@ -212,10 +124,16 @@ def check_inputs(
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1 and head_dim > 1:
         name, stride = next((n, x.stride(-1)) for n, x in (("query", query), ("key", key), ("value", value)) if x.stride(-1) != 1)
         raise ValueError(f"{name}'s last dimension must be contiguous (its stride is {stride}); call .contiguous()")
-    if window_size is not None and window_size < 1:
-        raise ValueError(f"window_size={window_size} must be at least 1: a query sees itself")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap={softcap} must be positive")
+
+
+def check_asked(asked: Asked, query: Tensor, key: Tensor) -> None:
+    """Raises ValueError, in one line, for arguments that no backend could give a meaning to."""
+    (batch, n_head, seq_q, _), seq_k = query.shape, key.shape[2]
+    if asked.window_size is not None and asked.window_size < 1:
+        raise ValueError(f"window_size={asked.window_size} must be at least 1: a query sees itself")
+    if asked.softcap is not None and asked.softcap <= 0:
+        raise ValueError(f"softcap={asked.softcap} must be positive")
+    alibi_slopes, document_ids = asked.alibi_slopes, asked.document_ids
     if alibi_slopes is not None and (alibi_slopes.shape != (n_head,) or not alibi_slopes.is_floating_point()):
         raise ValueError(f"alibi_slopes must be floating [Hq] = [{n_head}], not {alibi_slopes.dtype} {tuple(alibi_slopes.shape)}")
     for name, x in (("alibi_slopes", alibi_slopes), ("document_ids", document_ids)):
@@ -226,95 +144,3 @@ def check_inputs(
     ):
         given = f"{document_ids.dtype} {tuple(document_ids.shape)}"
         raise ValueError(f"document_ids must be int32 or int64 [B, S] with Sq == Sk, not {given}")
-
-
-# ---- the operators behind the flash rungs ----
-# Registered through torch.library.Library: torch.library.custom_op does the same with 15 µs more on the host for every call.
-
-_MEANING = (
-    "float scale, bool is_causal, SymInt? window_size, float? softcap, Tensor? alibi_slopes, Tensor? document_ids, "
-    "bool deterministic, str backend"
-)
-_NAMES = ("scale", "is_causal", "window_size", "softcap", "alibi_slopes", "document_ids", "deterministic")
-# The operators' namespace follows the package's name, so that a second copy under another name has its own.
-NAMESPACE = __package__.replace(".", "_")
-_library = torch.library.Library(NAMESPACE, "DEF")
-_library.define(f"attention_forward(Tensor query, Tensor key, Tensor value, {_MEANING}) -> (Tensor, Tensor)")
-_library.define(
-    "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
-    f"{_MEANING}) -> (Tensor, Tensor, Tensor)"
-)
-# Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]) and log-sum-exp [B, Hq, Sq] of the named backend; gradients of query, key, value.
-attention_forward = getattr(torch.ops, NAMESPACE).attention_forward.default
-attention_backward = getattr(torch.ops, NAMESPACE).attention_backward.default
-
-
-@torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
-def _forward(query: Tensor, key: Tensor, value: Tensor, *meaning: Any) -> tuple[Tensor, Tensor]:
-    return BACKENDS[meaning[-1]].forward(query, key, value, **dict(zip(_NAMES[:-1], meaning, strict=False)))
-
-
-@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _backward(*tensors_and_meaning: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, meaning = tensors_and_meaning[:7], tensors_and_meaning[7:]
-    return BACKENDS[meaning[-1]].backward(*tensors, **dict(zip(_NAMES, meaning, strict=False)))
-
-
-@torch.library.register_fake(f"{NAMESPACE}::attention_forward")
-def _(query: Tensor, key: Tensor, value: Tensor, *meaning: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return heads_last(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::attention_backward")
-def _(grad_output: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return heads_last(query), heads_last(key), heads_last(value)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, is_causal, window_size, softcap, alibi_slopes, document_ids, deterministic, backend = inputs
-    ctx.save_for_backward(*tensors, *output, alibi_slopes, document_ids)
-    ctx.meaning, ctx.ending = (scale, is_causal, window_size, softcap), (deterministic, backend)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:
-    *tensors, alibi_slopes, document_ids = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = torch.zeros_like(tensors[3])
-    grads = attention_backward(grad_output, grad_lse, *tensors, *ctx.meaning, alibi_slopes, document_ids, *ctx.ending)
-    return *grads, *[None] * 8
-
-
-def _differentiate_again(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError("the flash rungs have no second derivative; attention's eager and sdpa backends have one")
-
-
-torch.library.register_autograd(f"{NAMESPACE}::attention_forward", _differentiate, setup_context=_save)
-torch.library.register_autograd(f"{NAMESPACE}::attention_backward", _differentiate_again)
-
-
-class _Attention(torch.autograd.Function):
-    """The same two operators for uncompiled code, where torch.library's own way to differentiate costs 30 µs more a call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = attention_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
-
-
-@register_flop_formula(getattr(torch.ops, NAMESPACE).attention_forward)
-def _forward_flops(query, key, value, *args, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
-    """Two matrix products of 2·Sq·Sk·D per head, causality not subtracted: torch's own convention for its attention."""
-    batch, heads, seq_q, head_dim = query
-    return 4 * batch * heads * seq_q * key[2] * head_dim
-
-
-@register_flop_formula(getattr(torch.ops, NAMESPACE).attention_backward)
-def _backward_flops(grad_output, grad_lse, query, key, *args, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
-    """Five matrix products: the scores again, and one for each of dP, dV, dQ, dK."""
-    batch, heads, seq_q, head_dim = query
-    return 10 * batch * heads * seq_q * key[2] * head_dim

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bounds import key_bounds, visible
-from .eager import distance
+from .asked import Asked
+from .bounds import distance, key_bounds, visible
 
 FEATURES = frozenset({"is_causal", "window_size", "alibi_slopes", "document_ids"})
 
@@ -22,38 +22,25 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
     return f"F.scaled_dot_product_attention has no {' and no '.join(missing)}" if missing else None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    return_lse: bool = False,
-    softcap: float | None = None,
-) -> tuple[Tensor, None]:
-    """Attention by PyTorch's operation; arguments as in `kernels.attention`, whose checks have passed.
+def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> tuple[Tensor, None]:
+    """Attention by PyTorch's operation; `attention` has checked what is asked.
 
     Returns the output [B, Hq, Sq, D] and None. A window, documents, ALiBi and causal masks with Sq != Sk are passed as an
     explicit mask, which costs O(Sq·Sk) memory and keeps PyTorch from its flash backend.
     """
     seq_q, seq_k = query.shape[2], key.shape[2]
-    options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-    plain = window_size is None and alibi_slopes is None and document_ids is None
-    if plain and (not is_causal or seq_q == seq_k):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, **options), None
+    options = {"scale": asked.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    plain = asked.window_size is None and asked.alibi_slopes is None and asked.document_ids is None
+    if plain and (not asked.is_causal or seq_q == seq_k):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=asked.is_causal, **options), None
     if plain and seq_q == 1 and seq_k > 0:  # decoding: the last position sees everything
         return F.scaled_dot_product_attention(query, key, value, **options), None
 
-    bounds = key_bounds(seq_q, seq_k, is_causal=is_causal, window_size=window_size, document_ids=document_ids, device=query.device)
-    mask = visible(*bounds, seq_k)
+    mask = visible(*key_bounds(asked, seq_q, seq_k, query.device), seq_k)
     blind = ~mask.any(-1, keepdim=True)
     mask = mask | blind
-    if alibi_slopes is not None:
-        bias = -alibi_slopes[:, None, None] * distance(seq_q, seq_k, query.device)
+    if asked.alibi_slopes is not None:
+        bias = -asked.alibi_slopes[:, None, None] * distance(seq_q, seq_k, query.device)
         mask = bias.masked_fill(~mask, -torch.inf).to(query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     return output.masked_fill(blind, 0.0), None

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+
 from flash_ladder.kernels.jit import interpreter_trouble  # before Lightning, which imports Triton
 
 

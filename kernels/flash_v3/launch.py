@@ -19,8 +19,10 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..asked import Asked, Numbers, numbers_for_kernels, upstream
+from ..documents import tensors_for_kernels
 from ..generations import capability, dtype_name
-from ..launch import Meaning, meaning, meaning_tensors, on, upstream
+from ..launch import on
 from ..layout import heads_last
 from . import protocol as steps
 from .backward import backward_kernel
@@ -59,13 +61,13 @@ class Inputs(NamedTuple):
     shape: tuple[int, int, int, int]  # the query's
     n_kv_head: int
     seq_k: int
-    asked: Meaning
+    numbers: Numbers
     documents: bool
     slopes: bool
 
     def kind(self) -> tuple[Any, ...]:
         """What a compilation depends on, beside its constants."""
-        return self.device, self.dtype, *[x is None for x in self.asked], self.documents, self.slopes
+        return self.device, self.dtype, *[x is None for x in self.numbers], self.documents, self.slopes
 
     def group(self) -> int:
         """Query heads that share a key/value head."""
@@ -77,15 +79,15 @@ class Inputs(NamedTuple):
 
     def cut_from(self) -> bool:
         """Whether some queries come before the first that sees a key."""
-        return self.asked.ahead is not None or self.documents
+        return self.numbers.ahead is not None or self.documents
 
     def cut_to(self) -> bool:
         """Whether some queries come after the last that sees a key."""
-        return self.asked.behind is not None or self.documents
+        return self.numbers.behind is not None or self.documents
 
     def window(self) -> int | None:
         """Keys that a query sees at most, where a window says it."""
-        return None if self.asked.behind is None else self.asked.behind + self.asked.ahead + 1
+        return None if self.numbers.behind is None else self.numbers.behind + self.numbers.ahead + 1
 
 
 class Forward(NamedTuple):
@@ -107,13 +109,13 @@ class Forward(NamedTuple):
 
 def forward_setting(inputs: Inputs) -> Forward:
     """The fastest of those timed on an H200 (docs/log.md)."""
-    block_d, asked, window = inputs.block_d(), inputs.asked, inputs.window()
+    block_d, causal, window = inputs.block_d(), inputs.numbers.ahead == 0, inputs.window()
     if block_d == 256:
         return Forward(warpgroups=2, buffers=2, q_in_registers=False, block_k=64)
     if block_d == 128:
         narrow = window is not None and window < 1024  # few blocks of keys: their corners weigh more than their number
         return Forward(warpgroups=2, buffers=4 if narrow else 2, q_in_registers=False, block_k=64 if narrow else 128)
-    if asked.cap is not None or (asked.ahead == 0 and inputs.shape[2] < 2048):
+    if inputs.numbers.cap is not None or (causal and inputs.shape[2] < 2048):
         return Forward(warpgroups=2, buffers=3, q_in_registers=True)
     if inputs.cut_to() or inputs.slopes:
         return Forward(warpgroups=3, buffers=3, q_in_registers=False, block_k=64)
@@ -126,7 +128,7 @@ def backward_buffers(inputs: Inputs) -> int:
     Only at head_dim 64 is there room. Where blocks are long, and under a softcap, two are slower (docs/log.md).
     """
     often = inputs.cut_from() or inputs.shape[2] < 2048
-    return 2 if inputs.block_d() == 64 and inputs.asked.cap is None and often else 1
+    return 2 if inputs.block_d() == 64 and inputs.numbers.cap is None and often else 1
 
 
 def ds_swizzle(block_d: int, deterministic: bool) -> int:
@@ -220,7 +222,7 @@ class Plan(NamedTuple):
 
 def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
     """What the forward's kernel has compiled in."""
-    is_causal, shift = inputs.asked.ahead == 0, inputs.seq_k - inputs.shape[2]
+    is_causal, shift = inputs.numbers.ahead == 0, inputs.seq_k - inputs.shape[2]
     # Beside the last block a tile sees, others may be cut at their end: by a window or documents, or a diagonal that misses the
     # blocks' corners. Under causality the diagonal alone cuts ends.
     between = shift % QUERIES != 0 if is_causal else inputs.cut_to()
@@ -249,7 +251,7 @@ def forward_plan(inputs: Inputs, output_dtype: torch.dtype, use: Forward | None)
     sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
     _, _, average = chosen.registers()
     run = ready(forward_kernel, average, *inputs.kind(), output_dtype, constants)
-    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*inputs.asked, *sizes, *constants))
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*inputs.numbers, *sizes, *constants))
 
 
 def output_width(block_d: int, output_dtype: torch.dtype) -> int:
@@ -269,33 +271,27 @@ def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     constants = backward_constants(inputs, deterministic)
     sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
     run = ready(backward_kernel, BACKWARD_REGISTERS, *inputs.kind(), constants)
-    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*inputs.asked, *sizes, *constants))
+    return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*inputs.numbers, *sizes, *constants))
 
 
 def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    asked: Asked,
     *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
     output_dtype: torch.dtype | None = None,
     use: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]; in `output_dtype`, by default the inputs') and lse [B, Hq, Sq] float32.
 
-    Arguments as in `kernels.attention`, whose checks have passed; scale must be positive. `use` replaces the setting.
+    `attention` has checked what is asked; its scale is positive. `use` replaces the setting.
     """
     output = heads_last(query, output_dtype)
     lse = torch.empty(query.shape[:3], device=query.device, dtype=torch.float32)
     if output.numel() == 0 or key.shape[2] == 0:
         return output.zero_(), lse.fill_(-math.inf)
-    asked = meaning(query.shape[2], key.shape[2], scale, is_causal, window_size, softcap)
-    inputs = _inputs(query, key, asked, alibi_slopes, document_ids)
+    inputs = _inputs(query, key, asked)
     plan = forward_plan(inputs, output.dtype, use)
     d, keys = plan.block_d, plan.block_k
     with on(query.device):
@@ -305,7 +301,7 @@ def forward(
             plan.programs,
             _descriptor(query, 1, 1, QUERIES, d), _descriptor(key, 1, 1, keys, d), _descriptor(value, 1, 1, keys, d),
             _descriptor(output, 1, 1, QUERIES, output_width(d, output.dtype)), lse,
-            *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+            *tensors_for_kernels(asked, query.device), counter, *plan.numbers,
         )  # fmt: skip
     return output, lse
 
@@ -318,14 +314,7 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    *,
-    scale: float,
-    is_causal: bool = False,
-    window_size: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    deterministic: bool = False,
+    asked: Asked,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtypes, in memory [B, S, H, D].
 
@@ -335,8 +324,7 @@ def backward(
     dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)
     if query.numel() == 0 or key.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    asked = meaning(seq_q, key.shape[2], scale, is_causal, window_size, softcap)
-    plan = backward_plan(_inputs(query, key, asked, alibi_slopes, document_ids), deterministic)
+    plan = backward_plan(_inputs(query, key, asked), asked.deterministic)
     d, box = plan.block_d, (1, 1, 64, steps.width_of(plan.block_d))  # what TMA moves at a time, of queries and of keys
     with on(query.device):
         grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
@@ -356,14 +344,14 @@ def backward(
             _descriptor(query, *box), _descriptor(grad_output, *box), _descriptor(key, *box), _descriptor(value, *box),
             _descriptor(stats, 1, 2 * QUERIES, layout=FLAT), _descriptor(dq_sum, 2 * QUERIES, 32),
             _descriptor(dk, *box), _descriptor(dv, *box),
-            *meaning_tensors(query, alibi_slopes, document_ids), counter, *plan.numbers,
+            *tensors_for_kernels(asked, query.device), counter, *plan.numbers,
         )  # fmt: skip
-        ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, scale, *constants)
+        ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, asked.scale, *constants)
     return dq, dk, dv
 
 
-def _inputs(query: Tensor, key: Tensor, asked: Meaning, alibi_slopes: Tensor | None, document_ids: Tensor | None) -> Inputs:
-    shape = tuple(query.shape)
-    return Inputs(
-        query.device, query.dtype, shape, key.shape[1], key.shape[2], asked, document_ids is not None, alibi_slopes is not None
-    )
+def _inputs(query: Tensor, key: Tensor, asked: Asked) -> Inputs:
+    shape, (_, n_kv_head, seq_k, _) = tuple(query.shape), key.shape
+    documents, slopes = asked.document_ids is not None, asked.alibi_slopes is not None
+    numbers = numbers_for_kernels(asked, shape[2], seq_k)
+    return Inputs(query.device, query.dtype, shape, n_kv_head, seq_k, numbers, documents, slopes)

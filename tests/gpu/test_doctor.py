@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from flash_ladder.kernels import attention
 from torch.nn.attention import sdpa_kernel
 
+from flash_ladder.kernels import attention
 from flash_ladder.machine import doctor
 from flash_ladder.machine.sdpa_choice import KERNELS, AttentionCall, ask_sdpa
 from flash_ladder.script_schema import DoctorConfig

@@ -6,9 +6,9 @@ what is large, concurrent or captured, test_flash_v3.py what only flash_v3 has.
 
 import pytest
 import torch
-from flash_ladder.kernels import choose, tiles
-from flash_ladder.kernels.operation import BACKENDS
 
+from flash_ladder.kernels import choose, tiles
+from flash_ladder.kernels.choice import BACKENDS
 from tests.helpers.reference import HOPPER, MEANINGS, RUNGS, check, documents, make_case, slopes
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32

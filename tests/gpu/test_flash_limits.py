@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
-from flash_ladder.kernels import attention
-from flash_ladder.kernels.operation import BACKENDS
 
+from flash_ladder.kernels import attention
+from flash_ladder.kernels.asked import Asked
+from flash_ladder.kernels.choice import BACKENDS
 from tests.helpers.reference import FLOOR, MEANINGS, NAMES, RUNGS, Case, errors, make_case, n_unlike, run, slopes
 
 BF16 = torch.bfloat16
@@ -202,12 +203,12 @@ def test_two_streams_at_once(rung, head_dim):
 @each_rung
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_cuda_graph(rung, name):
-    module, meaning = BACKENDS[rung], MEANINGS[name] | {"scale": 0.125}
+    module, asked = BACKENDS[rung], Asked(**MEANINGS[name] | {"scale": 0.125})
     inputs = [torch.randn(2, 2, 512, 64, device="cuda", dtype=BF16) for _ in range(3)]
 
     def both_ways() -> tuple[torch.Tensor, ...]:
-        output, lse = module.forward(*inputs, **meaning)
-        return output, lse, *module.backward(output, lse, *inputs, output, lse, **meaning)
+        output, lse = module.forward(*inputs, asked)
+        return output, lse, *module.backward(output, lse, *inputs, output, lse, asked)
 
     both_ways()
     torch.cuda.synchronize()

@@ -10,9 +10,10 @@ import time
 
 import pytest
 import torch
-from flash_ladder.kernels import attention, choose
-from flash_ladder.kernels.flash_v3 import launch as flash_v3
 
+from flash_ladder.kernels import attention, choose
+from flash_ladder.kernels.asked import Asked
+from flash_ladder.kernels.flash_v3 import launch as flash_v3
 from tests.helpers.reference import HOPPER, MEANINGS, NAMES, check, documents, make_case, n_unlike, run
 
 BF16 = torch.bfloat16
@@ -80,9 +81,9 @@ def test_float32_output(head_dim, seq, is_causal):
     """What is rounded for a half-precision output, unrounded, by every setting."""
     case = make_case(1, 2, 1, seq, seq, head_dim, BF16)
     exact = run(case, torch.float64, backend="eager", is_causal=is_causal)[0]
-    asked = {"scale": head_dim**-0.5, "is_causal": is_causal}
-    output, lse = flash_v3.forward(*case.inputs(BF16), **asked, output_dtype=torch.float32)
-    rounded, same = flash_v3.forward(*case.inputs(BF16), **asked)
+    asked = Asked(head_dim**-0.5, is_causal=is_causal)
+    output, lse = flash_v3.forward(*case.inputs(BF16), asked, output_dtype=torch.float32)
+    rounded, same = flash_v3.forward(*case.inputs(BF16), asked)
     assert output.dtype == torch.float32 and torch.equal(output.to(BF16), rounded) and torch.equal(lse, same)
     assert (output - exact).norm() < (rounded - exact).norm()
 
@@ -92,12 +93,12 @@ def test_float32_output_in_the_backward(name):
     """Outputs merged from several forwards are float32; the launch remembered for half precision must not serve them."""
     case = make_case(1, 2, 1, 300, 300, 64, BF16)
     query, key, value = case.inputs(BF16)
-    meaning = MEANINGS[name] | {"scale": 0.125}
-    output, lse = flash_v3.forward(query, key, value, **meaning)
+    asked = Asked(**MEANINGS[name] | {"scale": 0.125})
+    output, lse = flash_v3.forward(query, key, value, asked)
     grads = []
     for dtype in (BF16, torch.float32, BF16):
         upstream = case.grad_output.to(BF16).to(dtype), case.grad_lse.float()
-        grads.append(flash_v3.backward(*upstream, query, key, value, output.to(dtype), lse, **meaning))
+        grads.append(flash_v3.backward(*upstream, query, key, value, output.to(dtype), lse, asked))
         assert all(x.dtype == BF16 for x in grads[-1])
         assert n_unlike("flash_v3", grads[0], grads[-1], ("dq", "dk", "dv")) == 0
 

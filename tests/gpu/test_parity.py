@@ -1,9 +1,9 @@
 """A whole model on the flash rungs against eager on the GPU: rounding stays within the limits that a wrong attention passes."""
 
-import flash_ladder.kernels.sdpa
 import pytest
 import torch
 
+import flash_ladder.kernels.sdpa
 from flash_ladder.export.parity import compare
 from flash_ladder.machine.decide import DTYPES
 from tests.helpers.made_up import VOCAB, sharp_model, unscaled

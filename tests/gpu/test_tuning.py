@@ -1,9 +1,10 @@
 """The tuner on a GPU: a small run gives a row that works."""
 
 import torch
-from flash_ladder.kernels import flash_v2
 
 from flash_ladder.benchmark.tune_tiles import tune
+from flash_ladder.kernels import flash_v2
+from flash_ladder.kernels.asked import Asked
 from flash_ladder.script_schema import TuneConfig
 
 
@@ -16,6 +17,6 @@ def test_a_row(tmp_path, capsys):
     row = tune(cfg)[64]
     assert "D 64   dq" in capsys.readouterr().out and "64: Tiles(forward=Tile(" in out.read_text()
     query = torch.randn(1, 2, 100, 64, device="cuda", dtype=torch.float16)
-    output, lse = flash_v2.forward(query, query, query, scale=0.125, use=row)
-    for grad in flash_v2.backward(output, None, query, query, query, output, lse, scale=0.125, use=row):
+    output, lse = flash_v2.forward(query, query, query, Asked(0.125), use=row)
+    for grad in flash_v2.backward(output, None, query, query, query, output, lse, Asked(0.125), use=row):
         assert grad.isfinite().all()

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from flash_ladder.kernels.turing import DEPTH_8, DEPTH_16, lowered_as_ampere
 
+from flash_ladder.kernels.turing import DEPTH_8, DEPTH_16, lowered_as_ampere
 from tests.kernels.test_turing import PLAIN, matmul_kernel
 
 

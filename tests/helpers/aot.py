@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 import triton
-from flash_ladder.kernels import flash_v1, flash_v2, launch
-from flash_ladder.kernels.flash_v3 import launch as flash_v3
-from flash_ladder.kernels.flash_v3.protocol import width_of
-from flash_ladder.kernels.tiles import Tile, tiles_for, tiles_v1_for
-from flash_ladder.kernels.turing import tensor_cores
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
+
+from flash_ladder.kernels import flash_v1, flash_v2, launch
+from flash_ladder.kernels.asked import Numbers
+from flash_ladder.kernels.flash_v3 import launch as flash_v3
+from flash_ladder.kernels.flash_v3.protocol import width_of
+from flash_ladder.kernels.tiles import Tile, tiles_for, tiles_v1_for
+from flash_ladder.kernels.turing import tensor_cores
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -36,7 +38,7 @@ SPILL = r"\b(LDL|STL)\b"
 # What does not come in the inputs' dtype, and what a kernel of flash_v1 keeps in float32 while it works.
 POINTERS = {name: "*fp32" for name in ("LSE", "DLSE", "DELTA", "L", "M", "SLOPES")} | {"FIRST": "*i32", "LAST": "*i32"}
 RUNNING = {("flash_v1", "forward"): {"O": "*fp32"}, ("flash_v1", "backward"): {"DQ": "*fp32"}}
-# What each meaning leaves out: those arguments are None, as kernels.launch.meaning gives them.
+# What each meaning leaves out: those arguments are None, as kernels.asked.numbers_for_kernels gives them.
 MEANINGS = {
     "full": ("behind", "ahead", "FIRST", "LAST", "cap", "SLOPES"),
     "causal": ("behind", "FIRST", "LAST", "cap", "SLOPES"),
@@ -91,10 +93,10 @@ def compile_kernel(
 
 def inputs(dtype: torch.dtype, head_dim: int, meaning: str, seq: int, reach: int = 511) -> flash_v3.Inputs:
     """Inputs as flash_v3 describes them; `reach`: how far back a window goes."""
-    asked = launch.Meaning(1.0, reach, 0, 1.0)
-    asked = asked._replace(**{name: None for name in MEANINGS[meaning] if name in asked._fields})
+    numbers = Numbers(1.0, reach, 0, 1.0)
+    numbers = numbers._replace(**{name: None for name in MEANINGS[meaning] if name in numbers._fields})
     documents, slopes = "FIRST" not in MEANINGS[meaning], "SLOPES" not in MEANINGS[meaning]
-    return flash_v3.Inputs(torch.device("cuda"), dtype, (1, 1, seq, head_dim), 1, seq, asked, documents, slopes)
+    return flash_v3.Inputs(torch.device("cuda"), dtype, (1, 1, seq, head_dim), 1, seq, numbers, documents, slopes)
 
 
 def compile_flash_v3(given: flash_v3.Inputs, setting: flash_v3.Forward | bool, output_dtype: torch.dtype | None = None) -> dict:
@@ -123,7 +125,7 @@ def compile_flash_v3(given: flash_v3.Inputs, setting: flash_v3.Forward | bool, o
         }
         options, consumers = {"maxnreg": flash_v3.BACKWARD_REGISTERS}, 2
     pointers |= {"lse_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "slopes_ptr": "*fp32", "counter": "*i32"}
-    left_out = [name for name, value in given.asked._asdict().items() if value is None]
+    left_out = [name for name, value in given.numbers._asdict().items() if value is None]
     left_out += [] if given.documents else ["first_ptr", "last_ptr"]
     left_out += [] if given.slopes else ["slopes_ptr"]
     constants = dict.fromkeys(left_out) | dict(zip(kernel.arg_names[-len(values) :], values, strict=True))

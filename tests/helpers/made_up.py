@@ -5,11 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from flash_ladder.kernels import eager
 from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.export.losses import evaluate
+from flash_ladder.kernels import eager
+from flash_ladder.kernels.asked import Asked
 from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import Config, DataConfig, ModelConfig, TrainerConfig
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
@@ -77,6 +78,6 @@ def made_up_run(folder: Path, *, attention: str = "sdpa", precision: str = "32",
     return run
 
 
-def unscaled(query, key, value, **meaning):
+def unscaled(query, key, value, asked):
     """In place of a backend's `attend`: attention without its scale."""
-    return eager.attend(query, key, value, scale=1.0, is_causal=True)
+    return eager.attend(query, key, value, Asked(1.0, is_causal=True))

@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
-from flash_ladder.kernels.operation import BACKENDS
 
 from flash_ladder import kernels
+from flash_ladder.kernels.choice import BACKENDS
 
 
 class Fault(NamedTuple):

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from flash_ladder.kernels import attention, eager
-from flash_ladder.kernels.operation import why_not
 from torch import Tensor
+
+from flash_ladder.kernels import attention, eager
+from flash_ladder.kernels.asked import Asked
+from flash_ladder.kernels.choice import why_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON_RUNGS = ("flash_v1", "flash_v2")  # which run without a GPU too, in Triton's interpreter
@@ -167,7 +169,7 @@ def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = No
     query, do = case.query.abs(), case.grad_output.abs()
     key, value = (x.abs().repeat_interleave(group, 1) for x in (case.key, case.value))
     every = torch.eye(seq_k, dtype=torch.float64, device=DEVICE).expand(*case.key.shape[:2], -1, -1)
-    p = eager.attend(case.query, case.key, every, scale=scale, **meaning)[0]  # as values, the unit vectors give the weights
+    p = eager.attend(case.query, case.key, every, Asked(scale, **meaning))[0]  # as values, the unit vectors give the weights
     output, lse = exact[0].detach().abs(), exact[1].detach().abs()
     exponent = abs(scale) * query @ key.mT + lse.masked_fill(lse.isinf(), 0.0)[..., None]
     p = p * (1 + exponent)
@@ -222,8 +224,8 @@ def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
 
 def check_unrounded(rung: ModuleType, case: Case) -> None:
     """flash_v3's float32 output is what it rounds for one in the inputs' dtype, and lse is the same."""
-    asked = {"scale": case.query.shape[-1] ** -0.5, "is_causal": True}
-    output, lse = rung.forward(*case.inputs(case.dtype), **asked, output_dtype=torch.float32)
-    rounded, same = rung.forward(*case.inputs(case.dtype), **asked)
+    asked = Asked(case.query.shape[-1] ** -0.5, is_causal=True)
+    output, lse = rung.forward(*case.inputs(case.dtype), asked, output_dtype=torch.float32)
+    rounded, same = rung.forward(*case.inputs(case.dtype), asked)
     assert output.dtype == torch.float32 and torch.equal(output.to(case.dtype), rounded), "not the same unrounded"
     assert torch.equal(lse, same), "not the same lse"

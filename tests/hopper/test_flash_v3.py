@@ -5,9 +5,9 @@ import zlib
 
 import pytest
 import torch
+
 from flash_ladder.kernels.flash_v3 import launch as flash_v3
 from flash_ladder.kernels.flash_v3.launch import Forward
-
 from tests.helpers.reference import MEANINGS, check, check_unrounded, documents, make_case, n_unlike, run
 from tests.hopper.run import on_hopper
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from flash_ladder.kernels.bounds import document_bounds, key_bounds, visible
-from flash_ladder.kernels.launch import document_ends, meaning
-from flash_ladder.kernels.tile_ops import interval
 
+from flash_ladder.kernels.asked import Asked, numbers_for_kernels
+from flash_ladder.kernels.bounds import document_bounds, key_bounds, visible
+from flash_ladder.kernels.documents import document_ends
+from flash_ladder.kernels.tile_ops import interval
 from tests.helpers.reference import DEVICE, documents
 
 CUTS = ((3, 4, 9), ())  # where documents start, in two batch entries
@@ -42,7 +43,7 @@ def by_hand(seq_q, seq_k, is_causal, window_size, ids) -> torch.Tensor:
 @pytest.mark.parametrize(("seq_q", "seq_k", "is_causal", "window_size", "packed"), CASES)
 def test_bounds_are_the_mask(seq_q, seq_k, is_causal, window_size, packed):
     ids = documents(seq_q, *CUTS) if packed else None
-    bounds = key_bounds(seq_q, seq_k, is_causal=is_causal, window_size=window_size, document_ids=ids, device=DEVICE)
+    bounds = key_bounds(Asked(1.0, is_causal, window_size, document_ids=ids), seq_q, seq_k, DEVICE)
     expected = by_hand(seq_q, seq_k, is_causal, window_size, ids)
     assert torch.equal(visible(*bounds, seq_k)[:, 0], expected)
     for bound in bounds:  # both grow with the index: tiles take theirs from their first and last row
@@ -85,9 +86,9 @@ def test_kernels_have_the_same_bounds(seq_q, seq_k, is_causal, window_size, pack
     """The keys of each query, and the queries of each key: what the kernels' walks start and end with."""
     ids = documents(seq_q, *CUTS)[:1] if packed else None
     mask = by_hand(seq_q, seq_k, is_causal, window_size, ids)[0]
-    asked = meaning(seq_q, seq_k, 1.0, is_causal, window_size, None)
+    numbers = numbers_for_kernels(Asked(1.0, is_causal, window_size), seq_q, seq_k)
     first, last = (None, None) if ids is None else document_bounds(ids)
-    ways = [(mask, seq_k - seq_q, asked.behind, asked.ahead), (mask.T, seq_q - seq_k, asked.ahead, asked.behind)]
+    ways = [(mask, seq_k - seq_q, numbers.behind, numbers.ahead), (mask.T, seq_q - seq_k, numbers.ahead, numbers.behind)]
     for seen, shift, behind, ahead in ways:
         n_own, n_other = seen.shape
         out = torch.full((2, 16), -77, dtype=torch.int32, device=DEVICE)

@@ -10,8 +10,8 @@ import itertools
 
 import pytest
 import torch
-from flash_ladder.kernels import attention
 
+from flash_ladder.kernels import attention
 from tests.helpers.reference import (
     DEVICE,
     MEANINGS,

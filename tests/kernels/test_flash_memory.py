@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from flash_ladder.kernels import attention, tile_ops
-from flash_ladder.kernels.bounds import key_bounds
-from flash_ladder.kernels.jit import INTERPRET
-from flash_ladder.kernels.operation import BACKENDS
-from flash_ladder.kernels.tiles import Tile, Tiles, TilesV1
 
+from flash_ladder.kernels import attention, tile_ops
+from flash_ladder.kernels.asked import Asked
+from flash_ladder.kernels.bounds import key_bounds
+from flash_ladder.kernels.choice import BACKENDS
+from flash_ladder.kernels.jit import INTERPRET
+from flash_ladder.kernels.tiles import Tile, Tiles, TilesV1
 from tests.helpers.reference import (
     DEVICE,
     MEANINGS,
@@ -137,9 +138,9 @@ def test_writes_nothing_outside_its_outputs(rung, monkeypatch, name):
     module = BACKENDS[rung]
     monkeypatch.setattr(module, "heads_last", guarded)
     inputs = [torch.randn(2, 2, 37, 24, dtype=finest(rung), device=DEVICE) for _ in range(3)]
-    meaning = MEANINGS[name] | {"scale": 0.2}
-    output, lse = module.forward(*inputs, **meaning)
-    module.backward(torch.randn_like(output), None, *inputs, output, lse, **meaning)
+    asked = Asked(**MEANINGS[name] | {"scale": 0.2})
+    output, lse = module.forward(*inputs, asked)
+    module.backward(torch.randn_like(output), None, *inputs, output, lse, asked)
     assert len(buffers) == 4
     for buffer in buffers:
         assert buffer[:, 1:-1, :, 8:-8].isfinite().all()
@@ -152,10 +153,11 @@ def test_float32_output_for_ring_steps(rung):
     skip_unless_runs(rung, FP16, 32)
     case, module = make_case(1, 2, 1, 50, 50, 32, FP16), BACKENDS[rung]
     query, key, value = case.inputs(FP16)
-    output, lse = module.forward(query, key, value, scale=0.2, is_causal=True, output_dtype=FP32)
-    rounded, same = module.forward(query, key, value, scale=0.2, is_causal=True)
+    asked = Asked(0.2, is_causal=True)
+    output, lse = module.forward(query, key, value, asked, output_dtype=FP32)
+    rounded, same = module.forward(query, key, value, asked)
     assert output.dtype == FP32 and torch.equal(output.half(), rounded) and torch.equal(lse, same)
-    grads = module.backward(case.grad_output.float(), None, query, key, value, output, lse, scale=0.2, is_causal=True)
+    grads = module.backward(case.grad_output.float(), None, query, key, value, output, lse, asked)
     assert all(g.dtype == FP16 and g.isfinite().all() for g in grads)
 
 
@@ -210,14 +212,14 @@ def test_keys_that_nobody_sees_may_be_nan(rung, name):
 def test_no_tile_is_visited_in_vain(rung, name, seq_q, seq_k, monkeypatch):
     """The forward multiplies as many pairs of tiles as its queries see, counted from the mask; and so does the backward."""
     ids = documents(seq_q, (10, 70, 71, 150)) if "documents" in name else None
-    meaning = {"is_causal": "causal" in name, "window_size": 20 if "window" in name else None, "document_ids": ids}
+    asked = Asked(0.25, is_causal="causal" in name, window_size=20 if "window" in name else None, document_ids=ids)
     module, products, dot = BACKENDS[rung], [], tile_ops.dot
     monkeypatch.setattr(module, "dot", lambda *a: products.append(1) or dot(*a))
     inputs = [torch.randn(1, 1, seq, 16) for seq in (seq_q, seq_k, seq_k)]
-    output, lse = module.forward(*inputs, scale=0.25, **meaning)
+    output, lse = module.forward(*inputs, asked)
     forward = len(products)
-    module.backward(output, None, *inputs, output, lse, scale=0.25, **meaning)
-    pairs = COUNTS[rung](*(x[0].tolist() for x in key_bounds(seq_q, seq_k, **meaning)), seq_k)
+    module.backward(output, None, *inputs, output, lse, asked)
+    pairs = COUNTS[rung](*(x[0].tolist() for x in key_bounds(asked, seq_q, seq_k)), seq_k)
     assert forward <= 2 * pairs[0] and len(products) - forward <= pairs[1]
 
 

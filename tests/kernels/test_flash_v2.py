@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from flash_ladder.kernels import launch
 
+from flash_ladder.kernels import launch
 from tests.helpers.reference import check, documents, make_case, n_unlike, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:flash_v")

@@ -9,11 +9,12 @@ import math
 import pytest
 import torch
 import triton
-from flash_ladder.kernels import launch
-from flash_ladder.kernels.flash_v3 import launch as flash_v3
-from flash_ladder.kernels.flash_v3.pre_post import finish_kernel, prepare_kernel
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from flash_ladder.kernels.asked import Asked, numbers_for_kernels
+from flash_ladder.kernels.flash_v3 import launch as flash_v3
+from flash_ladder.kernels.flash_v3.pre_post import finish_kernel, prepare_kernel
 
 TILE = flash_v3.QUERIES
 CASES = [(64, 128), (80, 1), (128, 100), (16, 65), (192, 70)]
@@ -93,9 +94,9 @@ def test_a_descriptor_is_what_triton_makes():
 
 def given(seq: int, *, causal: bool = True, head_dim: int = 64, **asked) -> flash_v3.Inputs:
     """What flash_v3 is told of inputs; asked: window_size, softcap, documents, slopes."""
-    said = launch.meaning(seq, seq, 1.0, causal, asked.get("window_size"), asked.get("softcap"))
+    numbers = numbers_for_kernels(Asked(1.0, causal, asked.get("window_size"), asked.get("softcap")), seq, seq)
     documents, slopes = asked.get("documents", False), asked.get("slopes", False)
-    return flash_v3.Inputs(torch.device("cuda"), torch.bfloat16, (1, 1, seq, head_dim), 1, seq, said, documents, slopes)
+    return flash_v3.Inputs(torch.device("cuda"), torch.bfloat16, (1, 1, seq, head_dim), 1, seq, numbers, documents, slopes)
 
 
 def test_forward_settings():

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from flash_ladder.kernels.flash_v3 import softmax
 from triton.experimental.gluon import language as gl
 
+from flash_ladder.kernels.flash_v3 import softmax
 from tests.helpers import ptx
 
 SCALE = np.float32(0.18)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from flash_ladder.kernels import attention
 
+from flash_ladder.kernels import attention
 from tests.helpers.mutants import Fault, planted
 from tests.helpers.reference import TRITON_RUNGS, check, documents, make_case, slopes
 
@@ -56,9 +56,11 @@ SHARED = {
     "tanh of half the score": Fault(SOFTCAP, "tile_ops", "tanh", "2.8853900817779268", "1.4426950408889634"),
     "tanh's series with a wrong sign": Fault(SOFTCAP, "tile_ops", "tanh", "z * (-0.33333333333", "z * (0.33333333333"),
     "distance without its sign dropped": Fault(ALIBI, "tile_ops", "with_distance", "tl.abs(queries - keys)", "(queries - keys)"),
-    "cap in units of the scaled score": Fault(SOFTCAP, "launch", "meaning", "softcap / scale", "softcap"),
-    "window's length for its reach": Fault(WINDOW, "launch", "meaning", "seq_q + seq_k) - 1", "seq_q + seq_k)"),
-    "causality forgotten in a window": Fault(CAUSAL_WINDOW, "launch", "meaning", "0 if is_causal else reach", "reach"),
+    "cap in units of the scaled score": Fault(SOFTCAP, "asked", "numbers_for_kernels", "softcap / asked.scale", "softcap"),
+    "window's length for its reach": Fault(WINDOW, "asked", "numbers_for_kernels", "seq_q + seq_k) - 1", "seq_q + seq_k)"),
+    "causality forgotten in a window": Fault(
+        CAUSAL_WINDOW, "asked", "numbers_for_kernels", "0 if asked.is_causal else reach", "reach"
+    ),
     "document's end one too far": Fault(DOCUMENTS, "documents", "bounds_kernel", "after - 1)", "after)"),
     "document's start one too late": Fault(DOCUMENTS, "documents", "bounds_kernel", "before + 1,", "before + 2,"),
 }  # fmt: skip
@@ -151,7 +153,7 @@ assert len(FAULTS["flash_v2"]) == len(SHARED) + len(V2)  # no two of one name
 
 def files_of(rung: str) -> tuple[str, ...]:
     """What a rung is made of, and itself."""
-    return "documents", "tile_ops", "launch", BACKWARD, rung
+    return "asked", "tile_ops", "launch", "documents", BACKWARD, rung
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from flash_ladder.kernels import Choice, Unsupported, attention, choose, eager, jit, launch
-from flash_ladder.kernels.operation import BACKENDS, FEATURES, attention_backward, attention_forward, why_not
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from flash_ladder.kernels import Choice, Unsupported, attention, choose, eager, jit, launch
+from flash_ladder.kernels.asked import FEATURES, Asked
+from flash_ladder.kernels.choice import BACKENDS, why_not
+from flash_ladder.kernels.operators import attention_backward, attention_forward
 from tests.helpers.reference import DEVICE, RUNGS, TRITON_RUNGS, documents, finest, skip_unless_runs, slopes
 
 pytestmark = pytest.mark.filterwarnings("ignore:flash_v")
@@ -107,10 +109,10 @@ def test_eager_backward_formulas(name, seq_k):
     torch.manual_seed(0)
     shapes = [(4, 7), (2, seq_k), (2, seq_k)]
     inputs = [torch.randn(2, h, s, 8, dtype=torch.float64, requires_grad=True) for h, s in shapes]
-    output, lse = eager.attend(*inputs, scale=0.3, return_lse=True, **MEANINGS[name])
+    output, lse = eager.attend(*inputs, Asked(0.3, return_lse=True, **MEANINGS[name]))
     grads = torch.randn_like(output), torch.randn_like(lse)
     expected = torch.autograd.grad((output, lse), inputs, grads)
-    found = eager.backward(*grads, *(x.detach() for x in (*inputs, output, lse)), scale=0.3, **MEANINGS[name])
+    found = eager.backward(*grads, *(x.detach() for x in (*inputs, output, lse)), Asked(0.3, **MEANINGS[name]))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -223,7 +225,7 @@ def test_what_flash_v3_takes_on_hopper(pretend_gpu):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"TOO_LATE": True}, "Triton was imported before kernels"),
+        ({"TOO_LATE": True}, "Triton was imported before flash_ladder.kernels"),
         ({"INTERPRET": False}, "runs on the CPU only with TRITON_INTERPRET=1"),
         ({"NUMPY_TROUBLE": jit.numpy_trouble("3.6.0", "2.4.1")}, "interpreter needs numpy below 2.4, not 2.4.1"),
     ],
@@ -313,9 +315,9 @@ def test_a_wish_for_determinism_reaches_the_backward(monkeypatch, compiled):
     heard = []
     real = BACKENDS["flash_v2"].backward
 
-    def backward(*tensors, deterministic, **meaning):
-        heard.append(deterministic)
-        return real(*tensors, **meaning)
+    def backward(*tensors_and_asked):
+        heard.append(tensors_and_asked[-1].deterministic)
+        return real(*tensors_and_asked)
 
     monkeypatch.setattr(BACKENDS["flash_v2"], "backward", backward)
     query, key, value = (torch.randn(1, 1, 16, 16, device=DEVICE, requires_grad=True) for _ in range(3))
@@ -360,7 +362,7 @@ def test_gradients_through_the_operator(meaning):
     )
 
     def operator(*inputs):
-        return attention_forward(*inputs, 0.5, *meaning.values(), False, "eager")
+        return attention_forward(*inputs, *Asked(0.5, **meaning), "eager")
 
     assert torch.autograd.gradcheck(operator, (query, key, value))
     assert torch.autograd.gradcheck(lambda *x: operator(*x)[0], (query, key, value))
@@ -375,7 +377,7 @@ def test_opcheck(rung, meaning):
     torch.manual_seed(0)
     query = torch.randn(1, 7, 2, 16, dtype=dtype, device=DEVICE).transpose(1, 2).requires_grad_()
     key, value = (torch.randn(1, 1, 7, 16, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
-    asked = (0.25, *meaning.values(), False, rung)
+    asked = (*Asked(0.25, **meaning), rung)
     torch.library.opcheck(attention_forward, (query, key, value, *asked))
     output, lse = attention_forward(query, key, value, *asked)
     saved = [x.detach() for x in (output, query, key, value, output, lse)]
@@ -482,7 +484,7 @@ def test_a_second_derivative_is_refused(rung):
     inputs = [torch.randn(1, 1, 20, 16, dtype=finest(rung), device=DEVICE, requires_grad=True) for _ in range(3)]
     for run in (
         lambda *x: attention(*x, backend=rung),
-        lambda *x: attention_forward(*x, 0.25, False, None, None, None, None, False, rung)[0],
+        lambda *x: attention_forward(*x, *Asked(0.25), rung)[0],
     ):
         (grad,) = torch.autograd.grad(run(*inputs).square().sum(), inputs[:1], create_graph=True)
         with pytest.raises(NotImplementedError, match="no second derivative; attention's eager and sdpa"):

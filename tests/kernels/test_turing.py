@@ -17,6 +17,10 @@ from types import SimpleNamespace
 import pytest
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from flash_ladder.kernels.turing import (
     AMPERE,
     DEPTH_8,
@@ -27,9 +31,6 @@ from flash_ladder.kernels.turing import (
     stages_hook,
     tensor_cores,
 )
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 PLAIN = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 

@@ -46,7 +46,7 @@ def test_evaluate(here, exported):
 WRONG_SCALE = """
 import flash_ladder.kernels.eager
 right = flash_ladder.kernels.eager.attend
-flash_ladder.kernels.eager.attend = lambda *args, scale, **meaning: right(*args, scale=2 * scale, **meaning)
+flash_ladder.kernels.eager.attend = lambda q, k, v, asked: right(q, k, v, asked._replace(scale=2 * asked.scale))
 """
 
 

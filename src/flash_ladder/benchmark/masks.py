@@ -17,6 +17,7 @@ from flash_ladder.benchmark.peers import PACKAGES, Attend, Sees, causal, flex, p
 from flash_ladder.benchmark.result import Masked, Panel
 from flash_ladder.benchmark.timing import backward_milliseconds, forward_milliseconds, random_inputs, trouble
 from flash_ladder.kernels import BACKENDS, attention
+from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.bounds import key_bounds
 from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig, split_mask
 
@@ -66,7 +67,7 @@ def mask_arguments(name: str, seq_len: int, device: torch.device) -> dict[str, A
 
 def visible_pairs(seq_len: int, arguments: dict[str, Any], device: torch.device) -> int:
     """Pairs of a query and a key that it sees, under causality and the mask."""
-    lo, hi = key_bounds(seq_len, seq_len, is_causal=True, device=device, **arguments)
+    lo, hi = key_bounds(Asked(1.0, is_causal=True, **arguments), seq_len, seq_len, device)
     return int((hi - lo + 1).sum())  # under causality every query sees itself at least
 
 

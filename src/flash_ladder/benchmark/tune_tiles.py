@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from flash_ladder.benchmark.result import batch_size
 from flash_ladder.kernels import flash_v2
+from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.generations import capability, describe
 from flash_ladder.kernels.tiles import Tile, Tiles, tiles_for
 from flash_ladder.measure.flops import BACKWARD, forward_flops
@@ -131,9 +132,9 @@ def compiles(job: tuple[TuneConfig, int, Tiles, int]) -> bool:
         for causal in cfg.causal:
             results = []
             for use in (None, row):
-                meaning = {"scale": head_dim**-0.5, "is_causal": causal, "use": use}
-                output, lse = flash_v2.forward(query, key, value, **meaning)
-                results.append((output, lse, *flash_v2.backward(grad, None, query, key, value, output, lse, **meaning)))
+                asked = Asked(head_dim**-0.5, is_causal=causal)
+                output, lse = flash_v2.forward(query, key, value, asked, use=use)
+                results.append((output, lse, *flash_v2.backward(grad, None, query, key, value, output, lse, asked, use=use)))
             for expected, found in zip(*results, strict=True):
                 torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     except (TritonError, RuntimeError, AssertionError):  # too large, refused by a compiler, out of memory, or wrong
@@ -149,15 +150,15 @@ def time_all(cfg: TuneConfig, head_dim: int, kernel: str, row: Tiles, able: list
     with tqdm(total=len(shapes) * len(able), desc=f"head_dim {head_dim}, {kernel}: timing", leave=False) as bar:
         for causal, seq_len in shapes:
             query, key, value, grad = inputs(cfg, head_dim, seq_len, device)
-            meaning = {"scale": head_dim**-0.5, "is_causal": causal}
-            output, lse = flash_v2.forward(query, key, value, **meaning)
+            asked = Asked(head_dim**-0.5, is_causal=causal)
+            output, lse = flash_v2.forward(query, key, value, asked)
             work = forward_flops(*query.shape, is_causal=causal)
             for candidate in able:
                 use = replace(row, **{kernel: candidate.tile})
                 if kernel == "forward":
-                    run = partial(flash_v2.forward, query, key, value, use=use, **meaning)
+                    run = partial(flash_v2.forward, query, key, value, asked, use=use)
                 else:
-                    run = partial(flash_v2.backward, grad, None, query, key, value, output, lse, use=use, **meaning)
+                    run = partial(flash_v2.backward, grad, None, query, key, value, output, lse, asked, use=use)
                 flops = work if kernel == "forward" else BACKWARD * work
                 milliseconds = do_bench(run, warmup=cfg.milliseconds // 4, rep=cfg.milliseconds, return_mode="median")
                 candidate.speeds[causal, seq_len] = flops / milliseconds / 1e9

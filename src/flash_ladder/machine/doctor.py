@@ -19,8 +19,9 @@ import torch
 from flash_ladder.export.losses import pick_device
 from flash_ladder.files import write_json
 from flash_ladder.kernels import Unsupported, choose, jit
+from flash_ladder.kernels.asked import FEATURES
+from flash_ladder.kernels.choice import BACKENDS, why_not
 from flash_ladder.kernels.generations import capability, dtype_name
-from flash_ladder.kernels.operation import BACKENDS, FEATURES, why_not
 from flash_ladder.machine import hardware as machine
 from flash_ladder.machine.decide import DTYPES, find_precision
 from flash_ladder.machine.hardware import Extra, Gpu, Package
@@ -149,9 +150,9 @@ def find_warnings(call: AttentionCall, gpus: list[Gpu], packages: list[Package])
             )
         elif not package.fits:
             has = f"is {package.version}" if package.version else "is not installed"
-            yield f"{package.name} {has}, and requirements.txt asks for {package.wanted}: pip install -r requirements.txt"
+            yield f"{package.name} {has}, and this project asks for {package.wanted}: pip install -r requirements.txt"
     if not packages:
-        yield "requirements.txt is not beside the code, so versions are not checked: pip install -e . from a clone"
+        yield "this project is not installed, so versions are not checked: pip install -r requirements.txt from a clone"
     for gpu in gpus:
         if not gpu.built_for:
             yield f"this PyTorch has no code for GPU {gpu.index} ({gpu.architecture}): install a build that has, as its site lists"

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from flash_ladder.kernels.generations import GENERATIONS, capability, generation
 from flash_ladder.measure.flops import peak_tflops
 from flash_ladder.measure.probe import GIB
 
-REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
+PROJECT = "flash-ladder"  # as pip knows it
 
 
 # ---- GPUs ----
@@ -185,16 +185,14 @@ def version_of(*names: str) -> str | None:
 
 
 def packages() -> list[Package]:
-    """What requirements.txt asks for beside what is installed; nothing where that file is not beside the code."""
-    if not REQUIREMENTS.is_file():
+    """What training asks for (pyproject.toml) beside what is installed; nothing where this project itself is not installed."""
+    try:
+        wanted_here = requires(PROJECT) or []
+    except PackageNotFoundError:
         return []
     found = []
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        line = line.partition("#")[0].strip()
-        if not line or line.startswith("-"):
-            continue
-        wanted = Requirement(line)
-        if wanted.marker is None or wanted.marker.evaluate():
+    for wanted in map(Requirement, wanted_here):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": "train"}):
             here = version_of(wanted.name)
             fits = here is not None and wanted.specifier.contains(here, prereleases=True)
             found.append(Package(wanted.name, here, str(wanted.specifier), fits))

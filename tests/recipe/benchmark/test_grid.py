@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from flash_ladder.kernels import BACKENDS
 from omegaconf import OmegaConf
 
 import flash_ladder.benchmark.grid as module
 from flash_ladder.benchmark.grid import ON_CPU, ON_GPU, benchmark, decide, measure, measure_error, yardstick
 from flash_ladder.benchmark.result import Cell, Masked, Panel, growth, read
+from flash_ladder.kernels import BACKENDS
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import BenchmarkConfig
 

@@ -1,12 +1,10 @@
 """Whether time follows the visible area: which masks are meant, their area, and what is made of times. The times need a GPU."""
 
-import flash_ladder.kernels.sdpa
 import pytest
 import torch
-from flash_ladder.kernels import attention
-from flash_ladder.kernels.bounds import key_bounds, visible
 
 import flash_ladder.benchmark.masks as module
+import flash_ladder.kernels.sdpa
 from flash_ladder.benchmark.masks import (
     Times,
     attend_under,
@@ -20,6 +18,9 @@ from flash_ladder.benchmark.masks import (
 from flash_ladder.benchmark.peers import PACKAGES
 from flash_ladder.benchmark.result import Masked
 from flash_ladder.benchmark.timing import gradients
+from flash_ladder.kernels import attention
+from flash_ladder.kernels.asked import Asked
+from flash_ladder.kernels.bounds import key_bounds, visible
 from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -63,7 +64,7 @@ def test_ragged_documents_have_that_mean_and_are_the_same_again():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_area_is_what_the_mask_leaves_visible(name):
     arguments = mask_arguments(name, 48, CPU)
-    mask = visible(*key_bounds(48, 48, is_causal=True, **arguments), 48)
+    mask = visible(*key_bounds(Asked(1.0, is_causal=True, **arguments), 48, 48), 48)
     assert visible_pairs(48, arguments, CPU) == mask.sum() < visible_pairs(48, {}, CPU) == 48 * 49 / 2
 
 

@@ -5,9 +5,9 @@ import types
 
 import pytest
 import torch
-from flash_ladder.kernels import Unsupported, attention
 
 from flash_ladder.benchmark.peers import PACKAGES, PEERS, NotInstalled, one_line, package, packed, peer, why_not_installed
+from flash_ladder.kernels import Unsupported, attention
 from flash_ladder.script_schema import BenchmarkConfig
 
 CPU = torch.device("cpu")

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from flash_ladder.kernels import BACKENDS
 from matplotlib.colors import to_hex
 
 from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.plots import LOOKS, draw_errors, draw_memory, draw_speed, plot
+from flash_ladder.kernels import BACKENDS
 from tests.helpers.made_up_benchmark import made_up
 
 

@@ -4,12 +4,12 @@ import weakref
 
 import pytest
 import torch
-from flash_ladder.kernels import Unsupported
 
 import flash_ladder.benchmark.timing as module
 from flash_ladder.benchmark.peers import NotInstalled
 from flash_ladder.benchmark.result import Panel
 from flash_ladder.benchmark.timing import NoBackward, backward_milliseconds, random_inputs, trouble
+from flash_ladder.kernels import Unsupported
 from flash_ladder.script_schema import BenchmarkConfig
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flash_ladder.kernels import flash_v2, tiles
-from flash_ladder.kernels.tiles import Tile, Tiles
 
 from flash_ladder.benchmark.tune_tiles import Candidate, candidates, describe_ranking, rows, tune
+from flash_ladder.kernels import flash_v2, tiles
+from flash_ladder.kernels.asked import Asked
+from flash_ladder.kernels.tiles import Tile, Tiles
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import TuneConfig
 
@@ -51,10 +52,10 @@ def test_rows_are_those_of_the_table():
 def test_tiles_to_use_instead_of_the_tables():
     query, key, value = (torch.randn(1, 1, 40, 16) for _ in range(3))
     use = Tiles(*[Tile(16, 16, 4, 1)] * 3)
-    expected = flash_v2.forward(query, key, value, scale=0.25)
-    found = flash_v2.forward(query, key, value, scale=0.25, use=use)
+    expected = flash_v2.forward(query, key, value, Asked(0.25))
+    found = flash_v2.forward(query, key, value, Asked(0.25), use=use)
     backward = [torch.ones_like(query), None, query, key, value, *expected]
-    grads = [flash_v2.backward(*backward, scale=0.25, use=tiles) for tiles in (None, use)]
+    grads = [flash_v2.backward(*backward, Asked(0.25), use=tiles) for tiles in (None, use)]
     for a, b in zip((*expected, *grads[0]), (*found, *grads[1]), strict=True):
         torch.testing.assert_close(a, b)
     assert not torch.equal(expected[0], found[0]) and not torch.equal(grads[0][1], grads[1][1])  # another order of summing

@@ -3,9 +3,9 @@
 import json
 import shutil
 
-import flash_ladder.kernels.sdpa
 import pytest
 
+import flash_ladder.kernels.sdpa
 from flash_ladder.export.evaluate import evaluate_export
 from flash_ladder.export.export import export_run
 from flash_ladder.schema import UserError

@@ -4,13 +4,13 @@ import json
 import math
 import os
 
-import flash_ladder.kernels.eager
-import flash_ladder.kernels.sdpa
 import pytest
 import safetensors.torch
 import torch
 
 import flash_ladder.export.export
+import flash_ladder.kernels.eager
+import flash_ladder.kernels.sdpa
 from flash_ladder.export.export import export_run
 from flash_ladder.files import checksum
 from flash_ladder.schema import UserError
@@ -121,7 +121,7 @@ def test_without_a_backend_eager_is_held_against_training(tmp_path, monkeypatch)
     run = made_up_run(tmp_path, attention="eager")
     assert export(run, tmp_path) == 0
     assert parity(tmp_path)["checks"]["|Δ loss| to training"]["within"]
-    monkeypatch.setattr(flash_ladder.kernels.eager, "attend", lambda q, k, v, **m: (v.repeat_interleave(2, 1), None))
+    monkeypatch.setattr(flash_ladder.kernels.eager, "attend", lambda q, k, v, asked: (v.repeat_interleave(2, 1), None))
     assert export(run, tmp_path) == 1
 
 

@@ -2,13 +2,14 @@
 
 import math
 
-import flash_ladder.kernels.sdpa
 import pytest
 import torch
-from flash_ladder.kernels import eager
 
+import flash_ladder.kernels.sdpa
 from flash_ladder.export import losses as evaluation
 from flash_ladder.export.parity import Check, compare, kl_limit, loss_limit
+from flash_ladder.kernels import eager
+from flash_ladder.kernels.asked import Asked
 from tests.helpers.made_up import VOCAB, sharp_model
 
 PRECISIONS = ("32", "bf16-mixed", "16-mixed")
@@ -32,10 +33,10 @@ def masked(sees):
 
 
 def rescaled(factor):
-    return lambda q, k, v, *, scale, **meaning: eager.attend(q, k, v, scale=scale * factor, is_causal=True)
+    return lambda q, k, v, asked: eager.attend(q, k, v, Asked(asked.scale * factor, is_causal=True))
 
 
-def poisoned(q, k, v, **meaning):
+def poisoned(q, k, v, asked):
     return torch.full_like(q, torch.nan), None
 
 
@@ -46,7 +47,7 @@ WRONG = {
     "drops the second tile of 16 keys for half of the queries": masked(lambda i, j: (j <= i) & ~((j // 16 == 1) & (i >= 32))),
     "drops the last tile of keys": masked(lambda i, j: (j <= i) & ((j < 48) | (i < 48) | (i == j))),
     "not causal": masked(lambda i, j: i + j >= 0),
-    "the wrong head": lambda q, k, v, **m: eager.attend(q.flip(1), k, v, scale=m["scale"], is_causal=True),
+    "the wrong head": lambda q, k, v, asked: eager.attend(q.flip(1), k, v, Asked(asked.scale, is_causal=True)),
     "nan": poisoned,
 }
 

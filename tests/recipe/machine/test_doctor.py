@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from flash_ladder.kernels import BACKENDS, choose, jit
 
+from flash_ladder.kernels import BACKENDS, choose, jit
 from flash_ladder.machine import doctor, sdpa_choice
 from flash_ladder.machine import hardware as machine
 from flash_ladder.machine.hardware import has_code_for
@@ -257,7 +257,7 @@ def test_has_code_for(arch_list, capability, expected):
 # ---- packages ----
 
 
-def test_packages(monkeypatch, tmp_path):
+def test_packages(monkeypatch):
     installed = {"torch": "2.13.0+cu128", "lightning": "2.6.3", "numpy": "1.24.0"}
 
     def version(name):
@@ -266,23 +266,25 @@ def test_packages(monkeypatch, tmp_path):
         return installed[name]
 
     monkeypatch.setattr(machine, "version", version)
-    monkeypatch.setattr(machine, "REQUIREMENTS", tmp_path / "requirements.txt")
-    asks = (
-        "# why",
+    asks = [
         "torch>=2.11,<2.16",
-        "lightning>=2.6.4",
-        "numpy>=1.26  # note",
-        "wandb>=0.27",
-        "triton; platform_system == 'X'",
-        "-e .",
-    )
-    machine.REQUIREMENTS.write_text("\n".join(asks))
+        'lightning>=2.6.4; extra == "train"',
+        'numpy>=1.26; extra == "train"',
+        'wandb>=0.27; extra == "train"',
+        'ruff>=0.17; extra == "dev"',
+        'triton; platform_system == "X"',
+    ]
+    monkeypatch.setattr(machine, "requires", lambda project: asks)
     found = machine.packages()
     assert [(p.name, p.fits) for p in found] == [("torch", True), ("lightning", False), ("numpy", False), ("wandb", False)]
     malicious, numpy, wandb = doctor.find_warnings(asked(), [], found)
     assert "lightning 2.6.3 was a malicious release" in malicious and "lightning>=2.6.4" in malicious
-    assert "numpy is 1.24.0, and requirements.txt asks for >=1.26" in numpy and "wandb is not installed" in wandb
-    machine.REQUIREMENTS.unlink()
+    assert "numpy is 1.24.0, and this project asks for >=1.26" in numpy and "wandb is not installed" in wandb
+
+    def not_installed(project):
+        raise PackageNotFoundError(project)
+
+    monkeypatch.setattr(machine, "requires", not_installed)
     assert "versions are not checked" in next(doctor.find_warnings(asked(), [], machine.packages()))
 
 

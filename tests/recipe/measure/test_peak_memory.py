@@ -1,8 +1,8 @@
 """The meter of memory on known allocations: what is held at once, inside an operation too, and nothing from before."""
 
 import torch
-from flash_ladder.kernels import attention
 
+from flash_ladder.kernels import attention
 from flash_ladder.measure.peak_memory import peak_bytes
 
 CPU = torch.device("cpu")

@@ -1,0 +1,73 @@
+"""What a call asks of attention: one object, built once by `attention`, checked, and handed on to whichever backend runs.
+
+A new argument of attention is a field here and a keyword of `kernels.operation.attention`. The list of features that a backend may
+refuse, the operators' schema and what autograd saves all follow from the fields. `Numbers` is the part that a kernel takes as
+numbers, in the units that it computes in.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Asked(NamedTuple):
+    """Attention's arguments beside query, key and value; `kernels.operation.attention` says what each means.
+
+    `scale` is a number by now, never None. The flash rungs take a positive one only.
+    """
+
+    scale: float
+    is_causal: bool = False
+    window_size: int | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None  # [Hq] float32
+    document_ids: Tensor | None = None  # [B, S] int32 or int64
+    return_lse: bool = False
+    deterministic: bool = False
+
+    def used(self) -> tuple[bool, ...]:
+        """Which of FEATURES the call uses, in their order."""
+        return tuple([argument is not None and argument is not False for argument in self[1:]])
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The arguments that are tensors, in the order of TENSORS: autograd saves them apart from the numbers."""
+        return tuple([getattr(self, name) for name in TENSORS])
+
+    def without_tensors(self) -> "Asked":
+        """The same call with None for every tensor."""
+        return self._replace(**dict.fromkeys(TENSORS))
+
+    def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "Asked":
+        """The same call with these tensors, in the order of TENSORS."""
+        return self._replace(**dict(zip(TENSORS, tensors, strict=True)))
+
+
+FEATURES = Asked._fields[1:]  # what a backend may refuse; every backend has a scale
+TENSORS = tuple(name for name, annotation in Asked.__annotations__.items() if annotation == Tensor | None)
+
+
+class Numbers(NamedTuple):
+    """The numbers that say what is asked of attention, as the kernels take them; None drops the code that would look at it.
+
+    A query sees the keys from `behind` before its own position to `ahead` after it. Scores stay in units of the raw product q·k,
+    so that `scale` and the change to base 2 remain one multiplication: `cap` is softcap / scale.
+    """
+
+    scale: float
+    behind: int | None
+    ahead: int | None
+    cap: float | None
+
+
+def numbers_for_kernels(asked: Asked, seq_q: int, seq_k: int) -> Numbers:
+    """What is asked, as numbers for the kernels. `asked.scale` is positive."""
+    reach = None if asked.window_size is None else min(asked.window_size, seq_q + seq_k) - 1
+    cap = None if asked.softcap is None else asked.softcap / asked.scale
+    return Numbers(asked.scale, reach, 0 if asked.is_causal else reach, cap)
+
+
+def upstream(grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The upstream gradients as the kernels read them; `.sum()` sends back an expanded one, with a last stride of 0."""
+    if grad_output.stride(-1) != 1:
+        grad_output = grad_output.contiguous()
+    return grad_output, None if grad_lse is None else grad_lse.contiguous()

@@ -1,0 +1,122 @@
+"""The flash rungs as two operators of torch.
+
+So torch.compile, autocast, activation checkpointing and the FLOP counter know them.
+
+`attention_forward` and `attention_backward` run the backend that they are given by name. Their arguments are the tensors, the
+fields of `Asked` in their order, and the backend's name. They are registered through torch.library.Library:
+torch.library.custom_op does the same with 15 µs more on the host for every call.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .asked import Asked
+from .choice import BACKENDS
+from .layout import heads_last
+
+# How torch's operator schema spells the types of Asked's fields.
+_SCHEMA_TYPES = {
+    float: "float",
+    bool: "bool",
+    int | None: "SymInt?",
+    float | None: "float?",
+    Tensor | None: "Tensor?",
+}
+_ASKED = ", ".join(f"{_SCHEMA_TYPES[annotation]} {name}" for name, annotation in Asked.__annotations__.items())
+# The operators' namespace follows the package's name, so that a second copy under another name has its own.
+NAMESPACE = __package__.replace(".", "_")
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(f"attention_forward(Tensor query, Tensor key, Tensor value, {_ASKED}, str backend) -> (Tensor, Tensor)")
+_library.define(
+    "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+    f"{_ASKED}, str backend) -> (Tensor, Tensor, Tensor)"
+)
+# Output [B, Hq, Sq, D] (in memory [B, Sq, Hq, D]) and log-sum-exp [B, Hq, Sq] of the named backend; gradients of query, key, value.
+attention_forward = getattr(torch.ops, NAMESPACE).attention_forward.default
+attention_backward = getattr(torch.ops, NAMESPACE).attention_backward.default
+
+
+@torch.library.impl(_library, "attention_forward", "CompositeExplicitAutograd")
+def _forward(query: Tensor, key: Tensor, value: Tensor, *asked_and_backend: Any) -> tuple[Tensor, Tensor]:
+    *asked, backend = asked_and_backend
+    return BACKENDS[backend].forward(query, key, value, Asked(*asked))
+
+
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *asked_and_backend: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *asked, backend = asked_and_backend
+    return BACKENDS[backend].backward(grad_output, grad_lse, query, key, value, output, lse, Asked(*asked))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_forward")
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return heads_last(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention_backward")
+def _(grad_output: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return heads_last(query), heads_last(key), heads_last(value)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *fields, backend = inputs
+    asked = Asked(*fields)
+    ctx.save_for_backward(query, key, value, *output, *asked.tensors())
+    ctx.asked, ctx.backend = asked.without_tensors(), backend
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    query, key, value, output, lse, *tensors = ctx.saved_tensors
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    asked = ctx.asked.with_tensors(tensors)
+    grads = attention_backward(grad_output, grad_lse, query, key, value, output, lse, *asked, ctx.backend)
+    return *grads, *[None] * len(asked), None
+
+
+def _differentiate_again(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError("the flash rungs have no second derivative; attention's eager and sdpa backends have one")
+
+
+torch.library.register_autograd(f"{NAMESPACE}::attention_forward", _differentiate, setup_context=_save)
+torch.library.register_autograd(f"{NAMESPACE}::attention_backward", _differentiate_again)
+
+
+class Attention(torch.autograd.Function):
+    """The same two operators for uncompiled code, where torch.library's own way to differentiate costs 30 µs more a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = attention_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).attention_forward)
+def _forward_flops(query, key, value, *args, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
+    """Two matrix products of 2·Sq·Sk·D per head, causality not subtracted: torch's own convention for its attention."""
+    batch, heads, seq_q, head_dim = query
+    return 4 * batch * heads * seq_q * key[2] * head_dim
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).attention_backward)
+def _backward_flops(grad_output, grad_lse, query, key, *args, **kwargs) -> int:  # noqa: ANN001, ANN002, ANN003
+    """Five matrix products: the scores again, and one for each of dP, dV, dQ, dK."""
+    batch, heads, seq_q, head_dim = query
+    return 10 * batch * heads * seq_q * key[2] * head_dim
