@@ -5,7 +5,8 @@ refuse, the operators' schema and what autograd saves all follow from the fields
 numbers, in the units that it computes in.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,11 +36,13 @@ class Asked(NamedTuple):
 
     def without_tensors(self) -> "Asked":
         """The same call with None for every tensor."""
-        return self._replace(**dict.fromkeys(TENSORS))
+        none: dict[str, Any] = dict.fromkeys(TENSORS)
+        return self._replace(**none)
 
-    def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "Asked":
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> "Asked":
         """The same call with these tensors, in the order of TENSORS."""
-        return self._replace(**dict(zip(TENSORS, tensors, strict=True)))
+        named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        return self._replace(**named)
 
 
 FEATURES = Asked._fields[1:]  # what a backend may refuse; every backend has a scale

@@ -7,14 +7,15 @@ generation's order that can run the call.
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import eager, sdpa
 from .generations import ELSEWHERE, describe, dtype_name, generation
 
-BACKENDS: dict[str, ModuleType | None] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None, "flash_v3": None}
+# Modules; None for the rungs where Triton is not installed.
+BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None, "flash_v3": None}
 if find_spec("triton") is not None:  # a machine that only evaluates may have torch alone
     from . import flash_v1, flash_v2
     from .flash_v3 import launch as flash_v3
@@ -63,7 +64,7 @@ def choose(
             raise Unsupported(f"attention backend {backend} cannot run here: {reason}; {' and '.join(able)} can")
         return Choice(backend, f"asked for; {where}")
     here = generation(device)
-    passed_over = []
+    passed_over: list[str] = []
     for name in here.order if here else ELSEWHERE:
         reason = why_not(name, device, dtype, head_dim, features)
         if reason is None:

@@ -73,13 +73,13 @@ def launch(
         kernel: its arguments are `tensors`, strides, `sizes`, those of `numbers`, and those that `Launch` compiles in.
         tile: its block sizes, warps and stages.
         programs: how many of them run, along each axis.
-        tensors: the query first; None where one is not needed.
-        strided: the tensors [B, H, S, D] whose batch, head and position strides the kernel takes.
+        tensors: None where one is not needed.
+        strided: the query and the other tensors [B, H, S, D] whose batch, head and position strides the kernel takes.
         sizes: heads, seq_q, seq_k.
         group: query heads that share a key/value head.
         constants: compile-time arguments of this kernel alone.
     """
-    query = tensors[0]
+    query = strided[0]
     strides = tuple([stride for x in strided for stride in x.stride()[:3]])
     dtypes = tuple([None if x is None else x.dtype for x in tensors])
     products = precision(query.dtype, query.shape[-1])

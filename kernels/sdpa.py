@@ -4,6 +4,8 @@ PyTorch picks among its own flash, cuDNN, memory-efficient and math backends. Tw
 here: its causal mask aligns top-left when Sq != Sk, and a row that sees no key comes out as NaN.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> tuple[Ten
     explicit mask, which costs O(Sq·Sk) memory and keeps PyTorch from its flash backend.
     """
     seq_q, seq_k = query.shape[2], key.shape[2]
-    options = {"scale": asked.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {"scale": asked.scale, "enable_gqa": query.shape[1] != key.shape[1]}
     plain = asked.window_size is None and asked.alibi_slopes is None and asked.document_ids is None
     if plain and (not asked.is_causal or seq_q == seq_k):
         return F.scaled_dot_product_attention(query, key, value, is_causal=asked.is_causal, **options), None

@@ -94,7 +94,7 @@ V1_INTERPRETED = TilesV1(forward=Tile(64, 32, 4, 1), backward=Tile(32, 64, 4, 1)
 @cache
 def tiles(device: torch.device, dtype: torch.dtype, head_dim: int, cut: bool = False) -> Tiles:
     """The tiles for a tensor's device, dtype and head_dim (up to 256). `cut`: by a window or documents."""
-    return INTERPRETED if device.type == "cpu" else tiles_for(capability(device), dtype, head_dim, cut)
+    return INTERPRETED if device.type == "cpu" else tiles_for(capability(device), dtype, head_dim, cut)  # type: ignore[arg-type]  # refused before where there is none
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, cut: bool = False) -> Tiles:

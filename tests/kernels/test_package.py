@@ -97,3 +97,19 @@ for backend in ["auto", "sdpa", *{rungs}]:
     torch.testing.assert_close(output, expected)
     output.sum().backward()
 """
+
+
+def test_a_second_copy_in_one_process(tmp_path):
+    """Under another name, as a vendored copy is: it registers operators of its own, and both give the same."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "vendored", ignore=shutil.ignore_patterns("__pycache__"))
+    program = """
+import torch, vendored
+from flash_ladder import kernels
+query = torch.randn(1, 2, 40, 16, requires_grad=True)
+outputs = [copy.attention(query, query, query, is_causal=True, backend="flash_v2") for copy in (kernels, vendored)]
+assert torch.equal(*outputs) and outputs[0].grad_fn is not None
+assert {kernels.operators.NAMESPACE, vendored.operators.NAMESPACE} == {"flash_ladder_kernels", "vendored"}
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
