@@ -7,6 +7,7 @@ python examples/attention_alone.py flash_v2    any backend by name; without a GP
 import sys
 
 import torch
+
 from flash_ladder.kernels import attention, choose
 
 

@@ -7,6 +7,7 @@ to 50), Turing with 64 KiB, and Hopper, whose wgmma wants at least 64 rows a war
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import cast
 
 import torch
 
@@ -94,7 +95,10 @@ V1_INTERPRETED = TilesV1(forward=Tile(64, 32, 4, 1), backward=Tile(32, 64, 4, 1)
 @cache
 def tiles(device: torch.device, dtype: torch.dtype, head_dim: int, cut: bool = False) -> Tiles:
     """The tiles for a tensor's device, dtype and head_dim (up to 256). `cut`: by a window or documents."""
-    return INTERPRETED if device.type == "cpu" else tiles_for(capability(device), dtype, head_dim, cut)  # type: ignore[arg-type]  # refused before where there is none
+    if device.type == "cpu":
+        return INTERPRETED
+    found = cast("tuple[int, int]", capability(device))  # not None: `launch.refusal` lets NVIDIA's GPUs pass alone
+    return tiles_for(found, dtype, head_dim, cut)
 
 
 def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, cut: bool = False) -> Tiles:
