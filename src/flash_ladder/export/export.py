@@ -18,12 +18,12 @@ from flash_ladder.export.losses import pick_backend, pick_device
 from flash_ladder.export.parity import compare
 from flash_ladder.files import read_json, replace_folder, write_json
 from flash_ladder.kernels.generations import describe
+from flash_ladder.machine.hardware import versions
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
 from flash_ladder.schema import DataConfig, ModelConfig, UserError
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.checkpoint import load_run
-from flash_ladder.training.record import versions
 
 DATA_KEYS = ("source", "hub_name", "hub_config", "hub_split", "tokenizer", "seq_len", "val_fraction", "document_ids")
 

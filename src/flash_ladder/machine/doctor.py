@@ -7,6 +7,7 @@ into words.
 
 from __future__ import annotations
 
+import platform
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -102,7 +103,7 @@ def diagnose(cfg: DoctorConfig) -> Diagnosis:
         gpus=gpus,
         no_gpu=None if gpus else machine.why_no_gpu(driver),
         driver=driver,
-        versions=machine.versions(),
+        versions={"python": platform.python_version(), "torch": machine.torch_build(), "cudnn": machine.cudnn_version()},
         packages=packages,
         extras=machine.extras(),
         call=call,
