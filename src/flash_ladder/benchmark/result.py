@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from flash_ladder.files import write_json
+from flash_ladder.machine.decide import PRECISIONS
 from flash_ladder.measure.flops import peak_tflops
 from flash_ladder.measure.probe import GIB
 from flash_ladder.schema import UserError
 
-PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32"}  # a dtype's column in the table of peaks
 GRADIENTS = ("dq", "dk", "dv")
 
 
@@ -131,7 +131,7 @@ class Result:
     @property
     def peak(self) -> float | None:
         """The GPU's dense peak in TFLOP/s for this dtype; None for one that is not in the table."""
-        return peak_tflops(self.device, PRECISION[self.config["dtype"]])
+        return peak_tflops(self.device, PRECISIONS[self.config["dtype"]])
 
     @property
     def backends(self) -> list[str]:

@@ -14,10 +14,10 @@ from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.export.evaluate import Windows, described, record, report, same_loss
 from flash_ladder.export.folder import FILES, load_export, load_windows, write_export
-from flash_ladder.export.losses import pick_backend, pick_device
 from flash_ladder.export.parity import compare
 from flash_ladder.files import read_json, replace_folder, write_json
 from flash_ladder.kernels.generations import describe
+from flash_ladder.machine.decide import pick_backend, pick_device
 from flash_ladder.machine.hardware import versions
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 
-from flash_ladder.export.losses import pick_device
 from flash_ladder.files import write_json
 from flash_ladder.kernels import Unsupported, choose, jit
 from flash_ladder.kernels.generations import capability, dtype_name
 from flash_ladder.kernels.operation import BACKENDS, FEATURES, why_not
 from flash_ladder.machine import hardware as machine
-from flash_ladder.machine.decide import DTYPES, find_precision
+from flash_ladder.machine.decide import DTYPES, pick_device, pick_precision
 from flash_ladder.machine.hardware import Extra, Gpu, Package
 from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa
 from flash_ladder.script_schema import DoctorConfig
@@ -80,7 +79,7 @@ def doctor(cfg: DoctorConfig) -> None:
 def diagnose(cfg: DoctorConfig) -> Diagnosis:
     """Asks this machine everything. Raises UserError for a device that is not here."""
     device = pick_device(cfg.device)
-    precision, reason = find_precision("auto", device)
+    precision, reason = pick_precision("auto", device)
     dtype = DTYPES[precision] if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     call = AttentionCall(
         device, dtype, cfg.batch_size, cfg.n_head, cfg.n_kv_head or cfg.n_head, cfg.seq_len, cfg.head_dim, cfg.features

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from flash_ladder.kernels.generations import GENERATIONS, capability, generation
 from flash_ladder.kernels.jit import installed
+from flash_ladder.machine.decide import PRECISIONS
 from flash_ladder.measure.flops import peak_tflops
 from flash_ladder.measure.probe import GIB
 
@@ -72,10 +73,7 @@ def _gpu(index: int) -> Gpu:
         shared_memory_kib=shared and shared / 1024,
         memory_gib=properties.total_memory / GIB,
         free_gib=free,
-        peak_tflops={
-            name: peak_tflops(properties.name, precision)
-            for name, precision in (("bfloat16", "bf16-mixed"), ("float16", "16-mixed"), ("float32", "32"))
-        },
+        peak_tflops={dtype: peak_tflops(properties.name, precision) for dtype, precision in PRECISIONS.items()},
         built_for=not is_nvidia or has_code_for(torch.cuda.get_arch_list(), (properties.major, properties.minor)),
     )
 

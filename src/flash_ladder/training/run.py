@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.machine.decide import Place, find_place
+from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
 from flash_ladder.measure.probe import GIB, Layer, probe_attention
@@ -55,7 +55,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     """
     quiet_lightning()
     first = rank_zero_only.rank == 0
-    place = find_place(cfg)
+    place = decide(cfg)
     say(f"attention: {place.attention}")
     say(f"precision: {place.precision} ({place.precision_reason})")
 
