@@ -21,6 +21,8 @@ from flash_ladder.machine.decide import DTYPES
 from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import UserError
 
+Windows = dict[str, Tensor]  # "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]
+
 BATCH_WINDOWS = 32  # in a batch whose size nobody chose, or as many as keep ...
 BATCH_ELEMENTS = 2**28  # ... logits, and attention scores of a layer, under 1 GiB in float32
 CHUNK_ELEMENTS = 2**24  # logits that become probabilities at once: 64 MiB in float32 (malloc would keep, and scatter, 16 MiB ones)
@@ -44,9 +46,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, windows: dict[str, Tensor], *, backend: str, precision: str = "32", batch_size: int | None = None
-) -> Evaluation:
+def evaluate(model: GPT, windows: Windows, *, backend: str, precision: str = "32", batch_size: int | None = None) -> Evaluation:
     """Mean cross-entropy of predicting each token of the windows from those before it. Shows a progress bar.
 
     windows: "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S], on any device. backend: a name, not "auto".
@@ -61,7 +61,7 @@ def evaluate(
     return summarise(backend, precision, losses, time.perf_counter() - start)
 
 
-def batches(model: GPT, windows: dict[str, Tensor], batch_size: int | None, label: str) -> Iterator[dict[str, Tensor]]:
+def batches(model: GPT, windows: Windows, batch_size: int | None, label: str) -> Iterator[dict[str, Tensor]]:
     """The windows, batch by batch on the model's device, behind a progress bar."""
     n, seq_len = len(windows["tokens"]), windows["tokens"].shape[1] - 1
     if batch_size is None:
