@@ -18,12 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flash_ladder.benchmark.masks import measure_masks, takers
+from flash_ladder.benchmark.masks import measure_masks, with_masks
 from flash_ladder.benchmark.peers import PEERS, Attend, peer, why_not_installed
 from flash_ladder.benchmark.plots import plot
 from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
 from flash_ladder.benchmark.tables import header, row_lines, summary, table_head
-from flash_ladder.benchmark.timing import NoBackward, backward_milliseconds, forward_milliseconds, gradients, random_inputs, trouble
+from flash_ladder.benchmark.timing import (
+    NoBackward,
+    backward_milliseconds,
+    failure_note,
+    forward_milliseconds,
+    gradients,
+    random_inputs,
+)
 from flash_ladder.kernels import BACKENDS, attention
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.hardware import cudnn_version, nvidia_driver, version_of
@@ -95,7 +102,7 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
     compared = [*cfg.backends, *(["eager"] if "eager" not in cfg.backends else [])]  # eager's error is everyone's yardstick
     print("\n".join([*header(result), *(table_head(result) if panels else [])]), flush=True)
     steps = len(panels) * (len(lengths) * len(cfg.backends) + len(compared))
-    steps += len(cfg.head_dim) * len(takers(cfg.backends)) * (1 + len(cfg.masks)) if on_gpu and cfg.masks else 0
+    steps += len(cfg.head_dim) * len(with_masks(cfg.backends)) * (1 + len(cfg.masks)) if on_gpu and cfg.masks else 0
     with tqdm(total=steps, leave=False, disable=None) as bar:
 
         def next_is(what: str) -> None:
@@ -210,7 +217,7 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
                 milliseconds = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
                 cell.backward_tflops = BACKWARD * flops / milliseconds / 1e9
 
-    cell.note = trouble(work) or cell.note
+    cell.note = failure_note(work) or cell.note
     return cell
 
 
@@ -243,7 +250,7 @@ def measure_host_us(cfg: BenchmarkConfig, backend: str, device: torch.device) ->
             torch.cuda.synchronize(device)
         found.append(median(times) * 1e6)
 
-    trouble(work)
+    failure_note(work)
     return found[0] if found else None
 
 
@@ -273,7 +280,7 @@ def yardstick(cfg: BenchmarkConfig, panel: Panel, device: torch.device) -> Yards
         output = attend_with("eager", panel, cfg.error_seq_len, device)(*wide)
         exact.extend([output.detach(), *torch.autograd.grad(output, wide, grad_output.double())])
 
-    note = trouble(work)
+    note = failure_note(work)
     return Yardstick(inputs, grad_output, tuple(exact), note and f"no float64 to compare with: {note}")
 
 
@@ -290,7 +297,7 @@ def measure_error(cfg: BenchmarkConfig, backend: str, panel: Panel, right: Yards
         for name, grad, exact in zip(GRADIENTS, grads, right.exact[1:], strict=True):
             setattr(error, name, relative_error(grad, exact))
 
-    error.note = trouble(work)
+    error.note = failure_note(work)
     return error
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_ladder.benchmark.peers import PACKAGES, Attend, Sees, causal, flex, package, packed
 from flash_ladder.benchmark.result import Masked, Panel
-from flash_ladder.benchmark.timing import backward_milliseconds, forward_milliseconds, random_inputs, trouble
+from flash_ladder.benchmark.timing import backward_milliseconds, failure_note, forward_milliseconds, random_inputs
 from flash_ladder.kernels import BACKENDS, attention
 from flash_ladder.kernels.bounds import key_bounds
 from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig, split_mask
@@ -29,7 +29,7 @@ def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[
     if device.type == "cpu" or not cfg.masks:
         return
     for head_dim in cfg.head_dim:
-        for backend in takers(cfg.backends):
+        for backend in with_masks(cfg.backends):
             next_is(f"{backend} without a mask, D={head_dim}")
             dense = measure(cfg, backend, head_dim, {}, device)
             for name in cfg.masks:
@@ -37,7 +37,7 @@ def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[
                 yield measure_mask(cfg, backend, head_dim, name, dense, device)
 
 
-def takers(backends: list[str]) -> list[str]:
+def with_masks(backends: list[str]) -> list[str]:
     """Those that can be given a window and documents: this repository's, which refuse what they cannot do, and some peers."""
     return [backend for backend in backends if backend in BACKENDS or backend in MASKED_PEERS]
 
@@ -113,7 +113,7 @@ def measure(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[s
         times.forward = forward_milliseconds(attend, inputs, cfg.milliseconds)
         times.backward = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
 
-    times.note = trouble(work)
+    times.note = failure_note(work)
     return times
 
 

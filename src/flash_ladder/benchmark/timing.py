@@ -49,11 +49,11 @@ def gradients(output: Tensor, inputs: list[Tensor], grad_output: Tensor) -> tupl
         raise NoBackward(f"no backward: {one_line(error)}") from None
 
 
-def trouble(work: Callable[[], None]) -> str:
-    """Does `work`; returns "", or in one line why it came to no end.
+def failure_note(work: Callable[[], None]) -> str:
+    """Does `work`; returns "" where it succeeds, and one line that says why where it fails.
 
-    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The memory that the failed call
-    held is free again on return, which is why the error itself is not passed on: its traceback keeps the tensors.
+    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The error itself is not passed
+    on, because its traceback keeps the failed call's tensors: so their memory is free again on return.
     """
     try:
         with warnings.catch_warnings():

@@ -14,8 +14,8 @@ from flash_ladder.benchmark.masks import (
     measure,
     measure_mask,
     measure_masks,
-    takers,
     visible_pairs,
+    with_masks,
 )
 from flash_ladder.benchmark.peers import PACKAGES
 from flash_ladder.benchmark.result import Masked
@@ -84,7 +84,7 @@ def test_a_backend_attends_under_the_mask(monkeypatch, backend, name):
 
 
 def test_who_takes_a_mask():
-    assert takers(["eager", "fa2", "flash_v2", "flex", "fa4"]) == ["eager", "flash_v2", "flex", "fa4"]
+    assert with_masks(["eager", "fa2", "flash_v2", "flex", "fa4"]) == ["eager", "flash_v2", "flex", "fa4"]
     assert {*MASKED_PEERS} == {"flex", *PACKAGES}
 
 
@@ -128,7 +128,7 @@ def test_a_time_that_follows_the_area(clock, backend, name):
     assert (masked.forward, masked.backward) == pytest.approx((1, 1), rel=1e-4)
 
 
-def test_every_mask_on_every_taker(monkeypatch):
+def test_every_mask_on_every_backend_with_masks(monkeypatch):
     """The dense time is taken once for all masks of a backend, and a row is there before the next is measured."""
     told = []
 
