@@ -24,7 +24,7 @@ from flash_ladder.kernels.operation import BACKENDS, FEATURES, why_not
 from flash_ladder.machine import hardware as machine
 from flash_ladder.machine.decide import DTYPES, pick_device, pick_precision
 from flash_ladder.machine.hardware import Extra, Gpu, Package
-from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa
+from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa, flash_in_words
 from flash_ladder.script_schema import DoctorConfig
 
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,6 +60,7 @@ class Diagnosis:
     rungs: list[Rung]
     sdpa: SdpaChoice | None  # None where PyTorch could not be asked
     sdpa_note: str | None
+    sdpa_flash: str  # whose FlashAttention PyTorch's flash kernel is
     warnings: list[str]
     next: list[str]  # what to type
 
@@ -111,6 +112,7 @@ def diagnose(cfg: DoctorConfig) -> Diagnosis:
         rungs=rungs,
         sdpa=sdpa,
         sdpa_note=note,
+        sdpa_flash=flash_in_words(device),
         warnings=list(find_warnings(call, gpus, packages)),
         next=next_commands(call, gpus, rungs),
     )
@@ -283,5 +285,6 @@ def _sdpa(found: Diagnosis) -> Rows:
             yield "behind it", ", then ".join(behind)
         for name, reasons in found.sdpa.refused.items():
             yield f"not {name}", reasons
+    yield "flash is", found.sdpa_flash
     if found.sdpa_note:
         yield "note", found.sdpa_note

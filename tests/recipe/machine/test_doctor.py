@@ -66,6 +66,7 @@ def test_the_command(tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= doctor.WIDTH
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["call"]["features"] == ["document_ids", "is_causal"] and written["call"]["dtype"] == "float32"
+    assert "\n  flash is  PyTorch's own kernel for CPUs" in done.stdout and written["sdpa_flash"].startswith("PyTorch's own")
     assert written["sdpa"]["order"][0] == "flash" and {rung["name"] for rung in written["rungs"]} == {*BACKENDS}
 
 
@@ -165,6 +166,7 @@ def test_what_the_rungs_lack_on_hopper(gpu):
     assert found.auto.startswith("flash_v3 (") and rungs["flash_v2"].refusal is None
     text = " ".join(doctor.report(found).split())
     assert "flash_v3 runs the call takes float16, bfloat16 with head_dim 16 to 256" in text
+    assert "runs cudnn behind it flash" in text and "flash is FlashAttention-2 (built in)" in text
     found = doctor.diagnose(DoctorConfig(deterministic=True))
     rungs = {rung.name: rung for rung in found.rungs}
     assert found.auto.startswith("flash_v3 (") and "no deterministic" in rungs["sdpa"].refusal
@@ -189,7 +191,7 @@ def test_an_amd_gpu(gpu):
     found = doctor.diagnose(DoctorConfig())
     text = " ".join(doctor.report(found).split())
     assert "gfx942; not NVIDIA's" in text and "built for ROCm 6.4" in text
-    assert found.auto.startswith("sdpa")
+    assert found.auto.startswith("sdpa") and "flash is AMD's kernel" in text
 
 
 def test_a_gpu_that_cannot_be_asked(gpu, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_ladder.machine import sdpa_choice
-from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa, plain, reasons_under
+from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa, flash_in_words, plain, reasons_under
 
 CPU = torch.device("cpu")
 
@@ -76,3 +76,38 @@ def test_a_kernel_that_refuses_says_why(monkeypatch):
 )
 def test_plain_words(reason, words):
     assert plain(reason) == words
+
+
+# ---- which FlashAttention its flash kernel is ----
+
+
+@pytest.mark.parametrize(
+    ("registered", "active", "words"),
+    [
+        (["FA3", "FA4"], None, "FlashAttention-2 (built in); FA3, FA4 registered, not activated"),
+        (["FA3", "FA4"], "FA3", "FlashAttention-3 (activated); FA4 registered, not activated"),
+        (["FA4"], "FA4", "FlashAttention-4 (activated)"),
+        (["CUDNN", "FA3", "FA4"], "CUDNN", "FlashAttention-2 (built in); FA3, FA4 registered, not activated"),
+        (["FA3", "Somebody's"], "Somebody's", "Somebody's (activated); FA3 registered, not activated"),
+        ([], None, "FlashAttention-2 (built in)"),
+    ],
+)
+def test_whose_flash_attention_it_is(monkeypatch, registered, active, words):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: registered)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: active)
+    assert flash_in_words(torch.device("cuda")) == words
+    assert flash_in_words(CPU).startswith("PyTorch's own kernel for CPUs")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert flash_in_words(torch.device("cuda")) == "AMD's kernel, built in"
+
+
+def test_nobody_but_the_user_activates_one():
+    """Asked of the PyTorch that is installed."""
+    assert flash_in_words(torch.device("cuda")).startswith("FlashAttention-2 (built in)")
+
+
+def test_a_pytorch_without_the_registry(monkeypatch):
+    for name in ("list_flash_attention_impls", "current_flash_attention_impl"):
+        monkeypatch.delattr(torch.nn.attention, name)
+    assert flash_in_words(torch.device("cuda")) == "FlashAttention-2 (built in)"
