@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flash_ladder.benchmark.masks import measure_masks, with_masks
-from flash_ladder.benchmark.peers import PEERS, Attend, peer, why_not_installed
+from flash_ladder.benchmark.peers import PEERS, Attend, installed_package, peer, why_not_installed
 from flash_ladder.benchmark.plots import plot
 from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
 from flash_ladder.benchmark.tables import header, row_lines, summary, table_head
@@ -59,7 +59,6 @@ ON_CPU = {
     "dtype": "float32",
     "error_seq_len": 128,
 }
-ON_A_CPU_TOO = ("math",)  # the one peer that is the same algorithm on a CPU
 
 
 def benchmark(cfg: BenchmarkConfig) -> Result:
@@ -146,7 +145,7 @@ def decide(cfg: BenchmarkConfig, device: torch.device) -> tuple[BenchmarkConfig,
     left_out = {}
     if cfg.backends is None:
         for name in PEERS:
-            reason = why_not_installed(name) if device.type == "cuda" or name in ON_A_CPU_TOO else "for a GPU"
+            reason = why_not_installed(name) if device.type == "cuda" or PEERS[name].on_a_cpu else "for a GPU"
             if reason is not None:
                 left_out[name] = reason
         cfg = replace(cfg, backends=[*BACKENDS, *(name for name in PEERS if name not in left_out)])
@@ -165,6 +164,7 @@ def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
         "device": describe(device),
         "torch": torch.__version__,
         "triton": version_of("triton"),
+        "packages": {name: package for name in cfg.backends if name in PEERS and (package := installed_package(name))},
         "date": date.today().isoformat(),
         "config": {key: value for key, value in asdict(cfg).items() if key not in ("out", "plot", "read")},
     }

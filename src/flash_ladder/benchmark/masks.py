@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from flash_ladder.benchmark.peers import PACKAGES, Attend, Sees, causal, flex, package, packed
+from flash_ladder.benchmark.peers import PEERS, Attend, peer
 from flash_ladder.benchmark.result import Masked, Panel
 from flash_ladder.benchmark.timing import backward_milliseconds, failure_note, forward_milliseconds, random_inputs
 from flash_ladder.kernels import BACKENDS, attention
 from flash_ladder.kernels.bounds import key_bounds
-from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig, split_mask
+from flash_ladder.script_schema import BenchmarkConfig, split_mask
 
 
 def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[[str], None]) -> Iterator[Masked]:
@@ -39,7 +38,7 @@ def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[
 
 def with_masks(backends: list[str]) -> list[str]:
     """Those that can be given a window and documents: this repository's, which refuse what they cannot do, and some peers."""
-    return [backend for backend in backends if backend in BACKENDS or backend in MASKED_PEERS]
+    return [backend for backend in backends if backend in BACKENDS or PEERS[backend].takes_masks]
 
 
 # ---- a mask ----
@@ -70,16 +69,6 @@ def visible_pairs(seq_len: int, arguments: dict[str, Any], device: torch.device)
     return int((hi - lo + 1).sum())  # under causality every query sees itself at least
 
 
-def sees(window_size: int | None = None, document_ids: Tensor | None = None) -> Sees:
-    """The mask as FlexAttention takes it, causality included; document_ids [1, S]."""
-    if window_size is not None:
-        return lambda batch, head, i, j: (i >= j) & (i - j < window_size)
-    if document_ids is not None:
-        ids = document_ids[0]
-        return lambda batch, head, i, j: (i >= j) & (ids[i] == ids[j])
-    return causal
-
-
 # ---- its time ----
 
 
@@ -94,12 +83,8 @@ class Times:
 
 def attend_under(backend: str, arguments: dict[str, Any], seq_len: int, device: torch.device) -> Attend:
     """Causal attention under a mask as a function of query, key and value."""
-    if backend == "flex":
-        return flex(sees(**arguments), seq_len, device)
-    if backend in PACKAGES:
-        if "document_ids" in arguments:
-            return packed(PACKAGES[backend], **arguments)
-        return package(PACKAGES[backend], True, arguments.get("window_size"))
+    if backend in PEERS:
+        return peer(backend, is_causal=True, seq_len=seq_len, device=device, **arguments)
     return lambda query, key, value: attention(query, key, value, is_causal=True, backend=backend, **arguments)
 
 

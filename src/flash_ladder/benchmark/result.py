@@ -116,6 +116,7 @@ class Result:
     errors: list[Error] = field(default_factory=list)
     masks: list[Masked] = field(default_factory=list)
     host_us: dict[str, float | None] = field(default_factory=dict)  # host time of one tiny forward call, by backend
+    packages: dict[str, str] = field(default_factory=dict)  # of the peers that come from one, "fa3-fwd 0.0.3", by backend
     left_out: dict[str, str] = field(default_factory=dict)  # backends that the default list did not take, and why
     device_gib: float | None = None
     triton: str | None = None

@@ -17,7 +17,7 @@ from flash_ladder.benchmark.masks import (
     visible_pairs,
     with_masks,
 )
-from flash_ladder.benchmark.peers import PACKAGES
+from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.result import Masked
 from flash_ladder.benchmark.timing import gradients
 from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig
@@ -85,16 +85,7 @@ def test_a_backend_attends_under_the_mask(monkeypatch, backend, name):
 
 def test_who_takes_a_mask():
     assert with_masks(["eager", "fa2", "flash_v2", "flex", "fa4"]) == ["eager", "flash_v2", "flex", "fa4"]
-    assert {*MASKED_PEERS} == {"flex", *PACKAGES}
-
-
-def test_a_package_is_asked_for_what_it_takes(monkeypatch):
-    monkeypatch.setattr(module, "package", lambda *asked: asked)
-    monkeypatch.setattr(module, "packed", lambda modules, document_ids: (modules, document_ids.shape))
-    package = PACKAGES["fa3"]
-    for name, asked in (("window_5", (True, 5)), ("ragged_12", (torch.Size([1, 48]),))):
-        assert attend_under("fa3", mask_arguments(name, 48, CPU), 48, CPU) == (package, *asked)
-    assert attend_under("fa3", {}, 48, CPU) == (package, True, None)
+    assert {*MASKED_PEERS} == {name for name, peer in PEERS.items() if peer.takes_masks}
 
 
 # ---- times ----
