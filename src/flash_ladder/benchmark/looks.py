@@ -43,6 +43,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.dpi": 110,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # alike in width, for a reader of the SVG who lacks the first
     "svg.fonttype": "none",  # text stays text: small, and found by a search
     "svg.hashsalt": "flash-ladder",  # the same figures give the same file
 }

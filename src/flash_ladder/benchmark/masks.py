@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from flash_ladder.benchmark.peers import PEERS, Attend, peer
+from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.result import Masked, Panel
-from flash_ladder.benchmark.timing import backward_milliseconds, failure_note, forward_milliseconds, random_inputs
-from flash_ladder.kernels import BACKENDS, attention
+from flash_ladder.benchmark.timing import attend_with, backward_milliseconds, failure_note, forward_milliseconds, random_inputs
+from flash_ladder.kernels import BACKENDS
 from flash_ladder.kernels.bounds import key_bounds
 from flash_ladder.script_schema import BenchmarkConfig, split_mask
 
@@ -30,7 +30,7 @@ def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[
     for head_dim in cfg.head_dim:
         for backend in with_masks(cfg.backends):
             next_is(f"{backend} without a mask, D={head_dim}")
-            dense = measure(cfg, backend, head_dim, {}, device)
+            dense = measure_times(cfg, backend, head_dim, {}, device)
             for name in cfg.masks:
                 next_is(f"{backend} under {name}, D={head_dim}")
                 yield measure_mask(cfg, backend, head_dim, name, dense, device)
@@ -81,19 +81,12 @@ class Times:
     note: str = ""
 
 
-def attend_under(backend: str, arguments: dict[str, Any], seq_len: int, device: torch.device) -> Attend:
-    """Causal attention under a mask as a function of query, key and value."""
-    if backend in PEERS:
-        return peer(backend, is_causal=True, seq_len=seq_len, device=device, **arguments)
-    return lambda query, key, value: attention(query, key, value, is_causal=True, backend=backend, **arguments)
-
-
-def measure(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
+def measure_times(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
     """Forward and backward of one sequence of cfg.mask_seq_len tokens. A refusal and a lack of memory are results."""
     times = Times()
 
     def work() -> None:
-        attend = attend_under(backend, arguments, cfg.mask_seq_len, device)
+        attend = attend_with(backend, True, cfg.mask_seq_len, device, arguments)
         inputs, grad_output = random_inputs(cfg, Panel(True, head_dim, None), 1, cfg.mask_seq_len, device)
         times.forward = forward_milliseconds(attend, inputs, cfg.milliseconds)
         times.backward = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
@@ -108,7 +101,7 @@ def measure_mask(cfg: BenchmarkConfig, backend: str, head_dim: int, name: str, d
     area = visible_pairs(cfg.mask_seq_len, arguments, device) / visible_pairs(cfg.mask_seq_len, {}, device)
     if dense.forward is None:  # nothing to compare with
         return Masked(name, backend, head_dim, cfg.mask_seq_len, area, note=f"without the mask: {dense.note}")
-    times = measure(cfg, backend, head_dim, arguments, device)
+    times = measure_times(cfg, backend, head_dim, arguments, device)
     note = times.note or (dense.note and f"without the mask: {dense.note}")
     return Masked(
         name, backend, head_dim, cfg.mask_seq_len, area, times.forward, times.backward, dense.forward, dense.backward, note
