@@ -9,6 +9,7 @@ from flash_ladder.kernels import Unsupported, attention
 
 import flash_ladder.benchmark.peers as peers
 from flash_ladder.benchmark.peers import PEERS, NotInstalled, Peer, installed_package, one_line, peer, why_not_installed
+from flash_ladder.machine.hardware import EXTRAS
 from flash_ladder.script_schema import BenchmarkConfig
 
 CPU = torch.device("cpu")
@@ -121,6 +122,13 @@ def test_the_package_of_a_peer(monkeypatch):
     monkeypatch.setattr(peers, "version_of", {"flash-attn-3": "3.0.0"}.get)
     assert installed_package("fa3") == "flash-attn-3 3.0.0"
     assert installed_package("fa4") is None and installed_package("fa2") is None
+
+
+def test_the_doctor_looks_for_every_peer():
+    """machine.hardware has a line for each module that a peer may come from, with the packages that bring it."""
+    listed = {module: packages for module, packages, _ in EXTRAS}
+    for name, entry in PEERS.items():
+        assert [package for module in entry.modules for package in listed[module]] == list(entry.packages), name
 
 
 def test_what_needs_no_package():
