@@ -285,6 +285,7 @@ def _sdpa(found: Diagnosis) -> Rows:
             yield "behind it", ", then ".join(behind)
         for name, reasons in found.sdpa.refused.items():
             yield f"not {name}", reasons
-    yield "flash is", found.sdpa_flash
+    instead = [name for name in found.sdpa.order[:1] if name != "flash"] if found.sdpa else []
+    yield "flash is", found.sdpa_flash + "".join(f"; this call runs {name} instead" for name in instead)
     if found.sdpa_note:
         yield "note", found.sdpa_note

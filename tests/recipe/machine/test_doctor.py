@@ -167,6 +167,7 @@ def test_what_the_rungs_lack_on_hopper(gpu):
     text = " ".join(doctor.report(found).split())
     assert "flash_v3 runs the call takes float16, bfloat16 with head_dim 16 to 256" in text
     assert "runs cudnn behind it flash" in text and "flash is FlashAttention-2 (built in)" in text
+    assert "this call runs cudnn instead" in text
     found = doctor.diagnose(DoctorConfig(deterministic=True))
     rungs = {rung.name: rung for rung in found.rungs}
     assert found.auto.startswith("flash_v3 (") and "no deterministic" in rungs["sdpa"].refusal
