@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import flash_ladder.benchmark.grid as module
-from flash_ladder.benchmark.grid import benchmark, measure
+from flash_ladder.benchmark.grid import benchmark, complete, measure_cell
 from flash_ladder.benchmark.result import Panel, growth
 from flash_ladder.benchmark.timing import median_milliseconds
 from flash_ladder.measure.peak_memory import peak_bytes
@@ -33,7 +32,8 @@ def test_a_grid(tmp_path):
         assert growth(result.sequence_bytes(CAUSAL, backend)).exponent == pytest.approx(1, abs=0.15)
     assert all(1 < value < 1e5 for value in result.host_us.values()) and len(result.host_us) == 4
     assert result.cudnn and result.device_gib > 1
-    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "r.png", "r_memory.png", "r_error.png"}
+    pictures = {f"r{what}.{end}" for what in ("", "_memory", "_error") for end in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json"} | pictures
 
 
 def test_masks():
@@ -49,10 +49,10 @@ def test_masks():
 
 
 def test_out_of_memory_is_a_result():
-    cfg, _ = module.decide(small(tokens=2**19), torch.device("cuda"))  # float32 scores of one sequence: 4 TiB
-    cell = measure(cfg, "eager", CAUSAL, 2**19, torch.device("cuda"))
+    cfg, _ = complete(small(tokens=2**19), torch.device("cuda"))  # float32 scores of one sequence: 4 TiB
+    cell = measure_cell(cfg, "eager", CAUSAL, 2**19, torch.device("cuda"))
     assert cell.note == "out of memory" and cell.peak_gib is None
-    assert measure(cfg, "flash_v2", CAUSAL, 1024, torch.device("cuda")).note == ""
+    assert measure_cell(cfg, "flash_v2", CAUSAL, 1024, torch.device("cuda")).note == ""
 
 
 def test_a_time():

@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from flash_ladder.benchmark.masks import measure_masks, takers
-from flash_ladder.benchmark.peers import PEERS, Attend, peer, why_not_installed
+from flash_ladder.benchmark.accuracy import measure_error, yardstick
+from flash_ladder.benchmark.masks import measure_masks, with_masks
+from flash_ladder.benchmark.peers import PEERS, installed_package, why_not_installed
 from flash_ladder.benchmark.plots import plot
-from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
+from flash_ladder.benchmark.result import GIB, Cell, Panel, Result, batch_size, read, save
 from flash_ladder.benchmark.tables import header, row_lines, summary, table_head
-from flash_ladder.benchmark.timing import NoBackward, backward_milliseconds, forward_milliseconds, gradients, random_inputs, trouble
-from flash_ladder.kernels import BACKENDS, attention
+from flash_ladder.benchmark.timing import (
+    NoBackward,
+    attend_with,
+    backward_milliseconds,
+    failure_note,
+    forward_milliseconds,
+    gradients,
+    random_inputs,
+)
+from flash_ladder.kernels import BACKENDS
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.hardware import cudnn_version, nvidia_driver, version_of
 from flash_ladder.measure.flops import BACKWARD, forward_flops
@@ -52,7 +60,6 @@ ON_CPU = {
     "dtype": "float32",
     "error_seq_len": 128,
 }
-ON_A_CPU_TOO = ("math",)  # the one peer that is the same algorithm on a CPU
 
 
 def benchmark(cfg: BenchmarkConfig) -> Result:
@@ -87,7 +94,7 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
             raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it, or name another")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    cfg, left_out = decide(cfg, device)
+    cfg, left_out = complete(cfg, device)
     result = Result(left_out=left_out, finished=False, **surroundings(cfg, device))
     lengths = sorted({*cfg.seq_len, *cfg.memory_seq_len})
     panels = [Panel(causal, head_dim, heads) for heads in cfg.n_kv_head for causal in cfg.causal for head_dim in cfg.head_dim]
@@ -95,7 +102,7 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
     compared = [*cfg.backends, *(["eager"] if "eager" not in cfg.backends else [])]  # eager's error is everyone's yardstick
     print("\n".join([*header(result), *(table_head(result) if panels else [])]), flush=True)
     steps = len(panels) * (len(lengths) * len(cfg.backends) + len(compared))
-    steps += len(cfg.head_dim) * len(takers(cfg.backends)) * (1 + len(cfg.masks)) if on_gpu and cfg.masks else 0
+    steps += len(cfg.head_dim) * len(with_masks(cfg.backends)) * (1 + len(cfg.masks)) if on_gpu and cfg.masks else 0
     with tqdm(total=steps, leave=False, disable=None) as bar:
 
         def next_is(what: str) -> None:
@@ -107,7 +114,7 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
                 for seq_len in lengths:
                     for backend in cfg.backends:
                         next_is(f"{backend}, {panel} S={seq_len}")
-                        result.cells.append(measure(cfg, backend, panel, seq_len, device))
+                        result.cells.append(measure_cell(cfg, backend, panel, seq_len, device))
                     bar.write("\n".join(row_lines(result.rows()[-1], result)))
                     sys.stdout.flush()
                     if cfg.out:
@@ -132,14 +139,14 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
     return result
 
 
-def decide(cfg: BenchmarkConfig, device: torch.device) -> tuple[BenchmarkConfig, dict[str, str]]:
+def complete(cfg: BenchmarkConfig, device: torch.device) -> tuple[BenchmarkConfig, dict[str, str]]:
     """`cfg` with every None decided for this device, checked again; and the peers left out of the default, with why."""
     values = ON_GPU if device.type == "cuda" else ON_CPU
     cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
     left_out = {}
     if cfg.backends is None:
         for name in PEERS:
-            reason = why_not_installed(name) if device.type == "cuda" or name in ON_A_CPU_TOO else "for a GPU"
+            reason = why_not_installed(name) if device.type == "cuda" or PEERS[name].on_a_cpu else "for a GPU"
             if reason is not None:
                 left_out[name] = reason
         cfg = replace(cfg, backends=[*BACKENDS, *(name for name in PEERS if name not in left_out)])
@@ -158,6 +165,7 @@ def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
         "device": describe(device),
         "torch": torch.__version__,
         "triton": version_of("triton"),
+        "packages": {name: package for name in cfg.backends if name in PEERS and (package := installed_package(name))},
         "date": date.today().isoformat(),
         "config": {key: value for key, value in asdict(cfg).items() if key not in ("out", "plot", "read")},
     }
@@ -171,14 +179,7 @@ def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
 # ---- one backend at one shape ----
 
 
-def attend_with(backend: str, panel: Panel, seq_len: int, device: torch.device) -> Attend:
-    """A rung or a peer as a function of query, key and value. Raises NotInstalled."""
-    if backend in PEERS:
-        return peer(backend, is_causal=panel.causal, seq_len=seq_len, device=device)
-    return lambda query, key, value: attention(query, key, value, is_causal=panel.causal, backend=backend)
-
-
-def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, device: torch.device) -> Cell:
+def measure_cell(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, device: torch.device) -> Cell:
     """One backend at one shape: memory, and on a GPU speed where seq_len is of the grid. A refusal is a result."""
     cell = Cell(backend, panel.head_dim, seq_len, panel.causal, n_kv_head=panel.n_kv_head)
     batch = batch_size(cfg.tokens, seq_len)
@@ -191,7 +192,7 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
     def work() -> None:
         if device.type == "cpu" and backend in ("eager", "math"):  # where a process that runs out of memory is killed
             refuse_what_cannot_fit(cfg, panel, batch, seq_len)
-        attend = attend_with(backend, panel, seq_len, device)
+        attend = attend_with(backend, panel.causal, seq_len, device)
         inputs, grad_output = random_inputs(cfg, panel, batch, seq_len, device)
 
         def forward_and_backward() -> None:
@@ -210,7 +211,7 @@ def measure(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, devi
                 milliseconds = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
                 cell.backward_tflops = BACKWARD * flops / milliseconds / 1e9
 
-    cell.note = trouble(work) or cell.note
+    cell.note = failure_note(work) or cell.note
     return cell
 
 
@@ -228,7 +229,7 @@ def measure_host_us(cfg: BenchmarkConfig, backend: str, device: torch.device) ->
 
     def work() -> None:
         panel = Panel(cfg.causal[0], cfg.head_dim[0], 1)
-        attend = attend_with(backend, panel, 128, device)
+        attend = attend_with(backend, panel.causal, 128, device)
         one_head = replace(cfg, width=panel.head_dim)
         inputs, _ = random_inputs(one_head, panel, 1, 128, device)
         with torch.no_grad():
@@ -243,57 +244,5 @@ def measure_host_us(cfg: BenchmarkConfig, backend: str, device: torch.device) ->
             torch.cuda.synchronize(device)
         found.append(median(times) * 1e6)
 
-    trouble(work)
+    failure_note(work)
     return found[0] if found else None
-
-
-# ---- errors ----
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """Inputs in the benchmark's dtype and what float64 eager attention makes of them; `note` says why it could not."""
-
-    inputs: list[Tensor]
-    grad_output: Tensor
-    exact: tuple[Tensor, ...]  # output, dq, dk, dv
-    note: str
-
-
-def yardstick(cfg: BenchmarkConfig, panel: Panel, device: torch.device) -> Yardstick:
-    """One sequence of cfg.error_seq_len tokens in float64.
-
-    One, and of a bounded length, because the float64 scores of a long one fit nowhere.
-    """
-    inputs, grad_output = random_inputs(cfg, panel, 1, cfg.error_seq_len, device)
-    exact: list[Tensor] = []
-
-    def work() -> None:
-        wide = [x.detach().double().requires_grad_() for x in inputs]
-        output = attend_with("eager", panel, cfg.error_seq_len, device)(*wide)
-        exact.extend([output.detach(), *torch.autograd.grad(output, wide, grad_output.double())])
-
-    note = trouble(work)
-    return Yardstick(inputs, grad_output, tuple(exact), note and f"no float64 to compare with: {note}")
-
-
-def measure_error(cfg: BenchmarkConfig, backend: str, panel: Panel, right: Yardstick, device: torch.device) -> Error:
-    """The backend's output and gradients beside float64's."""
-    error = Error(backend, panel.head_dim, panel.causal, panel.n_kv_head, note=right.note)
-    if right.note:
-        return error
-
-    def work() -> None:
-        output = attend_with(backend, panel, cfg.error_seq_len, device)(*right.inputs)
-        error.output = relative_error(output, right.exact[0])
-        grads = gradients(output, right.inputs, right.grad_output)
-        for name, grad, exact in zip(GRADIENTS, grads, right.exact[1:], strict=True):
-            setattr(error, name, relative_error(grad, exact))
-
-    error.note = trouble(work)
-    return error
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference over the root mean square of the exact values; nan where there is a NaN."""
-    return ((found.detach().double() - exact).pow(2).mean() / exact.pow(2).mean()).sqrt().item()

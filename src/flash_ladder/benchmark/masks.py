@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from flash_ladder.benchmark.peers import PACKAGES, Attend, Sees, causal, flex, package, packed
+from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.result import Masked, Panel
-from flash_ladder.benchmark.timing import backward_milliseconds, forward_milliseconds, random_inputs, trouble
-from flash_ladder.kernels import BACKENDS, attention
+from flash_ladder.benchmark.timing import attend_with, backward_milliseconds, failure_note, forward_milliseconds, random_inputs
+from flash_ladder.kernels import BACKENDS
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.bounds import key_bounds
-from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig, split_mask
+from flash_ladder.script_schema import BenchmarkConfig, split_mask
 
 
 def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[[str], None]) -> Iterator[Masked]:
@@ -30,17 +29,17 @@ def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[
     if device.type == "cpu" or not cfg.masks:
         return
     for head_dim in cfg.head_dim:
-        for backend in takers(cfg.backends):
+        for backend in with_masks(cfg.backends):
             next_is(f"{backend} without a mask, D={head_dim}")
-            dense = measure(cfg, backend, head_dim, {}, device)
+            dense = measure_times(cfg, backend, head_dim, {}, device)
             for name in cfg.masks:
                 next_is(f"{backend} under {name}, D={head_dim}")
                 yield measure_mask(cfg, backend, head_dim, name, dense, device)
 
 
-def takers(backends: list[str]) -> list[str]:
+def with_masks(backends: list[str]) -> list[str]:
     """Those that can be given a window and documents: this repository's, which refuse what they cannot do, and some peers."""
-    return [backend for backend in backends if backend in BACKENDS or backend in MASKED_PEERS]
+    return [backend for backend in backends if backend in BACKENDS or PEERS[backend].takes_masks]
 
 
 # ---- a mask ----
@@ -71,16 +70,6 @@ def visible_pairs(seq_len: int, arguments: dict[str, Any], device: torch.device)
     return int((hi - lo + 1).sum())  # under causality every query sees itself at least
 
 
-def sees(window_size: int | None = None, document_ids: Tensor | None = None) -> Sees:
-    """The mask as FlexAttention takes it, causality included; document_ids [1, S]."""
-    if window_size is not None:
-        return lambda batch, head, i, j: (i >= j) & (i - j < window_size)
-    if document_ids is not None:
-        ids = document_ids[0]
-        return lambda batch, head, i, j: (i >= j) & (ids[i] == ids[j])
-    return causal
-
-
 # ---- its time ----
 
 
@@ -93,28 +82,17 @@ class Times:
     note: str = ""
 
 
-def attend_under(backend: str, arguments: dict[str, Any], seq_len: int, device: torch.device) -> Attend:
-    """Causal attention under a mask as a function of query, key and value."""
-    if backend == "flex":
-        return flex(sees(**arguments), seq_len, device)
-    if backend in PACKAGES:
-        if "document_ids" in arguments:
-            return packed(PACKAGES[backend], **arguments)
-        return package(PACKAGES[backend], True, arguments.get("window_size"))
-    return lambda query, key, value: attention(query, key, value, is_causal=True, backend=backend, **arguments)
-
-
-def measure(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
+def measure_times(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
     """Forward and backward of one sequence of cfg.mask_seq_len tokens. A refusal and a lack of memory are results."""
     times = Times()
 
     def work() -> None:
-        attend = attend_under(backend, arguments, cfg.mask_seq_len, device)
+        attend = attend_with(backend, True, cfg.mask_seq_len, device, arguments)
         inputs, grad_output = random_inputs(cfg, Panel(True, head_dim, None), 1, cfg.mask_seq_len, device)
         times.forward = forward_milliseconds(attend, inputs, cfg.milliseconds)
         times.backward = backward_milliseconds(attend, inputs, grad_output, cfg.milliseconds)
 
-    times.note = trouble(work)
+    times.note = failure_note(work)
     return times
 
 
@@ -124,7 +102,7 @@ def measure_mask(cfg: BenchmarkConfig, backend: str, head_dim: int, name: str, d
     area = visible_pairs(cfg.mask_seq_len, arguments, device) / visible_pairs(cfg.mask_seq_len, {}, device)
     if dense.forward is None:  # nothing to compare with
         return Masked(name, backend, head_dim, cfg.mask_seq_len, area, note=f"without the mask: {dense.note}")
-    times = measure(cfg, backend, head_dim, arguments, device)
+    times = measure_times(cfg, backend, head_dim, arguments, device)
     note = times.note or (dense.note and f"without the mask: {dense.note}")
     return Masked(
         name, backend, head_dim, cfg.mask_seq_len, area, times.forward, times.backward, dense.forward, dense.backward, note

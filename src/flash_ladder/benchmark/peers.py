@@ -1,13 +1,16 @@
 """Other people's attention, each as a function of query, key and value [B, H, S, D]: what the rungs are measured beside.
 
-fa2, cudnn, efficient and math are PyTorch's own kernels behind F.scaled_dot_product_attention, by name; flex is FlexAttention,
-compiled; flash_attn, fa3 and fa4 are the packages of FlashAttention 2, 3 and 4, where they are installed.
+The table PEERS, at the end of this file, is the one place that says what a peer is: whose, from which package, what it takes, and
+the function that makes it. fa2, cudnn, efficient and math are PyTorch's own kernels behind F.scaled_dot_product_attention; flex is
+FlexAttention, compiled; flash_attn, fa3 and fa4 are the packages of FlashAttention 2, 3 and 4, where they are installed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -16,54 +19,58 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_ladder.kernels import Unsupported
+from flash_ladder.machine.hardware import version_of
 from flash_ladder.machine.sdpa_choice import is_a_refusal
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query i and key j: whether i sees j
-
-SDPA = {
-    "fa2": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-# Modules that export flash_attn_func(query, key, value, causal=...) on [B, S, H, D], and flash_attn_varlen_func for sequences one
-# after the other; the first that is there is taken.
-PACKAGES = {
-    "flash_attn": ("flash_attn",),
-    "fa3": ("fa3_fwd_interface", "flash_attn_interface"),
-    "fa4": ("flash_attn.cute",),
-}
-PEERS = (*SDPA, "flex", *PACKAGES)
 
 
 class NotInstalled(Exception):
     """A peer's package cannot be imported here; the message says why."""
 
 
-def peer(name: str, *, is_causal: bool, seq_len: int, device: torch.device) -> Attend:
+def peer(
+    name: str,
+    *,
+    is_causal: bool,
+    seq_len: int,
+    device: torch.device,
+    window_size: int | None = None,
+    document_ids: Tensor | None = None,
+) -> Attend:
     """The peer `name` for inputs of length `seq_len`. What it prepares (a block mask) is prepared here, outside any timing.
 
+    window_size, document_ids [1, S]: a causal mask, one of the two, for a peer that takes masks.
     Raises NotInstalled here, and Unsupported from the function where PyTorch has no such kernel for its inputs.
     """
-    if name in SDPA:
-        return sdpa(SDPA[name], is_causal)
-    if name == "flex":
-        return flex(causal if is_causal else None, seq_len, device)
-    return package(PACKAGES[name], is_causal)
+    mask = {"window_size": window_size, "document_ids": document_ids}
+    given = {name: value for name, value in mask.items() if value is not None}
+    return PEERS[name].make(is_causal=is_causal, seq_len=seq_len, device=device, **given)
 
 
 def why_not_installed(name: str) -> str | None:
     """Why the peer cannot be imported here, or None where it can."""
     try:
-        if name in PACKAGES:
-            exported(PACKAGES[name], "flash_attn_func")
+        if PEERS[name].modules:
+            exported(PEERS[name].modules, "flash_attn_func")
     except NotInstalled as error:
         return str(error)
     return None
 
 
-def sdpa(kernel: SDPBackend, is_causal: bool) -> Attend:
+def installed_package(name: str) -> str | None:
+    """The package that the peer comes from with its version, "fa3-fwd 0.0.3"; None where it is PyTorch's own or not installed."""
+    for package_name in PEERS[name].packages:
+        if version := version_of(package_name):
+            return f"{package_name} {version}"
+    return None
+
+
+# ---- the functions that make them ----
+
+
+def sdpa(kernel: SDPBackend, *, is_causal: bool, seq_len: int, device: torch.device) -> Attend:
     """F.scaled_dot_product_attention held to one of its kernels."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -79,28 +86,43 @@ def sdpa(kernel: SDPBackend, is_causal: bool) -> Attend:
     return attend
 
 
-def causal(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """The causal mask as FlexAttention takes it."""
-    return i >= j
+def sees(window_size: int | None = None, document_ids: Tensor | None = None) -> Sees:
+    """Causality and a mask as FlexAttention takes them; document_ids [1, S]."""
+    if window_size is not None:
+        return lambda batch, head, i, j: (i >= j) & (i - j < window_size)
+    if document_ids is not None:
+        ids = document_ids[0]
+        return lambda batch, head, i, j: (i >= j) & (ids[i] == ids[j])
+    return lambda batch, head, i, j: i >= j
 
 
-def flex(sees: Sees | None, seq_len: int, device: torch.device) -> Attend:
-    """Compiled FlexAttention; its block mask lets it skip the tiles that `sees` hides. None: every query sees every key."""
+def flex(*, is_causal: bool, seq_len: int, device: torch.device, **mask: int | Tensor) -> Attend:
+    """Compiled FlexAttention; its block mask lets it skip the tiles that causality and the mask hide. A mask asks for is_causal."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # A graph compiled for every shape: the count of earlier ones must not reach the limit beyond which it would run uncompiled.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    mask = None if sees is None else create_block_mask(sees, None, None, seq_len, seq_len, device=device)
+    block_mask = create_block_mask(sees(**mask), None, None, seq_len, seq_len, device=device) if is_causal else None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return compiled(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+        return compiled(query, key, value, block_mask=block_mask, enable_gqa=query.shape[1] != key.shape[1])
 
     return attend
 
 
-def package(modules: tuple[str, ...], is_causal: bool, window_size: int | None = None) -> Attend:
-    """flash_attn_func of an installed package. Transposed views go in and out; nothing is copied. A window asks for is_causal."""
+def package(
+    modules: tuple[str, ...],
+    *,
+    is_causal: bool,
+    seq_len: int,
+    device: torch.device,
+    window_size: int | None = None,
+    document_ids: Tensor | None = None,
+) -> Attend:
+    """flash_attn_func of an installed package. Transposed views go in and out; nothing is copied. A mask asks for is_causal."""
+    if document_ids is not None:
+        return packed(modules, document_ids)
     function = exported(modules, "flash_attn_func")
     window = {} if window_size is None else {"window_size": (window_size - 1, 0)}  # keys to the left of the query, and to the right
 
@@ -154,3 +176,34 @@ def one_line(error: Exception) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     text = re.sub(r"/\S+\.(cpp|cu|h):\d+,? ?", "", text)
     return text if len(text) <= 300 else text[:299] + "…"
+
+
+# ---- the table ----
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer. A new one is an entry of PEERS, and a function like those above where none of them makes it."""
+
+    label: str  # what it is and whose, for a picture's legend
+    make: Callable[..., Attend]  # of is_causal, seq_len, device, and window_size or document_ids where it takes masks
+    takes_masks: bool = False
+    on_a_cpu: bool = False  # whether it is the same algorithm there: a GPU's kernel is not
+    modules: tuple[str, ...] = ()  # with flash_attn_func on [B, S, H, D]; the first that is there is taken. (): PyTorch's own
+    packages: tuple[str, ...] = ()  # that may bring those modules, as pip names them
+
+
+def _of_package(label: str, modules: tuple[str, ...], packages: tuple[str, ...]) -> Peer:
+    return Peer(label, partial(package, modules), takes_masks=True, modules=modules, packages=packages)
+
+
+PEERS = {
+    "fa2": Peer("FlashAttention-2 (PyTorch's)", partial(sdpa, SDPBackend.FLASH_ATTENTION)),
+    "cudnn": Peer("cuDNN (PyTorch's)", partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
+    "efficient": Peer("memory-efficient (PyTorch's)", partial(sdpa, SDPBackend.EFFICIENT_ATTENTION)),
+    "math": Peer("plain operations (PyTorch's)", partial(sdpa, SDPBackend.MATH), on_a_cpu=True),
+    "flex": Peer("FlexAttention (PyTorch's)", flex, takes_masks=True),
+    "flash_attn": _of_package("FlashAttention-2", ("flash_attn",), ("flash-attn",)),
+    "fa3": _of_package("FlashAttention-3", ("fa3_fwd_interface", "flash_attn_interface"), ("fa3-fwd", "flash-attn-3")),
+    "fa4": _of_package("FlashAttention-4", ("flash_attn.cute",), ("flash-attn-4", "flash-attn")),
+}

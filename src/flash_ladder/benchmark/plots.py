@@ -1,42 +1,49 @@
-"""The attention benchmark's pictures: speed, memory and error, a colour and a marker for each backend throughout."""
+"""The attention benchmark's pictures, for a page and for a slide: speed, memory and error.
+
+A picture has four panels at most, of causal attention where it was measured: full attention has its figures in the tables.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from flash_ladder.benchmark.result import GIB, GRADIENTS, Panel, Result, growth
+from flash_ladder.benchmark.looks import (
+    FAINT,
+    LABEL_SIZE,
+    STYLE,
+    Label,
+    add_labels,
+    add_legend,
+    full_name,
+    ink,
+    is_rung,
+    line_style,
+    looks,
+)
+from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Growth, Panel, Result, growth
 from flash_ladder.benchmark.tables import eager_error
 from flash_ladder.measure.probe import size
 
-LOOKS = {  # colour, marker; the rungs have the loud ones
-    "eager": ("#222222", "o"),
-    "sdpa": ("#8a8a8a", "o"),
-    "flash_v1": ("#f2a100", "o"),
-    "flash_v2": ("#d7191c", "o"),
-    "flash_v3": ("#8e1bd1", "o"),
-    "fa2": ("#1f77b4", "s"),
-    "cudnn": ("#2e9e3f", "^"),
-    "efficient": ("#8c564b", "v"),
-    "math": ("#b8a88a", "x"),
-    "flex": ("#17a7b8", "D"),
-    "flash_attn": ("#0b3d91", "P"),
-    "fa3": ("#7c8f00", "*"),
-    "fa4": ("#e377c2", "X"),
-}
+WIDTH = 13.0  # inches at least, for the caption and the legend
+PANELS = 2  # in a picture; speed has two rows of them
 RESULT_MARKERS = {"output": "o", "dq": "s", "dk": "^", "dv": "D"}
-STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False, "figure.dpi": 110}
+BREAK = 2.0  # the axis of speed is broken where nothing lies between a figure and more than this multiple of it ...
+LOW_SHARE = 0.15  # ... and what lies below is less than this share of the highest
+ALIKE = 0.02  # lines of memory that differ by less everywhere have one label
 
 
 def plot(result: Result, path: Path) -> list[Path]:
     """Draws what `result` has figures for: speed in NAME.png, memory in NAME_memory.png, errors in NAME_error.png.
 
-    Returns the files written. Raises OSError where they cannot be.
+    Each also as SVG beside it. Returns the files written. Raises OSError where they cannot be.
     """
     drawn = {
         path: (draw_speed, any(cell.forward_tflops for cell in result.cells)),
@@ -47,175 +54,277 @@ def plot(result: Result, path: Path) -> list[Path]:
     for file, (draw, has_figures) in drawn.items():
         if has_figures:
             with rc_context(STYLE):
-                draw(result).savefig(file)
-            written.append(file)
+                figure = draw(result)
+                figure.savefig(file)
+                figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+            written += [file, file.with_suffix(".svg")]
     return written
 
 
-def is_rung(backend: str) -> bool:
-    """One of this repository's kernels."""
-    return backend.startswith("flash_v")
+def shown(panels: list[Panel]) -> list[Panel]:
+    """The panels of a picture: the first causal ones; of full attention where nothing causal was measured."""
+    return ([panel for panel in panels if panel.causal] or panels)[:PANELS]
 
 
-def line_style(backend: str) -> dict:
-    """How a backend's line looks: a rung's is bold and drawn last."""
-    colour, marker = LOOKS[backend]
-    rung = is_rung(backend)
-    return {
-        "color": colour,
-        "marker": marker,
-        "linewidth": 3.0 if rung else 1.4,
-        "markersize": 7 if rung else 5,
-        "linestyle": "--" if backend == "sdpa" else "-",  # it is one of the others, so that its line covers theirs
-        "zorder": 3 if rung else 2,
-    }
-
-
-def caption(result: Result, what: str) -> str:
-    """A title: what, and in a second line where and when."""
+def add_caption(figure: Figure, result: Result, what: str) -> None:
+    """A title: what, and in a second line where and when, and that not all is shown."""
     versions = [f"{name} {getattr(result, name)}" for name in ("torch", "triton", "cudnn") if getattr(result, name)]
-    return f"{what}\n" + " · ".join([result.device, result.config["dtype"], *versions, *([result.date] if result.date else [])])
+    where = " · ".join([result.device, result.config["dtype"], *versions, *([result.date] if result.date else [])])
+    more = "" if len(shown(result.panels)) == len(result.panels) else " · other shapes: in the tables"
+    figure.suptitle(f"{what}\n{where}{more}", x=0.02, ha="left", fontsize=14)
 
 
 def set_lengths(axis: Axes, lengths: list[int]) -> None:
     """A logarithmic axis of sequence lengths, "4k" for 4096."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(lengths))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{s / 1024:.0f}k" if s >= 1024 and s % 1024 == 0 else f"{s:.0f}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda s, _: length_in_words(s)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("sequence length, tokens")
 
 
-def add_legend(figure: Figure, backends: list[str], height: float) -> None:
-    """One line for each backend, under the panels."""
-    handles = [Line2D([], [], label=backend, **line_style(backend)) for backend in backends]
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 7), frameon=False, bbox_to_anchor=(0.5, 0.0))
-    rows = -(-len(handles) // 7)
-    figure.tight_layout(rect=(0, (0.06 + 0.24 * rows) / height, 1, 1))
+def figure_with_labels(columns: int, *, labels: float, height: float, bottom: float) -> tuple[Figure, dict[str, float]]:
+    """A figure for columns of panels with `labels` inches of room on the right of each, and where in it the panels go.
+
+    height, bottom: inches; the bottom has the legend.
+    """
+    left = 1.25
+    width = max(WIDTH, columns * (left + 3.6 + labels))
+    panel = width / columns - left - labels
+    room = {"left": left / width, "right": 1 - labels / width, "top": 1 - 1.15 / height, "bottom": bottom / height}
+    return Figure(figsize=(width, height)), room | {"wspace": (left + labels) / panel}
+
+
+def length_in_words(seq_len: float) -> str:
+    """ "4k" for 4096."""
+    return f"{seq_len / 1024:.0f}k" if seq_len >= 1024 and seq_len % 1024 == 0 else f"{seq_len:.0f}"
+
+
+# ---- speed ----
 
 
 def draw_speed(result: Result) -> Figure:
-    """TFLOP/s over sequence length, forward above backward, a column for each panel; on the right the share of the GPU's peak."""
-    panels = result.panels
-    width, height = max(7.5, 3.5 * len(panels) + 0.8), 7.2
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(2, len(panels), sharey="row", squeeze=False)
+    """TFLOP/s over sequence length, forward above backward, a column for each panel; figures at the longest length.
+
+    The axis is broken where eager and flash_v1 are so slow beside the others that they would lie on its bottom.
+    """
     timed = [cell for cell in result.cells if cell.forward_tflops is not None]
+    panels = shown(list(dict.fromkeys(cell.panel for cell in timed)))
+    timed = [cell for cell in timed if cell.panel in panels]
     lengths = sorted({cell.seq_len for cell in timed})
-    for axis_row, figure_of, name in zip(axes, ("forward_tflops", "backward_tflops"), ("forward", "backward"), strict=True):
-        for axis, panel in zip(axis_row, panels, strict=True):
-            for backend in result.backends:
-                cells = [c for c in timed if (c.backend, c.panel) == (backend, panel) and getattr(c, figure_of) is not None]
-                axis.plot([c.seq_len for c in cells], [getattr(c, figure_of) for c in cells], **line_style(backend))
-            set_lengths(axis, lengths)
-        axis_row[0].set_ylim(bottom=0)  # shared along the row, once every line is drawn
-        axis_row[0].set_ylabel(f"{name}, TFLOP/s")
-        if result.peak:
-            percent = 100 / result.peak
-            to_percent, from_percent = (lambda t, percent=percent: t * percent), (lambda p, percent=percent: p / percent)
-            right = axis_row[-1].secondary_yaxis("right", functions=(to_percent, from_percent))
-            right.set_ylabel("% of the GPU's peak")
-    for axis, panel in zip(axes[0], panels, strict=True):
-        axis.set_title(panel.title)
-        axis.set_xlabel("")
+    backends = [backend for backend in result.backends if any(cell.backend == backend for cell in timed)]
+    speeds = [speed for cell in timed for speed in (cell.forward_tflops, cell.backward_tflops) if speed]
+    ends = split(speeds)  # of the upper and the lower part, from the top
+    figure, room = figure_with_labels(len(panels), labels=2.45, height=9.8, bottom=1.75)
+    rows = figure.add_gridspec(2, 1, **room, hspace=0.2)
+    for row, figure_of, name in zip(rows, ("forward_tflops", "backward_tflops"), ("forward", "backward"), strict=True):
+        grid = row.subgridspec(len(ends), len(panels), height_ratios=(3.4, 1)[: len(ends)], hspace=0.06, wspace=room["wspace"])
+        for column, panel in enumerate(panels):
+            parts = [figure.add_subplot(grid[part, column]) for part in range(len(ends))]
+            for axis, (low, high) in zip(parts, ends, strict=True):
+                draw_speed_lines(
+                    axis,
+                    result,
+                    [cell for cell in timed if cell.panel == panel],
+                    figure_of,
+                    low,
+                    high,
+                    6 if axis is parts[0] else 3,
+                )
+                set_lengths(axis, lengths)
+            for axis in parts[:-1]:
+                axis.tick_params(bottom=False, labelbottom=False)
+                axis.set_xlabel("")
+            if len(parts) > 1:
+                mark_break(*parts)
+            if name == "forward":
+                parts[-1].set_xlabel("")
+                parts[0].set_title(panel.title, loc="left", fontweight="bold")
+            if column == 0:
+                parts[0].set_ylabel(f"{name}, TFLOP/s")
     cfg = result.config
+    share = f"; % of the GPU's dense peak, {result.peak:,.0f} TFLOP/s" if result.peak else ""
     tokens = f"batch · length = {cfg['tokens']:,}, heads · head_dim = {cfg['width']:,}"
-    figure.suptitle(caption(result, f"Attention speed ({tokens})"), fontsize=12)
-    add_legend(figure, [b for b in result.backends if any(c.backend == b for c in timed)], height)
+    add_caption(figure, result, f"Attention speed ({tokens}{share})")
+    one_way = {backend for backend in backends if not any(cell.backward_tflops for cell in timed if cell.backend == backend)}
+    add_legend(figure, result, {b: ", forward alone" if b in one_way else "" for b in backends})
     return figure
+
+
+def split(speeds: list[float]) -> list[tuple[float, float]]:
+    """The ends of the axis of speed: one part from 0, or an upper and a lower one where nothing lies between."""
+    ordered, highest = sorted(speeds), max(speeds)
+    gaps = [(below, above) for below, above in pairwise(ordered) if below < LOW_SHARE * highest and above > BREAK * below]
+    if not gaps:
+        return [(0.0, 1.06 * highest)]
+    below, above = max(gaps)
+    return [(0.85 * above, 1.04 * highest), (0.0, 1.25 * below)]
+
+
+def draw_speed_lines(axis: Axes, result: Result, cells: list[Cell], figure_of: str, low: float, high: float, n_ticks: int) -> None:
+    """Every backend's line between `low` and `high`, and its figure at the longest length."""
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(MaxNLocator(n_ticks))
+    labels = []
+    for backend, look in looks(result.backends).items():
+        found = {c.seq_len: getattr(c, figure_of) for c in cells if c.backend == backend and getattr(c, figure_of) is not None}
+        axis.plot(list(found), list(found.values()), **line_style(backend, look))
+        if found and low <= found[max(found)] <= high:
+            speed = found[max(found)]
+            share = f" · {100 * speed / result.peak:.0f} %" if result.peak and speed >= 100 else ""
+            text = f"{backend} {speed:.{0 if speed >= 100 else 1}f}{share}"
+            labels.append(Label(text, max(found), speed, ink(look[0]), is_rung(backend)))
+    axis.margins(x=0.06)
+    axis.autoscale_view(scaley=False)
+    add_labels(axis, labels)
+
+
+def mark_break(upper: Axes, lower: Axes) -> None:
+    """Two slanted strokes where the axis is broken."""
+    upper.spines.bottom.set_visible(False)
+    stroke = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 9, "linestyle": "none", "color": "k", "mew": 1, "clip_on": False}
+    upper.plot([0], [0], transform=upper.transAxes, **stroke)
+    lower.plot([0], [1], transform=lower.transAxes, **stroke)
+
+
+# ---- memory ----
 
 
 def draw_memory(result: Result) -> Figure:
-    """Peak bytes of one sequence over its length, both logarithmic; the legends give the fitted power of the length.
+    """Peak bytes of one sequence over its length, both logarithmic, with the fitted power of the length at the end of a line.
 
     Where a backend ran out of memory, a cross stands at what its line, continued, would have needed.
     """
-    panels = result.panels
-    columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
-    width, height = max(7.5, 3.9 * columns + 0.6), 5.4 * rows
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels = shown(list(dict.fromkeys(cell.panel for cell in result.cells if cell.peak_gib)))
     lengths = sorted({cell.seq_len for cell in result.cells})
-    highest = 1.0
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for backend in result.backends:
-            highest = max(highest, draw_memory_line(axis, result, panel, backend))
-        if result.device_gib:
-            axis.axhline(result.device_gib * GIB, color="#555555", linewidth=1, linestyle=":")
-            axis.annotate("the GPU's memory", (lengths[0], result.device_gib * GIB), va="bottom", fontsize=8)
+    figure, room = figure_with_labels(len(panels), labels=3.1, height=7.2, bottom=1.75)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True, gridspec_kw=room)[0]
+    points = [n for panel in panels for b in result.backends for n in memory_points(result, panel, b).values()]
+    for axis, panel in zip(axes, panels, strict=True):
         set_lengths(axis, lengths)
         axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda n, _: size(n) if n < 2**40 else f"{n / 2**40:g} TiB"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda n, _: bytes_in_words(n)))
         axis.yaxis.set_minor_locator(NullLocator())
-        axis.set_title(panel.title)
-        if any(result.out_of_memory_at(panel, backend) for backend in result.backends):
-            axis.plot([], [], "X", color="#555555", markersize=9, label="out of memory")
-        axis.legend(loc="upper left", fontsize=8, framealpha=0.85, ncols=2, handlelength=1.6, columnspacing=0.9)
-    lowest = min(n for panel in panels for b in result.backends for n in result.sequence_bytes(panel, b).values())
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    axes[0][0].set_ylim(lowest / 2, max(highest, (result.device_gib or 0) * GIB) * 2**7)  # room for the legends on top
-    for axis_row in axes:
-        axis_row[0].set_ylabel("peak memory of one sequence")
-    heads = f"forward and backward, above the inputs, heads · head_dim = {result.config['width']:,}"
-    figure.suptitle(caption(result, f"Attention memory ({heads})"), fontsize=12)
-    figure.tight_layout()
+        axis.tick_params(labelleft=True)
+        axis.set_ylim(min(points) / 2, 2 * max(*points, (result.device_gib or 0) * GIB))
+        axis.margins(x=0.06)
+        if result.device_gib:
+            axis.axhline(result.device_gib * GIB, color=FAINT, linewidth=1, linestyle=":")
+            axis.annotate(f"the GPU has {result.device_gib:.0f} GiB", (lengths[0], result.device_gib * GIB), va="bottom")
+        add_labels(axis, list(draw_memory_lines(axis, result, panel)), lines_each=2)
+        axis.set_title(panel.title, loc="left", fontweight="bold")
+    axes[0].set_ylabel("peak memory of one sequence")
+    heads = f"forward and backward, above the inputs, heads · head_dim = {result.config['width']:,}; growth with the length S"
+    add_caption(figure, result, f"Attention memory ({heads})")
+    add_legend(figure, result, {b: "" for b in result.backends if any(result.sequence_bytes(panel, b) for panel in panels)})
     return figure
 
 
-def draw_memory_line(axis: Axes, result: Result, panel: Panel, backend: str) -> float:
-    """One backend's memory, and where it ends; returns the highest figure drawn, in bytes."""
+def bytes_in_words(n_bytes: float) -> str:
+    """ "1.02 GiB", and TiB where there are a thousand of those."""
+    return size(n_bytes) if n_bytes < 1000 * GIB else f"{n_bytes / 2**40:.2g} TiB"
+
+
+def memory_points(result: Result, panel: Panel, backend: str) -> dict[int, float]:
+    """Bytes of one sequence by seq_len, and where the backend ran out of memory what its line, continued, would have needed."""
     found = result.sequence_bytes(panel, backend)
-    if not found:
-        return 0.0
-    law = growth(found)
-    label = backend if law is None else f"{backend}  $S^{{{law.exponent:.2f}}}$"
-    style = line_style(backend)
-    axis.plot(list(found), list(found.values()), label=label, **style)
-    gone = result.out_of_memory_at(panel, backend)
-    if law is None or gone is None:
-        return max(found.values())
+    law, gone = growth(found), result.out_of_memory_at(panel, backend)
+    return found | ({gone: law.bytes(gone)} if law and gone else {})
+
+
+def draw_memory_lines(axis: Axes, result: Result, panel: Panel) -> Iterator[Label]:
+    """Every backend's memory and where it ends; gives a label for each line, and one for lines that lie on each other."""
+    by_name = looks(result.backends)
+    for together in alike(result, panel):
+        for number, backend in enumerate(together):
+            found, style = result.sequence_bytes(panel, backend), line_style(backend, by_name[backend])
+            if len(together) > 1:  # dashes that leave room for each other's colours; the markers lie inside each other
+                dash = 4.0
+                style |= {"linewidth": 3.2, "linestyle": (number * dash, (dash, dash * (len(together) - 1)))}
+                style |= {"markersize": 14 - 4 * number, "zorder": 3 + number, "dash_capstyle": "butt"}
+            axis.plot(list(found), list(found.values()), **style)
+        backend = together[0]
+        found, law = result.sequence_bytes(panel, backend), growth(result.sequence_bytes(panel, backend))
+        colour = by_name[backend][0] if len(together) == 1 else FAINT
+        power = "" if law is None else f"  $S^{{{law.exponent:.2f}}}$"
+        names, last = " ≈ ".join(together), max(found)
+        gone = result.out_of_memory_at(panel, backend)
+        if law is None or gone is None:
+            text = f"{names}\n{bytes_in_words(found[last])}{power}"
+            yield Label(text, last, found[last], ink(colour), all(map(is_rung, together)))
+        else:
+            draw_out_of_memory(axis, found, law, gone, colour)
+            text = f"{names}{power}\nout of memory: needs {bytes_in_words(law.bytes(gone))}"
+            yield Label(text, gone, law.bytes(gone), ink(colour), all(map(is_rung, together)))
+
+
+def alike(result: Result, panel: Panel) -> list[list[str]]:
+    """The backends with figures of memory, those together whose lines lie on each other."""
+    groups: list[list[str]] = []
+    for backend in result.backends:
+        points = memory_points(result, panel, backend)
+        for group in groups if points else []:
+            others = memory_points(result, panel, group[0])
+            if others.keys() == points.keys() and all(abs(points[s] / others[s] - 1) < ALIKE for s in points):
+                group.append(backend)
+                break
+        else:
+            groups += [[backend]] if points else []
+    return groups
+
+
+def draw_out_of_memory(axis: Axes, found: dict[int, float], law: Growth, gone: int, colour: str) -> None:
+    """A line continued to the length at which memory ran out, and a cross there."""
     last = max(found)
-    axis.plot([last, gone], [found[last], law.bytes(gone)], color=style["color"], linestyle=":", linewidth=1.4)
-    axis.plot([gone], [law.bytes(gone)], color=style["color"], marker="X", markersize=10, linestyle="", zorder=4)
-    return law.bytes(gone)
+    axis.plot([last, gone], [found[last], law.bytes(gone)], color=colour, linestyle=":", linewidth=1.6)
+    axis.plot([gone], [law.bytes(gone)], color=colour, marker="X", markersize=12, linestyle="", zorder=4)
+
+
+# ---- errors ----
 
 
 def draw_errors(result: Result) -> Figure:
     """Each backend's errors as multiples of eager's in the same dtype: 1 is as good as eager, less is better."""
-    panels = list(dict.fromkeys(error.panel for error in result.errors))
+    panels = shown(list(dict.fromkeys(error.panel for error in result.errors)))
     backends = [b for b in dict.fromkeys(error.backend for error in result.errors) if b != "eager"]
-    columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
-    width, height = max(7.5, 3.4 * columns + 1.0), (1.9 + 0.3 * len(backends)) * rows + 0.6
+    by_name = looks(dict.fromkeys([*result.backends, *backends]))
+    width, height = max(WIDTH, 3.0 + 5.6 * len(panels)), 2.5 + 0.52 * len(backends)
     figure = Figure(figsize=(width, height))
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axis, panel in zip(axes.flat, panels, strict=False):
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    room = {"left": 4.1 / width, "right": 1 - 1.65 / width, "top": 1 - 1.15 / height, "bottom": 1.15 / height}
+    figure.subplots_adjust(**room, wspace=0.46)
+    for axis, panel in zip(axes, panels, strict=True):
         of_panel = [error for error in result.errors if error.panel == panel]
         eager = eager_error(of_panel)
         for error in of_panel:
             if error.backend == "eager":
                 continue
-            for offset, name in zip((-0.24, -0.08, 0.08, 0.24), ("output", *GRADIENTS), strict=True):
-                value, yardstick = getattr(error, name), getattr(eager, name)
+            row, ratios = backends.index(error.backend), {}
+            for offset, name in zip((-0.27, -0.09, 0.09, 0.27), ("output", *GRADIENTS), strict=True):
+                value, yardstick = getattr(error, name), getattr(eager, name, None)
                 if value is not None and yardstick:
-                    place = backends.index(error.backend) + offset
-                    axis.plot(value / yardstick, place, RESULT_MARKERS[name], color=LOOKS[error.backend][0], markersize=6)
-        axis.axvline(1, color=LOOKS["eager"][0], linewidth=1.4)
-        axis.set_yticks(range(len(backends)), backends)
-        axis.set_ylim(len(backends) - 0.4, -0.6)
-        axis.set_title(panel.title)
+                    ratios[name] = value / yardstick
+                    axis.plot(ratios[name], row + offset, RESULT_MARKERS[name], color=by_name[error.backend][0], markersize=7)
+            if ratios:
+                axis.annotate(
+                    f"≤ {max(ratios.values()):.2f}" + (f" ({' and '.join(ratios)})" if len(ratios) < len(RESULT_MARKERS) else ""),
+                    (1.02, row),
+                    xycoords=("axes fraction", "data"),
+                    va="center",
+                    fontsize=LABEL_SIZE,
+                    fontweight="bold" if is_rung(error.backend) else "normal",
+                    color=ink(by_name[error.backend][0]),
+                )
+        axis.axvline(1, color=by_name.get("eager", ("#000000",))[0], linewidth=1.6)
+        axis.set_title(panel.title, loc="left", fontweight="bold")
         axis.set_xlabel("error / eager's error")
-        for tick in axis.get_yticklabels():
-            tick.set_fontweight("bold" if is_rung(tick.get_text()) else "normal")
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    axes[0][0].set_xlim(left=0, right=1.05 * max(axes[0][0].get_xlim()[1], 1))  # shared, once every point is drawn
+    axes[0].set_yticks(range(len(backends)), [full_name(backend, result) for backend in backends])
+    for tick, backend in zip(axes[0].get_yticklabels(), backends, strict=True):
+        tick.set_fontweight("bold" if is_rung(backend) else "normal")
+    axes[0].set_ylim(len(backends) - 0.4, -0.6)
+    axes[0].set_xlim(left=0, right=1.05 * max(axes[0].get_xlim()[1], 1))  # shared, once every point is drawn
     length = result.config["error_seq_len"]
-    what = f"Attention error against float64, in multiples of eager's (rms, sequence length {length:,})"
-    figure.suptitle(caption(result, what), fontsize=12)
-    handles = [Line2D([], [], marker=m, linestyle="", color="#555555", label=name) for name, m in RESULT_MARKERS.items()]
-    figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False)
-    figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
+    add_caption(figure, result, f"Attention error against float64, in multiples of eager's (rms, sequence length {length:,})")
+    handles = [Line2D([], [], marker=m, linestyle="", color=FAINT, label=name) for name, m in RESULT_MARKERS.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=4, frameon=False, fontsize=LABEL_SIZE)
     return figure

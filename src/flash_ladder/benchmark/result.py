@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from flash_ladder.files import write_json
+from flash_ladder.machine.decide import PRECISIONS
 from flash_ladder.measure.flops import peak_tflops
 from flash_ladder.measure.probe import GIB
 from flash_ladder.schema import UserError
 
-PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32"}  # a dtype's column in the table of peaks
 GRADIENTS = ("dq", "dk", "dv")
 
 
@@ -116,6 +116,7 @@ class Result:
     errors: list[Error] = field(default_factory=list)
     masks: list[Masked] = field(default_factory=list)
     host_us: dict[str, float | None] = field(default_factory=dict)  # host time of one tiny forward call, by backend
+    packages: dict[str, str] = field(default_factory=dict)  # of the peers that come from one, "fa3-fwd 0.0.3", by backend
     left_out: dict[str, str] = field(default_factory=dict)  # backends that the default list did not take, and why
     device_gib: float | None = None
     triton: str | None = None
@@ -131,7 +132,7 @@ class Result:
     @property
     def peak(self) -> float | None:
         """The GPU's dense peak in TFLOP/s for this dtype; None for one that is not in the table."""
-        return peak_tflops(self.device, PRECISION[self.config["dtype"]])
+        return peak_tflops(self.device, PRECISIONS[self.config["dtype"]])
 
     @property
     def backends(self) -> list[str]:

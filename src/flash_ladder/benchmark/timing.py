@@ -1,22 +1,34 @@
-"""One call of attention as the benchmark makes it: its inputs, how long it takes, and what is said where it fails."""
+"""One call of attention as the benchmark makes it: by whom, its inputs, how long it takes, and what is said where it fails."""
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from flash_ladder.benchmark.peers import Attend, NotInstalled, one_line
+from flash_ladder.benchmark.peers import PEERS, Attend, NotInstalled, one_line, peer
 from flash_ladder.benchmark.result import Panel
-from flash_ladder.kernels import Unsupported
+from flash_ladder.kernels import Unsupported, attention
 from flash_ladder.script_schema import BenchmarkConfig
 
 L2_FLUSH_BYTES = 256 * 2**20  # beyond any GPU's L2 cache
 FLUSHES = 8  # half a millisecond of an H200's, in which the host queues the call: its own time is measured apart
+
+
+def attend_with(
+    backend: str, is_causal: bool, seq_len: int, device: torch.device, mask: Mapping[str, int | Tensor] | None = None
+) -> Attend:
+    """A backend of this repository, or a peer, as a function of query, key and value. Raises NotInstalled.
+
+    mask: the arguments of `attention` that a causal mask stands for, a window_size or document_ids [1, S].
+    """
+    if backend in PEERS:
+        return peer(backend, is_causal=is_causal, seq_len=seq_len, device=device, **(mask or {}))
+    return lambda query, key, value: attention(query, key, value, is_causal=is_causal, backend=backend, **(mask or {}))
 
 
 def random_inputs(
@@ -49,11 +61,11 @@ def gradients(output: Tensor, inputs: list[Tensor], grad_output: Tensor) -> tupl
         raise NoBackward(f"no backward: {one_line(error)}") from None
 
 
-def trouble(work: Callable[[], None]) -> str:
-    """Does `work`; returns "", or in one line why it came to no end.
+def failure_note(work: Callable[[], None]) -> str:
+    """Does `work`; returns "" where it succeeds, and one line that says why where it fails.
 
-    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The memory that the failed call
-    held is free again on return, which is why the error itself is not passed on: its traceback keeps the tensors.
+    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The error itself is not passed
+    on, because its traceback keeps the failed call's tensors: so their memory is free again on return.
     """
     try:
         with warnings.catch_warnings():

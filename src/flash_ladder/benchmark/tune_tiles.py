@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from flash_ladder.kernels import flash_v2
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.generations import capability, describe
 from flash_ladder.kernels.tiles import Tile, Tiles, tiles_for
+from flash_ladder.machine.hardware import version_of
 from flash_ladder.measure.flops import BACKWARD, forward_flops
 from flash_ladder.schema import UserError
 from flash_ladder.script_schema import TuneConfig
@@ -60,7 +60,7 @@ def tune(cfg: TuneConfig) -> dict[int, Tiles]:
         raise UserError("Turing's tensor cores take float16 alone; dtype=float16 would work")
     device = torch.device("cuda", torch.cuda.current_device())
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    print(f"{describe(device)}; torch {torch.__version__}, triton {version('triton')}; {cfg.dtype}")
+    print(f"{describe(device)}; torch {torch.__version__}, triton {version_of('triton')}; {cfg.dtype}")
     print("TFLOP/s of the pass that a kernel is part of, geometric mean over the shapes; tiles are queries, keys, warps, stages\n")
     chosen = {}
     context = multiprocessing.get_context("spawn")
@@ -84,7 +84,7 @@ def tune(cfg: TuneConfig) -> dict[int, Tiles]:
                 print(describe_ranking(head_dim, kernel, able, getattr(row, kernel)), flush=True)
                 row = replace(row, **{kernel: able[0].tile})
             chosen[head_dim] = row
-    text = rows(chosen, f"{describe(device)}, torch {torch.__version__}, triton {version('triton')}, {date.today()}")
+    text = rows(chosen, f"{describe(device)}, torch {torch.__version__}, triton {version_of('triton')}, {date.today()}")
     print(f"\n{text}")
     if cfg.out:
         Path(cfg.out).write_text(text)

@@ -12,18 +12,19 @@ import torch
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.export.evaluate import Windows, described, record, report, same_loss
 from flash_ladder.export.folder import FILES, load_export, load_windows, write_export
-from flash_ladder.export.losses import pick_backend, pick_device
+from flash_ladder.export.losses import Windows
 from flash_ladder.export.parity import compare
+from flash_ladder.export.verdict import describe_windows, record, report, same_loss
 from flash_ladder.files import read_json, replace_folder, write_json
 from flash_ladder.kernels.generations import describe
+from flash_ladder.machine.decide import pick_backend, pick_device
+from flash_ladder.machine.hardware import versions
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
 from flash_ladder.schema import DataConfig, ModelConfig, UserError
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.checkpoint import load_run
-from flash_ladder.training.record import versions
 
 DATA_KEYS = ("source", "hub_name", "hub_config", "hub_split", "tokenizer", "seq_len", "val_fraction", "document_ids")
 
@@ -36,7 +37,7 @@ def export_run(cfg: ExportConfig) -> int:
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "export"
     config, weights, training = load_run(run, cfg.checkpoint)
-    training |= training_place(run)
+    training |= training_environment(run)
     model = GPT(ModelConfig(**config["model"]))
     load_weights(model, weights, training["checkpoint"])
     print(f"checkpoint: {training['checkpoint']}, step {training['step']}")
@@ -56,7 +57,7 @@ def export_run(cfg: ExportConfig) -> int:
         del model, weights, windows  # from here on, only what was written
         model, _, written = load_export(folder, device=device)
         windows = load_windows(folder, written)
-        print(f"evaluating: {described(windows)}, precision {precision}, {describe(device)}")
+        print(f"evaluating: {describe_windows(windows)}, precision {precision}, {describe(device)}")
         parity = compare(model, windows, backend=backend, precision=precision, batch_size=cfg.batch_size)
         losses = {backend: parity.candidate.loss, "eager": parity.against.loss}
         checks = [] if backend == "eager" else parity.checks()
@@ -67,7 +68,7 @@ def export_run(cfg: ExportConfig) -> int:
     return report(losses, checks, f"{backend} against eager", f"exported to {out}")
 
 
-def training_place(run: Path) -> dict[str, Any]:
+def training_environment(run: Path) -> dict[str, Any]:
     """Where a run was trained and on what text, from its environment.json."""
     there = read_json(run / "environment.json")
     try:

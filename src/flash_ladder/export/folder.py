@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.export.losses import Windows
 from flash_ladder.files import checksum, read_json, write_json
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_tensors, load_weights, save_tensors
@@ -30,7 +30,7 @@ CHECKED = ("model.safetensors", "tokenizer.json", "validation.safetensors")  # t
 FILES = ("config.json", "parity.json", *CHECKED)
 
 
-def write_export(folder: Path, model: GPT, tokenizer: Tokenizer, windows: dict[str, Tensor], about: dict[str, Any]) -> None:
+def write_export(folder: Path, model: GPT, tokenizer: Tokenizer, windows: Windows, about: dict[str, Any]) -> None:
     """Writes all of an exported model but parity.json into `folder`, which exists.
 
     windows: "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]. about: plain data that config.json adds to the
@@ -68,7 +68,7 @@ def load_export(folder: Path, backend: str = "eager", device: torch.device | str
     return model.to(device).eval(), Tokenizer.load(folder), config
 
 
-def load_windows(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def load_windows(folder: Path, config: dict[str, Any]) -> Windows:
     """The validation windows of an exported model: "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]."""
     _check(folder, "validation.safetensors", config)
     windows = load_tensors(folder / "validation.safetensors")

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from flash_ladder.kernels import Choice, Unsupported, choose
 from flash_ladder.machine.decide import DTYPES
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.schema import UserError
+
+Windows = dict[str, Tensor]  # "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]
 
 BATCH_WINDOWS = 32  # in a batch whose size nobody chose, or as many as keep ...
 BATCH_ELEMENTS = 2**28  # ... logits, and attention scores of a layer, under 1 GiB in float32
@@ -45,9 +46,7 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, windows: dict[str, Tensor], *, backend: str, precision: str = "32", batch_size: int | None = None
-) -> Evaluation:
+def evaluate(model: GPT, windows: Windows, *, backend: str, precision: str = "32", batch_size: int | None = None) -> Evaluation:
     """Mean cross-entropy of predicting each token of the windows from those before it. Shows a progress bar.
 
     windows: "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S], on any device. backend: a name, not "auto".
@@ -62,7 +61,7 @@ def evaluate(
     return summarise(backend, precision, losses, time.perf_counter() - start)
 
 
-def batches(model: GPT, windows: dict[str, Tensor], batch_size: int | None, label: str) -> Iterator[dict[str, Tensor]]:
+def batches(model: GPT, windows: Windows, batch_size: int | None, label: str) -> Iterator[dict[str, Tensor]]:
     """The windows, batch by batch on the model's device, behind a progress bar."""
     n, seq_len = len(windows["tokens"]), windows["tokens"].shape[1] - 1
     if batch_size is None:
@@ -111,30 +110,3 @@ def summarise(backend: str, precision: str, losses: list[Tensor], seconds: float
     """The evaluation that token losses [B, S] of every batch add up to."""
     per_token = torch.cat(losses).double()
     return Evaluation(backend, precision, per_token.mean().item(), per_token.numel(), seconds, per_token.mean(1).tolist())
-
-
-# ---- what a user asked for, on this machine ----
-
-
-def pick_device(name: str) -> torch.device:
-    """The device named ("cpu", "cuda", "cuda:1"), or for "auto" a GPU where there is one. Raises UserError where it is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"device={name} is not a device this runs on; auto, cpu, cuda and cuda:1 are")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}: PyTorch finds {torch.cuda.device_count()} GPUs here; device=cpu works anywhere")
-    return device
-
-
-def pick_backend(name: str, cfg: ModelConfig, device: torch.device, precision: str, documents: bool = False) -> Choice:
-    """The attention backend named, or for "auto" the best one here, and why. Raises UserError where it cannot run here."""
-    features = frozenset({"is_causal", "document_ids"} if documents else {"is_causal"})
-    try:
-        return choose(device, DTYPES[precision], cfg.head_dim, backend=name, features=features)
-    except Unsupported as error:
-        raise UserError(str(error)) from None

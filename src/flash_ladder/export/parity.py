@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_ladder.export.losses import Evaluation, batches, chunks, logits, summarise, token_losses
+from flash_ladder.export.losses import Evaluation, Windows, batches, chunks, logits, summarise, token_losses
 from flash_ladder.model.gpt import GPT
 
 ROUNDING_FACTOR = 3.0
@@ -113,14 +113,14 @@ class Parity:
 @torch.no_grad()
 def compare(
     model: GPT,
-    windows: dict[str, Tensor],
+    windows: Windows,
     *,
     backend: str,
     against: str = "eager",
     precision: str = "32",
     batch_size: int | None = None,
 ) -> Parity:
-    """Runs the model on two backends and compares the logits; arguments as in `evaluation.evaluate`.
+    """Runs the model on two backends and compares the logits; arguments as in `losses.evaluate`.
 
     Goes batch by batch, with the logits of two runs in memory at a time; sums are float64. Rounding is measured with eager
     attention where that is one of the two, else with `against`.

@@ -1,4 +1,8 @@
-"""Where a run happens: which device, in which precision, with which attention, each with its reason."""
+"""Where a command runs: which device, in which precision, with which attention, each with its reason.
+
+`decide` answers for a training run, from its whole configuration; `pick_device` and `pick_backend` answer for a command that is
+told a device and a backend by name. Whatever cannot run here is refused as a UserError; nothing is silently replaced.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from flash_ladder.kernels import Choice, Unsupported, choose
-from flash_ladder.schema import Config, TrainerConfig, UserError
+from flash_ladder.kernels.generations import dtype_name
+from flash_ladder.schema import Config, ModelConfig, TrainerConfig, UserError
 
-DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}  # what attention computes in, by precision
+PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # and back: "bfloat16" is "bf16-mixed"
 
 
 @dataclass(frozen=True)
@@ -29,21 +35,18 @@ class Place:
         return DTYPES[self.precision]
 
 
-def find_place(cfg: Config) -> Place:
-    """Decides device, precision and attention; raises UserError where what was asked for cannot run here."""
-    device, n_devices = find_devices(cfg.trainer)
-    precision, reason = find_precision(cfg.trainer.precision, device)
-    features = {"is_causal", "document_ids"} if cfg.data.document_ids else {"is_causal"}
-    if cfg.trainer.deterministic and cfg.attention.backend != "sdpa":  # sdpa follows PyTorch's own switch, which Lightning turns
-        features.add("deterministic")
-    try:
-        choice = choose(device, DTYPES[precision], cfg.model.head_dim, backend=cfg.attention.backend, features=frozenset(features))
-    except Unsupported as error:
-        raise UserError(str(error)) from None
+def decide(cfg: Config) -> Place:
+    """Device, precision and attention of a training run; raises UserError where what was asked for cannot run here."""
+    device, n_devices = pick_devices(cfg.trainer)
+    precision, reason = pick_precision(cfg.trainer.precision, device)
+    deterministic = (
+        cfg.trainer.deterministic and cfg.attention.backend != "sdpa"
+    )  # which follows PyTorch's switch; Lightning turns it
+    choice = pick_backend(cfg.attention.backend, cfg.model, device, precision, cfg.data.document_ids, deterministic)
     return Place(device, n_devices, precision, reason, choice)
 
 
-def find_devices(cfg: TrainerConfig) -> tuple[torch.device, int]:
+def pick_devices(cfg: TrainerConfig) -> tuple[torch.device, int]:
     """This process's device, and how many of its kind take part."""
     has_gpu = torch.cuda.is_available()
     if cfg.accelerator == "gpu" and not has_gpu:
@@ -62,7 +65,7 @@ def find_devices(cfg: TrainerConfig) -> tuple[torch.device, int]:
     return (torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")), n_devices
 
 
-def find_precision(asked: str, device: torch.device) -> tuple[str, str]:
+def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """The precision and why: bf16 from Ampere on, fp16 on Turing, which has no bf16, and float32 elsewhere."""
     if asked == "16-mixed" and device.type == "cpu":
         raise UserError("trainer.precision=16-mixed needs a GPU; on a CPU 32 and bf16-mixed work")
@@ -76,3 +79,33 @@ def find_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if capability == (7, 5):
         return "16-mixed", "Turing has fp16 tensor cores and no bf16"
     return "32", "a GPU before Turing"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device named ("cpu", "cuda", "cuda:1"), or for "auto" a GPU where there is one. Raises UserError where it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name} is not a device this runs on; auto, cpu, cuda and cuda:1 are")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}: PyTorch finds {torch.cuda.device_count()} GPUs here; device=cpu works anywhere")
+    return device
+
+
+def pick_backend(
+    name: str, model: ModelConfig, device: torch.device, precision: str, documents: bool = False, deterministic: bool = False
+) -> Choice:
+    """The attention backend named, or for "auto" the best one here, and why. Raises UserError where it cannot run here.
+
+    documents, deterministic: whether the call keeps packed documents apart, and asks for gradients that repeat bit by bit.
+    """
+    used = {"is_causal": True, "document_ids": documents, "deterministic": deterministic}
+    features = frozenset(name for name, is_used in used.items() if is_used)
+    try:
+        return choose(device, DTYPES[precision], model.head_dim, backend=name, features=features)
+    except Unsupported as error:
+        raise UserError(str(error)) from None

@@ -7,6 +7,7 @@ into words.
 
 from __future__ import annotations
 
+import platform
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,16 +17,15 @@ from typing import Any
 
 import torch
 
-from flash_ladder.export.losses import pick_device
 from flash_ladder.files import write_json
 from flash_ladder.kernels import Unsupported, choose, jit
 from flash_ladder.kernels.asked import FEATURES
 from flash_ladder.kernels.choice import BACKENDS, why_not
 from flash_ladder.kernels.generations import capability, dtype_name
 from flash_ladder.machine import hardware as machine
-from flash_ladder.machine.decide import DTYPES, find_precision
+from flash_ladder.machine.decide import DTYPES, pick_device, pick_precision
 from flash_ladder.machine.hardware import Extra, Gpu, Package
-from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa
+from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa, flash_in_words
 from flash_ladder.script_schema import DoctorConfig
 
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,6 +61,7 @@ class Diagnosis:
     rungs: list[Rung]
     sdpa: SdpaChoice | None  # None where PyTorch could not be asked
     sdpa_note: str | None
+    sdpa_flash: str  # whose FlashAttention PyTorch's flash kernel is
     warnings: list[str]
     next: list[str]  # what to type
 
@@ -80,7 +81,7 @@ def doctor(cfg: DoctorConfig) -> None:
 def diagnose(cfg: DoctorConfig) -> Diagnosis:
     """Asks this machine everything. Raises UserError for a device that is not here."""
     device = pick_device(cfg.device)
-    precision, reason = find_precision("auto", device)
+    precision, reason = pick_precision("auto", device)
     dtype = DTYPES[precision] if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     call = AttentionCall(
         device, dtype, cfg.batch_size, cfg.n_head, cfg.n_kv_head or cfg.n_head, cfg.seq_len, cfg.head_dim, cfg.features
@@ -103,7 +104,7 @@ def diagnose(cfg: DoctorConfig) -> Diagnosis:
         gpus=gpus,
         no_gpu=None if gpus else machine.why_no_gpu(driver),
         driver=driver,
-        versions=machine.versions(),
+        versions={"python": platform.python_version(), "torch": machine.torch_build(), "cudnn": machine.cudnn_version()},
         packages=packages,
         extras=machine.extras(),
         call=call,
@@ -112,6 +113,7 @@ def diagnose(cfg: DoctorConfig) -> Diagnosis:
         rungs=rungs,
         sdpa=sdpa,
         sdpa_note=note,
+        sdpa_flash=flash_in_words(device),
         warnings=list(find_warnings(call, gpus, packages)),
         next=next_commands(call, gpus, rungs),
     )
@@ -284,5 +286,7 @@ def _sdpa(found: Diagnosis) -> Rows:
             yield "behind it", ", then ".join(behind)
         for name, reasons in found.sdpa.refused.items():
             yield f"not {name}", reasons
+    instead = [name for name in found.sdpa.order[:1] if name != "flash"] if found.sdpa else []
+    yield "flash is", found.sdpa_flash + "".join(f"; this call runs {name} instead" for name in instead)
     if found.sdpa_note:
         yield "note", found.sdpa_note

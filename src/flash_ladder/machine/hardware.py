@@ -1,6 +1,6 @@
 """What a machine has: its GPUs, or why PyTorch sees none, its driver, and which packages are installed in which version.
 
-Nothing but torch is imported, so that a broken or missing package can be reported.
+No package but torch and triton is imported, so that a broken or missing one can be reported.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
+import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 
 from flash_ladder.kernels.generations import GENERATIONS, capability, generation
+from flash_ladder.kernels.jit import installed
+from flash_ladder.machine.decide import PRECISIONS
 from flash_ladder.measure.flops import peak_tflops
 from flash_ladder.measure.probe import GIB
 
 PROJECT = "flash-ladder"  # as pip knows it
+# What a run's numbers depend on, beside Python and PyTorch.
+PACKAGES = ("triton", "lightning", "hydra-core", "datasets", "tokenizers", "safetensors", "wandb", PROJECT)
 
 
 # ---- GPUs ----
@@ -67,10 +74,7 @@ def _gpu(index: int) -> Gpu:
         shared_memory_kib=shared and shared / 1024,
         memory_gib=properties.total_memory / GIB,
         free_gib=free,
-        peak_tflops={
-            name: peak_tflops(properties.name, precision)
-            for name, precision in (("bfloat16", "bf16-mixed"), ("float16", "16-mixed"), ("float32", "32"))
-        },
+        peak_tflops={dtype: peak_tflops(properties.name, precision) for dtype, precision in PRECISIONS.items()},
         built_for=not is_nvidia or has_code_for(torch.cuda.get_arch_list(), (properties.major, properties.minor)),
     )
 
@@ -176,12 +180,7 @@ EXTRAS = (
 
 def version_of(*names: str) -> str | None:
     """The version of the first of these distributions that is installed; None where none is."""
-    for name in names:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
+    return next((version for version in map(installed, names) if version), None)
 
 
 def packages() -> list[Package]:
@@ -201,10 +200,11 @@ def packages() -> list[Package]:
 
 def extras() -> list[Extra]:
     """The optional packages, none of which is imported."""
-    return [Extra(module, _installed(module, names), purpose) for module, names, purpose in EXTRAS]
+    return [Extra(module, _extra_version(module, names), purpose) for module, names, purpose in EXTRAS]
 
 
-def _installed(module: str, distributions: tuple[str, ...]) -> str | None:
+def _extra_version(module: str, distributions: tuple[str, ...]) -> str | None:
+    """The version of an optional module, "installed" where no distribution tells it; None where it is not there."""
     parent, _, child = module.partition(".")
     spec = find_spec(parent)
     if spec is None or (child and not any((Path(place) / child).exists() for place in spec.submodule_search_locations or ())):
@@ -218,13 +218,19 @@ def cudnn_version() -> str | None:
     return number and f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def versions() -> dict[str, str | None]:
-    """Python, PyTorch and what it is built with."""
+def torch_build() -> str:
+    """PyTorch's version and what it is built for, "2.13.0+cpu (built for the CPU alone)"."""
     built_for = f"ROCm {torch.version.hip}" if torch.version.hip else torch.version.cuda and f"CUDA {torch.version.cuda}"
+    return f"{torch.__version__} (built for {built_for or 'the CPU alone'})"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a run's numbers depend on; None for a package that is not installed."""
     return {
         "python": platform.python_version(),
-        "torch": f"{torch.__version__} (built for {built_for or 'the CPU alone'})",
-        "cudnn": cudnn_version(),
+        "torch": torch.__version__,  # with what it was built for
+        "cuda": torch.version.cuda,
+        **{package: version_of(package) for package in PACKAGES},
     }
 
 
@@ -238,3 +244,34 @@ def compiler_trouble() -> str | None:
     if not header.is_file():
         return f"Triton needs Python's headers to launch kernels, and {header} is missing: install python3-dev"
     return None
+
+
+# ---- environment.json ----
+
+
+def environment(device: torch.device, **about: Any) -> dict[str, Any]:
+    """Where a run happens: device, versions, commit and command line, and what else the run is told to add."""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "commit": commit(Path(__file__).parent),
+        "command": [sys.executable, *sys.argv],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **about,
+    }
+
+
+def commit(folder: Path) -> str | None:
+    """The commit that `folder` is at, with "-dirty" where tracked files differ from it; None outside a git checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

@@ -3,6 +3,10 @@
 Everything asked is public. `can_use_*_attention` is PyTorch's verdict on a call at its full size, on a GPU. The kernels that pass
 are left switched on, the operation runs once on a short sequence, and the output's `grad_fn` names the kernel that ran; with that
 one switched off the same question gives the next, which makes the order. A kernel left alone that refuses warns with its reasons.
+
+The kernel called "flash" is FlashAttention-2, built into PyTorch, unless another one has been activated in its place:
+torch.nn.attention keeps a registry of those (FA3 and FA4; they come from packages of their own), and nobody activates one but the
+user. `flash_in_words` reads that registry.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,6 +47,9 @@ NODES = {  # how the name of their backward begins; math is made of other operat
     "efficient": "ScaledDotProductEfficientAttention",
 }
 HEADINGS = {"cudnn": "cudnn attention kernel", "flash": "flash attention kernel", "efficient": "memory efficient kernel"}
+BUILT_IN_FLASH = "FlashAttention-2 (built in)"
+FLASH_NAMES = {"FA3": "FlashAttention-3", "FA4": "FlashAttention-4"}  # of PyTorch's registry
+NOT_FLASH = "CUDNN"  # stands in the same registry, and takes the place of the cuDNN kernel
 MASKS = frozenset({"window_size", "alibi_slopes", "document_ids"})  # kernels.sdpa passes these as an explicit mask
 SHORT = 128  # positions of the sequence that is run; no kernel tells apart longer ones
 
@@ -110,6 +117,22 @@ def ask_sdpa(call: AttentionCall) -> SdpaChoice:
             order.append(name)
             left.remove(name)
     return SdpaChoice(order, refused)
+
+
+def flash_in_words(device: torch.device) -> str:
+    """Whose FlashAttention PyTorch's flash kernel is on `device`, and which others it could be.
+
+    "FlashAttention-2 (built in); FA3, FA4 registered, not activated" on an NVIDIA GPU where the user activated none.
+    """
+    if device.type == "cpu":
+        return "PyTorch's own kernel for CPUs; FlashAttention-2, 3 and 4 are for GPUs"
+    if torch.version.hip:
+        return "AMD's kernel, built in"
+    list_registered = getattr(nn.attention, "list_flash_attention_impls", list)  # an older PyTorch has no registry
+    active = getattr(nn.attention, "current_flash_attention_impl", lambda: None)()
+    registered = [name for name in list_registered() if name not in (active, NOT_FLASH)]
+    words = BUILT_IN_FLASH if active in (None, NOT_FLASH) else f"{FLASH_NAMES.get(active, active)} (activated)"
+    return f"{words}; {', '.join(registered)} registered, not activated" if registered else words
 
 
 def _kernel_that_runs(call: AttentionCall, kernels: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind about itself: metrics.jsonl, environment.json, wandb's copy, and how much memory it took.
+"""What a run leaves behind about itself: metrics.jsonl, wandb's copy, and how much memory and time it took.
 
 metrics.jsonl is the record: one JSON object a line, written and flushed at once, whatever the tracker does. wandb is a copy for
 looking at; a server that is down costs a bounded wait at the start (INIT_TIMEOUT) and at the end (FINISH_TIMEOUT), no more.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -22,7 +20,6 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from flash_ladder.machine.hardware import version_of
 from flash_ladder.measure.probe import GIB
 from flash_ladder.schema import LoggerConfig
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
 FINISH_TIMEOUT = 30  # seconds that it may take at the end to send what is left
-PACKAGES = ("triton", "lightning", "hydra-core", "datasets", "tokenizers", "safetensors", "wandb", "flash-ladder")
 
 
 class MetricsFile(Logger):
@@ -140,47 +136,6 @@ def warn(text: str) -> None:
 
 def _one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---- environment.json ----
-
-
-def environment(device: torch.device, **about: Any) -> dict[str, Any]:
-    """Where a run happens: device, versions, commit and command line, and what else the run is told to add."""
-    return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-        "versions": versions(),
-        "commit": commit(Path(__file__).parent),
-        "command": [sys.executable, *sys.argv],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **about,
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what a run's numbers depend on; None for a package that is not installed."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,  # with what it was built for
-        "cuda": torch.version.cuda,
-        **{package: version_of(package) for package in PACKAGES},
-    }
-
-
-def commit(folder: Path) -> str | None:
-    """The commit that `folder` is at, with "-dirty" where tracked files differ from it; None outside a git checkout."""
-    try:
-        described = subprocess.run(
-            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return described.stdout.strip() or None
 
 
 # ---- memory and time ----

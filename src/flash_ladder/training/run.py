@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.machine.decide import Place, find_place
+from flash_ladder.machine.decide import Place, decide
+from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
 from flash_ladder.measure.probe import GIB, Layer, probe_attention
 from flash_ladder.model.generation import generate
@@ -34,7 +35,7 @@ from flash_ladder.schema import Config, UserError
 from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, Work, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
 from flash_ladder.training.module import GPTModule, NotFinite
-from flash_ladder.training.record import MetricsFile, WandbCopy, environment, open_wandb, peak_memory_gib
+from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb, peak_memory_gib
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
 
@@ -54,7 +55,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     """
     quiet_lightning()
     first = rank_zero_only.rank == 0
-    place = find_place(cfg)
+    place = decide(cfg)
     say(f"attention: {place.attention}")
     say(f"precision: {place.precision} ({place.precision_reason})")
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import flash_ladder.benchmark.accuracy as accuracy
 import flash_ladder.benchmark.grid as module
-from flash_ladder.benchmark.grid import ON_CPU, ON_GPU, benchmark, decide, measure, measure_error, yardstick
+from flash_ladder.benchmark.accuracy import measure_error, yardstick
+from flash_ladder.benchmark.grid import ON_CPU, ON_GPU, benchmark, complete, measure_cell
 from flash_ladder.benchmark.result import Cell, Masked, Panel, growth, read
 from flash_ladder.kernels import BACKENDS
 from flash_ladder.schema import UserError
@@ -83,7 +85,7 @@ def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path, capsys):
             raise KeyboardInterrupt
         return Cell(backend, panel.head_dim, seq_len, panel.causal, peak_gib=1.0)
 
-    monkeypatch.setattr(module, "measure", interrupted)
+    monkeypatch.setattr(module, "measure_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         benchmark(small(out=str(tmp_path / "r.json")))
     kept = read(tmp_path / "r.json")
@@ -97,7 +99,7 @@ def test_a_run_interrupted_among_the_masks_keeps_them(monkeypatch, tmp_path, cap
         yield Masked("window_8", "flash_v2", 32, 64, 0.5, 1.0, 2.0, 1.0, 2.0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "decide", lambda cfg, device: (decide(cfg, GPU)[0], {}))
+    monkeypatch.setattr(module, "complete", lambda cfg, device: (complete(cfg, GPU)[0], {}))
     monkeypatch.setattr(module, "measure_masks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         benchmark(small(seq_len=[], memory_seq_len=[], head_dim=[16], width=16, dtype="float32", out=str(tmp_path / "r.json")))
@@ -109,7 +111,7 @@ def test_a_run_interrupted_among_the_masks_keeps_them(monkeypatch, tmp_path, cap
 def test_masks_alone(monkeypatch, tmp_path, capsys):
     """No cell and no error: nothing of the grid is measured, and what is shown has no empty table."""
     found = Masked("window_8", "flash_v2", 32, 64, 0.5, 1.0, 2.0, 1.0, 2.0)
-    monkeypatch.setattr(module, "decide", lambda cfg, device: (decide(cfg, GPU)[0], {}))
+    monkeypatch.setattr(module, "complete", lambda cfg, device: (complete(cfg, GPU)[0], {}))
     monkeypatch.setattr(module, "measure_masks", lambda cfg, device, next_is: iter([found]))
     files = dict(out=str(tmp_path / "r.json"), plot=str(tmp_path / "r.png"))
     result = benchmark(small(seq_len=[], memory_seq_len=[], head_dim=[16], width=16, dtype="float32", **files))
@@ -135,7 +137,7 @@ def test_a_picture_that_cannot_be_written(run, tmp_path):
 
 
 def test_a_cpu_has_small_sizes_and_the_rungs():
-    cfg, left_out = decide(BenchmarkConfig(), CPU)
+    cfg, left_out = complete(BenchmarkConfig(), CPU)
     assert cfg.backends == [*BACKENDS, "math"] and cfg.baseline == "eager"
     assert all(getattr(cfg, name) == value for name, value in ON_CPU.items())
     assert left_out["cudnn"] == "for a GPU" and left_out["fa4"] == "for a GPU"
@@ -143,7 +145,7 @@ def test_a_cpu_has_small_sizes_and_the_rungs():
 
 def test_a_gpu_has_every_peer_that_is_installed(monkeypatch):
     monkeypatch.setattr(module, "why_not_installed", lambda name: "not installed" if name.startswith("fa4") else None)
-    cfg, left_out = decide(BenchmarkConfig(head_dim=[256]), GPU)
+    cfg, left_out = complete(BenchmarkConfig(head_dim=[256]), GPU)
     assert cfg.backends[-3:] == ["flex", "flash_attn", "fa3"] and left_out == {"fa4": "not installed"}
     assert cfg.baseline == "fa2" and cfg.head_dim == [256] and cfg.seq_len == ON_GPU["seq_len"] and cfg.dtype == "bfloat16"
 
@@ -159,7 +161,7 @@ def test_the_help_says_what_null_stands_for():
 
 
 def test_who_is_named_is_measured():
-    cfg, left_out = decide(BenchmarkConfig(backends=["flash_v2", "fa4"], tokens=64), CPU)
+    cfg, left_out = complete(BenchmarkConfig(backends=["flash_v2", "fa4"], tokens=64), CPU)
     assert cfg.backends == ["flash_v2", "fa4"] and cfg.baseline == "flash_v2" and not left_out and cfg.tokens == 64
 
 
@@ -208,44 +210,44 @@ def test_the_command_and_its_dataclass_have_the_same_masks():
 
 def test_masks_alone_are_nothing_on_a_cpu():
     with pytest.raises(UserError, match="leave the masks alone, which are timed on a GPU"):
-        decide(BenchmarkConfig(seq_len=[], memory_seq_len=[]), CPU)
-    assert decide(BenchmarkConfig(seq_len=[], memory_seq_len=[]), GPU)[0].seq_len == []
+        complete(BenchmarkConfig(seq_len=[], memory_seq_len=[]), CPU)
+    assert complete(BenchmarkConfig(seq_len=[], memory_seq_len=[]), GPU)[0].seq_len == []
 
 
 def test_what_the_machine_decides_is_checked_too():
     with pytest.raises(UserError, match="width=64 must be a whole number of heads"):
-        decide(BenchmarkConfig(head_dim=[48]), CPU)
+        complete(BenchmarkConfig(head_dim=[48]), CPU)
 
 
 # ---- one cell ----
 
 
 def decided(**changes) -> BenchmarkConfig:
-    return decide(small(**changes), CPU)[0]
+    return complete(small(**changes), CPU)[0]
 
 
 def test_grouped_heads():
-    cell = measure(decided(), "eager", Panel(True, 16, 2), 64, CPU)
+    cell = measure_cell(decided(), "eager", Panel(True, 16, 2), 64, CPU)
     assert cell.n_kv_head == 2 and cell.peak_gib > 0 and not cell.note
 
 
 def test_a_peer_that_is_not_installed_is_a_note():
-    assert measure(decided(), "fa4", CAUSAL, 64, CPU).note == "not installed"
+    assert measure_cell(decided(), "fa4", CAUSAL, 64, CPU).note == "not installed"
 
 
 def test_a_refusal_is_a_note():
-    assert measure(decided(), "cudnn", CAUSAL, 64, CPU).note == "refused: PyTorch has no CUDNN_ATTENTION kernel for this"
+    assert measure_cell(decided(), "cudnn", CAUSAL, 64, CPU).note == "refused: PyTorch has no CUDNN_ATTENTION kernel for this"
 
 
 def test_no_memory_for_the_scores_is_a_result(monkeypatch):
     monkeypatch.setattr(module, "eager_may_fit", lambda layer: False)
-    assert measure(decided(), "eager", CAUSAL, 64, CPU).note == "out of memory: the scores alone take 0.0 GiB"
-    assert measure(decided(), "sdpa", CAUSAL, 64, CPU).peak_gib > 0
+    assert measure_cell(decided(), "eager", CAUSAL, 64, CPU).note == "out of memory: the scores alone take 0.0 GiB"
+    assert measure_cell(decided(), "sdpa", CAUSAL, 64, CPU).peak_gib > 0
 
 
 def test_no_backward(monkeypatch):
     monkeypatch.setattr(module, "attend_with", lambda *_: lambda query, key, value: query.detach() * 1.0)
-    cell = measure(decided(), "fa3", CAUSAL, 64, CPU)
+    cell = measure_cell(decided(), "fa3", CAUSAL, 64, CPU)
     assert cell.note == "no backward" and cell.peak_gib is None
 
 
@@ -263,31 +265,9 @@ def test_a_backward_that_fails_leaves_the_forward(monkeypatch):
 
     cfg = decided()
     right = yardstick(cfg, CAUSAL, CPU)
-    monkeypatch.setattr(module, "attend_with", lambda *_: ForwardAlone.apply)
-    cell = measure(cfg, "fa3", CAUSAL, cfg.seq_len[0], CPU)
+    for room in (module, accuracy):
+        monkeypatch.setattr(room, "attend_with", lambda *_: ForwardAlone.apply)
+    cell = measure_cell(cfg, "fa3", CAUSAL, cfg.seq_len[0], CPU)
     error = measure_error(cfg, "fa3", CAUSAL, right, CPU)
     assert cell.note == error.note == "no backward: RuntimeError: this build has no backward"
     assert cell.peak_gib is None and error.output > 0 and error.dq is None
-
-
-# ---- errors ----
-
-
-def test_a_wrong_backend_has_a_large_error(monkeypatch):
-    cfg = decided()
-    right = yardstick(cfg, CAUSAL, CPU)
-    assert [x.dtype for x in right.exact] == [torch.float64] * 4 and not right.note
-    good = measure_error(cfg, "sdpa", CAUSAL, right, CPU)
-    monkeypatch.setattr(module, "attend_with", lambda *_: lambda query, key, value: (query + key + value) * 1.0)
-    wrong = measure_error(cfg, "sdpa", CAUSAL, right, CPU)
-    assert good.output < 1e-6 and good.dv < 1e-6 and wrong.output > 0.5 and wrong.dv > 0.5
-
-
-def test_no_float64_is_a_note(monkeypatch):
-    def gone(*_):
-        raise torch.OutOfMemoryError("none left")
-
-    monkeypatch.setattr(module, "attend_with", gone)
-    right = yardstick(decided(), CAUSAL, CPU)
-    error = measure_error(decided(), "sdpa", CAUSAL, right, CPU)
-    assert error.note == "no float64 to compare with: out of memory" and error.output is None

@@ -7,17 +7,16 @@ import flash_ladder.benchmark.masks as module
 import flash_ladder.kernels.sdpa
 from flash_ladder.benchmark.masks import (
     Times,
-    attend_under,
     mask_arguments,
-    measure,
     measure_mask,
     measure_masks,
-    takers,
+    measure_times,
     visible_pairs,
+    with_masks,
 )
-from flash_ladder.benchmark.peers import PACKAGES
+from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.result import Masked
-from flash_ladder.benchmark.timing import gradients
+from flash_ladder.benchmark.timing import attend_with, gradients
 from flash_ladder.kernels import attention
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.bounds import key_bounds, visible
@@ -81,21 +80,12 @@ def test_a_backend_attends_under_the_mask(monkeypatch, backend, name):
     ids = arguments.get("document_ids", torch.zeros(1, 48))[0]
     mask &= ids[:, None] == ids
     right = (query @ key.mT / 4).masked_fill(~mask, -torch.inf).softmax(-1) @ value
-    torch.testing.assert_close(attend_under(backend, arguments, 48, CPU)(query, key, value), right)
+    torch.testing.assert_close(attend_with(backend, True, 48, CPU, arguments)(query, key, value), right)
 
 
 def test_who_takes_a_mask():
-    assert takers(["eager", "fa2", "flash_v2", "flex", "fa4"]) == ["eager", "flash_v2", "flex", "fa4"]
-    assert {*MASKED_PEERS} == {"flex", *PACKAGES}
-
-
-def test_a_package_is_asked_for_what_it_takes(monkeypatch):
-    monkeypatch.setattr(module, "package", lambda *asked: asked)
-    monkeypatch.setattr(module, "packed", lambda modules, document_ids: (modules, document_ids.shape))
-    package = PACKAGES["fa3"]
-    for name, asked in (("window_5", (True, 5)), ("ragged_12", (torch.Size([1, 48]),))):
-        assert attend_under("fa3", mask_arguments(name, 48, CPU), 48, CPU) == (package, *asked)
-    assert attend_under("fa3", {}, 48, CPU) == (package, True, None)
+    assert with_masks(["eager", "fa2", "flash_v2", "flex", "fa4"]) == ["eager", "flash_v2", "flex", "fa4"]
+    assert {*MASKED_PEERS} == {name for name, peer in PEERS.items() if peer.takes_masks}
 
 
 # ---- times ----
@@ -122,14 +112,14 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize(("backend", "name"), [*(("eager", name) for name in NAMES), ("flash_v2", "ragged_12")])
 def test_a_time_that_follows_the_area(clock, backend, name):
-    dense = measure(config(), backend, 32, {}, CPU)
+    dense = measure_times(config(), backend, 32, {}, CPU)
     masked = measure_mask(config(), backend, 32, name, dense, CPU)
     assert (masked.mask, masked.backend, masked.head_dim, masked.seq_len, masked.note) == (name, backend, 32, 48, "")
     assert masked.dense_forward_ms == pytest.approx(48 * 49 / 2) and 0 < masked.area < 0.5
     assert (masked.forward, masked.backward) == pytest.approx((1, 1), rel=1e-4)
 
 
-def test_every_mask_on_every_taker(monkeypatch):
+def test_every_mask_on_every_backend_with_masks(monkeypatch):
     """The dense time is taken once for all masks of a backend, and a row is there before the next is measured."""
     told = []
 
@@ -140,7 +130,7 @@ def test_every_mask_on_every_taker(monkeypatch):
     def masked(cfg, backend, head_dim, name, dense, device):
         return Masked(name, backend, head_dim, cfg.mask_seq_len, 1.0, dense_forward_ms=dense.forward)
 
-    monkeypatch.setattr(module, "measure", dense)
+    monkeypatch.setattr(module, "measure_times", dense)
     monkeypatch.setattr(module, "measure_mask", masked)
     rows = measure_masks(config(), GPU, told.append)
     first = next(rows)
@@ -161,7 +151,7 @@ def test_a_refusal_is_a_note(clock, monkeypatch):
         "unsupported",
         lambda device, dtype, head_dim, features: "no windows" if "window_size" in features else None,
     )
-    dense = measure(config(), "sdpa", 48, {}, CPU)
+    dense = measure_times(config(), "sdpa", 48, {}, CPU)
     masked = measure_mask(config(), "sdpa", 48, "window_5", dense, CPU)
     assert masked.note.startswith("refused: attention backend sdpa cannot run here: no windows") and masked.forward is None
     assert measure_mask(config(), "sdpa", 48, "documents_10", dense, CPU).forward == pytest.approx(1, rel=1e-4)
@@ -174,8 +164,8 @@ def test_a_backend_without_a_backward(clock, monkeypatch):
         with torch.no_grad():
             return attention(query, key, value, is_causal=True, backend="eager")
 
-    monkeypatch.setattr(module, "attend_under", lambda *_: forward_alone)
-    times = measure(config(), "fa3", 16, {}, CPU)
+    monkeypatch.setattr(module, "attend_with", lambda *_: forward_alone)
+    times = measure_times(config(), "fa3", 16, {}, CPU)
     assert times.forward == pytest.approx(48 * 49 / 2) and times.backward is None and times.note == "no backward"
 
 
@@ -187,12 +177,12 @@ def test_out_of_memory_is_a_result(clock, monkeypatch):
 
     right = module.backward_milliseconds
     monkeypatch.setattr(module, "backward_milliseconds", gone)
-    dense = measure(config(), "eager", 16, {}, CPU)
+    dense = measure_times(config(), "eager", 16, {}, CPU)
     assert dense.forward and dense.backward is None and dense.note == "out of memory"
     monkeypatch.setattr(module, "backward_milliseconds", right)
     masked = measure_mask(config(), "eager", 16, "window_5", dense, CPU)
     assert masked.forward == pytest.approx(1, rel=1e-4) and masked.backward is None and masked.backward_ms
     assert masked.note == "without the mask: out of memory"
-    monkeypatch.setattr(module, "measure", gone)
+    monkeypatch.setattr(module, "measure_times", gone)
     masked = measure_mask(config(), "eager", 16, "window_5", Times(note="out of memory"), CPU)
     assert masked.forward is None and masked.note == "without the mask: out of memory" and masked.area > 0

@@ -6,8 +6,10 @@ import types
 import pytest
 import torch
 
-from flash_ladder.benchmark.peers import PACKAGES, PEERS, NotInstalled, one_line, package, packed, peer, why_not_installed
+import flash_ladder.benchmark.peers as peers
+from flash_ladder.benchmark.peers import PEERS, NotInstalled, Peer, installed_package, one_line, peer, why_not_installed
 from flash_ladder.kernels import Unsupported, attention
+from flash_ladder.machine.hardware import EXTRAS
 from flash_ladder.script_schema import BenchmarkConfig
 
 CPU = torch.device("cpu")
@@ -76,7 +78,7 @@ def test_a_package(module, name):
 @pytest.mark.parametrize("window_size", [1, 7, 48])
 def test_a_package_under_a_window(module, window_size):
     module("flash_attn", flash_attn_func=on_sequence_first)
-    found = package(PACKAGES["flash_attn"], True, window_size)(*inputs())
+    found = peer("flash_attn", is_causal=True, seq_len=48, device=CPU, window_size=window_size)(*inputs())
     torch.testing.assert_close(found, attention(*inputs(), is_causal=True, window_size=window_size, backend="eager"))
 
 
@@ -85,7 +87,7 @@ def test_a_package_on_packed_documents(module, lengths):
     module("flash_attn", flash_attn_varlen_func=sequence_by_sequence)
     ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
     one = [x[:1] for x in inputs()]
-    found = packed(PACKAGES["flash_attn"], ids)(*one)
+    found = peer("flash_attn", is_causal=True, seq_len=48, device=CPU, document_ids=ids)(*one)
     torch.testing.assert_close(found, attention(*one, is_causal=True, document_ids=ids, backend="eager"))
 
 
@@ -104,6 +106,29 @@ def test_a_package_that_is_broken(module, tmp_path, monkeypatch):
     (tmp_path / "fa3_fwd_interface.py").write_text("import a_package_that_nobody_has")
     monkeypatch.syspath_prepend(tmp_path)
     assert why_not_installed("fa3") == "fa3_fwd_interface needs a_package_that_nobody_has, which is not installed"
+
+
+def test_a_new_peer_is_one_entry(monkeypatch):
+    """Its function gets what it asked for, and a mask only where there is one."""
+    asked = []
+    monkeypatch.setitem(PEERS, "mine", Peer("mine", lambda **what: asked.append(what), takes_masks=True))
+    for mask in ({}, {"window_size": 5}):
+        peer("mine", is_causal=True, seq_len=48, device=CPU, **mask)
+        assert asked.pop() == {"is_causal": True, "seq_len": 48, "device": CPU, **mask}
+    assert why_not_installed("mine") is None and installed_package("mine") is None
+
+
+def test_the_package_of_a_peer(monkeypatch):
+    monkeypatch.setattr(peers, "version_of", {"flash-attn-3": "3.0.0"}.get)
+    assert installed_package("fa3") == "flash-attn-3 3.0.0"
+    assert installed_package("fa4") is None and installed_package("fa2") is None
+
+
+def test_the_doctor_looks_for_every_peer():
+    """machine.hardware has a line for each module that a peer may come from, with the packages that bring it."""
+    listed = {module: packages for module, packages, _ in EXTRAS}
+    for name, entry in PEERS.items():
+        assert [package for module in entry.modules for package in listed[module]] == list(entry.packages), name
 
 
 def test_what_needs_no_package():

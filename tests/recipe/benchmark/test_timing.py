@@ -8,7 +8,7 @@ import torch
 import flash_ladder.benchmark.timing as module
 from flash_ladder.benchmark.peers import NotInstalled
 from flash_ladder.benchmark.result import Panel
-from flash_ladder.benchmark.timing import NoBackward, backward_milliseconds, random_inputs, trouble
+from flash_ladder.benchmark.timing import NoBackward, backward_milliseconds, failure_note, random_inputs
 from flash_ladder.kernels import Unsupported
 from flash_ladder.script_schema import BenchmarkConfig
 
@@ -31,12 +31,12 @@ def test_inputs():
         (AssertionError(), "failed: AssertionError:"),
     ],
 )
-def test_trouble_in_words(error, note):
+def test_what_went_wrong_in_words(error, note):
     def work():
         raise error
 
-    assert trouble(work) == note
-    assert trouble(lambda: None) == ""
+    assert failure_note(work) == note
+    assert failure_note(lambda: None) == ""
 
 
 def test_the_time_of_a_backward_that_is_none(monkeypatch):
@@ -47,7 +47,7 @@ def test_the_time_of_a_backward_that_is_none(monkeypatch):
         backward_milliseconds(lambda x: x.detach(), [x], torch.ones(2), 1.0)
 
 
-def test_trouble_gives_the_memory_back():
+def test_a_failed_call_gives_the_memory_back():
     left = []
 
     def work():
@@ -55,13 +55,13 @@ def test_trouble_gives_the_memory_back():
         left.append(weakref.ref(held))
         raise torch.OutOfMemoryError("none left")
 
-    trouble(work)
+    failure_note(work)
     assert left[0]() is None
 
 
-def test_an_interruption_is_no_trouble():
+def test_an_interruption_is_no_note():
     def work():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trouble(work)
+        failure_note(work)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from flash_ladder.export import losses as evaluation
-from flash_ladder.export.losses import evaluate, perplexity, pick_backend, pick_device
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.export.losses import evaluate, perplexity
+from flash_ladder.schema import UserError
 from tests.helpers.made_up import VOCAB, sharp_model
 
 
@@ -78,20 +78,3 @@ def test_memory_that_does_not_suffice_is_said(monkeypatch):
 def test_perplexity():
     assert perplexity(math.log(7)) == pytest.approx(7)
     assert perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
-
-
-def test_devices():
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "meta", "cuda:99"):
-        with pytest.raises(UserError, match=f"device={name}"):
-            pick_device(name)
-
-
-def test_backends():
-    cfg, cpu = ModelConfig(d_model=64, n_head=4), torch.device("cpu")
-    assert pick_backend("auto", cfg, cpu, "32").backend == "sdpa"
-    assert pick_backend("eager", cfg, cpu, "bf16-mixed").backend == "eager"
-    with pytest.raises(UserError, match="flash_v2 takes head_dim 16 to 256, not 8; eager and sdpa can"):
-        pick_backend("flash_v2", ModelConfig(d_model=32, n_head=4), cpu, "32")
-    assert pick_backend("flash_v2", cfg, cpu, "32", documents=True).backend == "flash_v2"

@@ -12,7 +12,7 @@ from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training import record as telemetry
 from flash_ladder.training.callbacks import Speed, Work
-from flash_ladder.training.record import MetricsFile, WandbCopy, commit, environment, open_wandb, seconds_since_start
+from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb, seconds_since_start
 
 CPU = torch.device("cpu")
 
@@ -162,17 +162,6 @@ def test_metrics_go_on_after_a_line_torn_by_a_kill(tmp_path):
     log.log_metrics({}, step=2)
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-
-
-def test_environment_says_what_the_numbers_depend_on():
-    about = json.loads(json.dumps(environment(CPU, attention={"backend": "sdpa", "reason": "CPU"})))
-    assert about["versions"]["torch"] == torch.__version__
-    assert about["versions"]["python"] and about["versions"]["lightning"] and about["command"]
-    assert about["gpu"] is None and about["attention"]["backend"] == "sdpa"
-
-
-def test_commit_outside_a_checkout_is_none(tmp_path):
-    assert commit(tmp_path) is None
 
 
 def test_time_counts_from_the_start_of_the_process():

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from flash_ladder.front_door import UserError
-from flash_ladder.kernels import Choice
-from flash_ladder.machine.decide import find_devices, find_place, find_precision
-from flash_ladder.schema import AttentionConfig, TrainerConfig
+from flash_ladder.machine.decide import decide
+from flash_ladder.schema import AttentionConfig
 from flash_ladder.training.run import printable, train
 from tests.helpers.tiny import metrics, overrides, tiny_config, values
 
@@ -234,32 +233,6 @@ def test_resume_refuses_another_tokenizer(tmp_path):
 # ---- where and how ----
 
 
-def test_precision_follows_the_device_and_says_why(monkeypatch):
-    gpu = torch.device("cuda")
-    assert find_precision("auto", CPU) == ("32", "a CPU")
-    for capability, precision in (((9, 0), "bf16-mixed"), ((8, 0), "bf16-mixed"), ((7, 5), "16-mixed"), ((7, 0), "32")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert find_precision("auto", gpu)[0] == precision
-    assert find_precision("bf16-mixed", CPU) == ("bf16-mixed", "asked for")
-    with pytest.raises(UserError, match="16-mixed needs a GPU"):
-        find_precision("16-mixed", CPU)
-
-
-def test_devices_are_counted_or_refused(monkeypatch):
-    assert find_devices(TrainerConfig(devices="auto", accelerator="cpu")) == (CPU, 1)
-    assert find_devices(TrainerConfig(devices=2, accelerator="cpu")) == (CPU, 2)
-    with pytest.raises(UserError, match="must be a number, or auto"):
-        find_devices(TrainerConfig(devices="0,1"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="PyTorch finds no GPU here"):
-        find_devices(TrainerConfig(accelerator="gpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert find_devices(TrainerConfig(devices=-1)) == (torch.device("cuda", 0), 4)
-    with pytest.raises(UserError, match="finds 4 GPUs here"):
-        find_devices(TrainerConfig(devices=8))
-
-
 def test_attention_that_cannot_run_is_refused_before_the_data_is_read(tmp_path):
     cfg = tiny_config(tmp_path)
     cfg = replace(
@@ -269,30 +242,10 @@ def test_attention_that_cannot_run_is_refused_before_the_data_is_read(tmp_path):
         model=replace(cfg.model, d_model=8 * cfg.model.n_head),
     )
     with pytest.raises(UserError, match="flash_v2 cannot run here: flash_v2 takes head_dim 16 to 256, not 8"):
-        find_place(cfg)
+        decide(cfg)
     with pytest.raises(UserError, match="flash_v2 cannot run here"):
         train(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_deterministic_training_on_hopper_takes_a_rung_that_is(tmp_path, monkeypatch):
-    """And PyTorch's own attention, which the switch that Lightning turns makes so, stays there for who names it."""
-
-    class Properties:
-        major, minor, name = 9, 0, "NVIDIA H200"
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-    def chosen(backend: str, deterministic: bool) -> Choice:
-        cfg = tiny_config(tmp_path, deterministic=deterministic, accelerator="gpu", precision="bf16-mixed")
-        return find_place(replace(cfg, attention=replace(cfg.attention, backend=backend))).attention
-
-    assert chosen("auto", False).backend == chosen("flash_v3", False).backend == "flash_v3"
-    assert chosen("auto", True).backend == chosen("flash_v3", True).backend == "flash_v3"
-    assert chosen("sdpa", True).backend == "sdpa"
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):

@@ -1,0 +1,176 @@
+"""How a backend looks in the benchmark's pictures, and labels that stand at the ends of lines without covering each other.
+
+The colours are told apart by colour-blind readers too (Okabe and Ito's palette, and Paul Tol's where it ends). This repository's
+rungs have warm colours, bold lines and filled markers; the peers have cool colours, thin lines and open markers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import cycle
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from flash_ladder.benchmark.peers import PEERS
+from flash_ladder.benchmark.result import Result
+
+LOOKS = {  # colour, marker
+    "eager": ("#000000", "o"),
+    "sdpa": ("#7f7f7f", "o"),
+    "flash_v1": ("#e69f00", "o"),
+    "flash_v2": ("#d55e00", "s"),
+    "flash_v3": ("#882255", "D"),
+    "fa2": ("#0072b2", "^"),
+    "cudnn": ("#009e73", "v"),
+    "fa3": ("#56b4e9", "X"),
+    "fa4": ("#332288", "P"),
+    "flex": ("#44aa99", "<"),
+    "flash_attn": ("#6699cc", ">"),
+    "efficient": ("#999933", "p"),
+    "math": ("#bbbbbb", "h"),
+}
+SPARE_COLOURS = ("#004488", "#bb5566", "#117733", "#aa4499", "#ddaa33", "#663333")  # of a backend that is not in the table
+SPARE_MARKERS = ("*", "d", "8", "H")
+STYLE = {
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 110,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # alike in width, for a reader of the SVG who lacks the first
+    "svg.fonttype": "none",  # text stays text: small, and found by a search
+    "svg.hashsalt": "flash-ladder",  # the same figures give the same file
+}
+LABEL_SIZE = 13  # points
+FAINT = "#555555"
+
+
+def is_rung(backend: str) -> bool:
+    """One of this repository's kernels."""
+    return backend.startswith("flash_v")
+
+
+def ink(colour: str) -> str:
+    """A line's colour for text, darker, so that it is read on white."""
+    return to_hex(tuple(0.72 * part for part in to_rgb(colour)))
+
+
+def looks(backends: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each backend; one that is not in LOOKS gets a spare look, the same in every picture of a result."""
+    spare = zip(cycle(SPARE_COLOURS), cycle(SPARE_MARKERS), strict=False)
+    return {backend: LOOKS.get(backend) or next(spare) for backend in backends}
+
+
+def line_style(backend: str, look: tuple[str, str]) -> dict:
+    """How a backend's line looks: a rung's is bold, and a peer's thin one goes over it, so that both are seen where they meet."""
+    colour, marker = look
+    rung = is_rung(backend)
+    return {
+        "color": colour,
+        "marker": marker,
+        "linewidth": 3.2 if rung else 1.6,
+        "markersize": 8,
+        "markerfacecolor": colour if rung or backend == "eager" else "white",
+        "markeredgewidth": 1.6,
+        "linestyle": "--" if backend == "sdpa" else "-",  # it is one of the others, so that its line covers theirs
+        "zorder": 2 if rung else 3,
+    }
+
+
+def full_name(backend: str, result: Result) -> str:
+    """What a backend is and whose: "flash_v3 (ours)", "fa3: FlashAttention-3 (fa3-fwd 0.0.3)"."""
+    if is_rung(backend):
+        return f"{backend} (ours)"
+    if backend == "eager":
+        return "eager (stores N² scores)"
+    if backend == "sdpa":
+        return "sdpa (what PyTorch picks)"
+    if backend not in PEERS:
+        return backend
+    peer = PEERS[backend]
+    package = result.packages.get(backend) or next(iter(peer.packages), None)
+    return f"{backend}: {peer.label} ({package})" if package else f"{backend}: {peer.label}"
+
+
+def add_legend(figure: Figure, result: Result, notes: dict[str, str], columns: int = 3) -> None:
+    """A line under the panels for each backend of `notes`, which says what follows its name; ours first and in bold."""
+    by_name = looks(result.backends)
+    handles = [
+        Line2D([], [], label=full_name(b, result) + note, **line_style(b, by_name[b]))
+        for b, note in sorted(notes.items(), key=lambda named: not is_rung(named[0]))
+    ]
+    legend = figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=min(len(handles), columns),
+        frameon=False,
+        fontsize=LABEL_SIZE,
+        columnspacing=1.8,
+    )
+    for text in legend.get_texts():
+        text.set_fontweight("bold" if "(ours)" in text.get_text() else "normal")
+
+
+# ---- labels at the ends of lines ----
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is said at a point of an axis, in a line's colour."""
+
+    text: str
+    x: float
+    y: float
+    colour: str
+    bold: bool = False
+
+
+def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Places as near as can be to the wanted ones, `gap` or more apart and, where there is room, between `low` and `high`.
+
+    Those that are too near each other form a block around the mean of where they would be (isotonic regression).
+    """
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    blocks: list[list[float]] = []  # of each: its places less what the gaps below take
+    for rank, index in enumerate(order):
+        blocks.append([wanted[index] - rank * gap])
+        while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    bases = [sum(block) / len(block) for block in blocks for _ in block]
+    highest = max(low, high - (len(wanted) - 1) * gap)
+    found = [0.0] * len(wanted)
+    for rank, index in enumerate(order):
+        found[index] = min(max(bases[rank], low), highest) + rank * gap
+    return found
+
+
+def add_labels(axis: Axes, labels: list[Label], lines_each: int = 1) -> None:
+    """Writes labels beside an axis, on its right, each as near to its point as the others let it; a thin line leads to it.
+
+    The axis has its limits and its place in the figure already. lines_each: lines of text in a label.
+    """
+    to_fraction = axis.transData + axis.transAxes.inverted()
+    points = [to_fraction.transform((label.x, label.y)) for label in labels]
+    height = axis.get_position().height * axis.figure.get_figheight()
+    gap = LABEL_SIZE * (1.25 if lines_each == 1 else 1.45 * lines_each) / 72 / height
+    places = spread([y for _, y in points], gap, gap / 3, 1 - gap / 4)
+    for label, place in zip(labels, places, strict=True):
+        axis.annotate(
+            label.text,
+            xy=(label.x, label.y),
+            xytext=(1.05, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=LABEL_SIZE,
+            fontweight="bold" if label.bold else "normal",
+            color=label.colour,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5, "relpos": (0, 0.5)},
+        )
