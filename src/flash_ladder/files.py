@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flash_ladder.schema import UserError
+from flash_ladder.errors import UserError
 
 
 def sync(path: Path) -> None:

@@ -23,40 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from flash_ladder.schema import (
-    BACKENDS,
-    PRECISIONS,
-    AttentionConfig,
-    Config,
-    DataConfig,
-    LoggerConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainerConfig,
-    UserError,
-    at_least,
-    nearest,
-    one_of,
-)
-
-__all__ = [
-    "BACKENDS",
-    "CONF",
-    "PRECISIONS",
-    "AttentionConfig",
-    "Config",
-    "DataConfig",
-    "LoggerConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "TrainerConfig",
-    "UserError",
-    "at_least",
-    "front_door",
-    "nearest",
-    "one_of",
-    "parse",
-]
+from flash_ladder.errors import UserError, nearest, one_of
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from flash_ladder.schema import BACKENDS, PRECISIONS, UserError, at_least, nearest, one_of
+from flash_ladder.errors import UserError, at_least, nearest, one_of
+from flash_ladder.schema import BACKENDS, PRECISIONS
 
 
 @dataclass

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 import flash_ladder.front_door
-from flash_ladder.front_door import CONF, Config, front_door
-from flash_ladder.schema import DataConfig, ModelConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.front_door import CONF, front_door
+from flash_ladder.schema import Config, DataConfig, ModelConfig
 
 
 @pytest.fixture

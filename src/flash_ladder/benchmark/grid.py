@@ -24,13 +24,13 @@ from flash_ladder.benchmark.plots import plot
 from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Panel, Result, batch_size, read, save
 from flash_ladder.benchmark.tables import header, row_lines, summary, table_head
 from flash_ladder.benchmark.timing import NoBackward, backward_milliseconds, forward_milliseconds, gradients, random_inputs, trouble
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import BACKENDS, attention
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.hardware import cudnn_version, nvidia_driver, version_of
 from flash_ladder.measure.flops import BACKWARD, forward_flops
 from flash_ladder.measure.peak_memory import peak_bytes
 from flash_ladder.measure.probe import Layer, eager_may_fit
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import BenchmarkConfig
 
 # What a null in the configuration stands for.

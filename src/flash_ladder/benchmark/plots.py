@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from flash_ladder.benchmark.result import GIB, GRADIENTS, Panel, Result, growth
 from flash_ladder.benchmark.tables import eager_error
-from flash_ladder.measure.probe import size
+from flash_ladder.units import size
 
 LOOKS = {  # colour, marker; the rungs have the loud ones
     "eager": ("#222222", "o"),

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 
+from flash_ladder.errors import UserError
 from flash_ladder.files import write_json
 from flash_ladder.measure.flops import peak_tflops
-from flash_ladder.measure.probe import GIB
-from flash_ladder.schema import UserError
+from flash_ladder.units import GIB
 
 PRECISION = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32"}  # a dtype's column in the table of peaks
 GRADIENTS = ("dq", "dk", "dv")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 
 from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Masked, Result, batch_size, growth, mean_speedup
-from flash_ladder.measure.probe import size
+from flash_ladder.units import size
 
 SHAPE, BACKEND, WIDTH = 31, 11, 146  # widths of a table's first columns, and of all of it
 NOTE = 38  # a longer note beside figures is cut; the JSON has all of it

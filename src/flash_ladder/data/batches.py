@@ -19,7 +19,8 @@ from tqdm import tqdm
 from flash_ladder.data.corpus import Corpus, DataStats, TokenStream, open_corpus
 from flash_ladder.data.sources import open_hub
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.schema import DataConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.schema import DataConfig
 
 SHUFFLE_BUFFER = 1000  # documents of a hub stream, shuffled among themselves
 

@@ -24,7 +24,8 @@ from filelock import FileLock
 
 from flash_ladder.data.sources import content_hash, digest, hub_fingerprint, open_hub, quiet, read_files, stdlib_files, user_files
 from flash_ladder.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from flash_ladder.schema import DataConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.schema import DataConfig
 
 FORMAT = 1  # of a cache entry; part of its name
 MB = 1 << 20

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.export.folder import load_export, load_windows
 from flash_ladder.export.losses import Evaluation, evaluate, perplexity, pick_backend, pick_device
 from flash_ladder.export.parity import Check, Parity, compare, loss_limit
 from flash_ladder.files import read_json, write_json
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.decide import DTYPES
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import EvaluateConfig
 
 Windows = dict[str, Tensor]  # "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]

@@ -12,6 +12,7 @@ import torch
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.export.evaluate import Windows, described, record, report, same_loss
 from flash_ladder.export.folder import FILES, load_export, load_windows, write_export
 from flash_ladder.export.losses import pick_backend, pick_device
@@ -20,7 +21,7 @@ from flash_ladder.files import read_json, replace_folder, write_json
 from flash_ladder.kernels.generations import describe
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
-from flash_ladder.schema import DataConfig, ModelConfig, UserError
+from flash_ladder.schema import DataConfig, ModelConfig
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.checkpoint import load_run
 from flash_ladder.training.record import versions

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import Choice, Unsupported, choose
 from flash_ladder.machine.decide import DTYPES
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.schema import ModelConfig
 
 BATCH_WINDOWS = 32  # in a batch whose size nobody chose, or as many as keep ...
 BATCH_ELEMENTS = 2**28  # ... logits, and attention scores of a layer, under 1 GiB in float32

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import Choice, Unsupported, choose
-from flash_ladder.schema import Config, TrainerConfig, UserError
+from flash_ladder.schema import Config, TrainerConfig
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}
 

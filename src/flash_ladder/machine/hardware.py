@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from flash_ladder.kernels.generations import GENERATIONS, capability, generation
 from flash_ladder.measure.flops import peak_tflops
-from flash_ladder.measure.probe import GIB
+from flash_ladder.units import GIB
 
 REQUIREMENTS = Path(__file__).resolve().parents[3] / "requirements.txt"
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from flash_ladder.kernels import attention
 from flash_ladder.kernels.generations import dtype_name
 from flash_ladder.measure.flops import attention_flops
+from flash_ladder.units import GIB, size
 
-GIB = 2**30
 REPEATS = 5
 
 
@@ -99,15 +99,6 @@ class Probe:
         elif self.eager_seconds is not None:
             clock += f", eager {self.eager_seconds * 1e3:.3g} ms, {self.eager_seconds / self.seconds:.1f} times as long"
         return f"one layer ({self.layer}): {memory}; {clock}"
-
-
-def size(n_bytes: int) -> str:
-    """Bytes in words, to three digits: "2.13 GiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} GiB"
 
 
 def probe_attention(layer: Layer, backend: str) -> Probe:

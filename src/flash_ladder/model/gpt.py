@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import attention
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.schema import ModelConfig
 
 
 class GPT(nn.Module):

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from flash_ladder.errors import UserError
 from flash_ladder.measure.flops import TokenFlops
-from flash_ladder.schema import UserError
 from flash_ladder.training.record import peak_memory_gib, seconds_since_start
 
 

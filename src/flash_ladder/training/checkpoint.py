@@ -19,8 +19,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from flash_ladder.errors import UserError, one_of
 from flash_ladder.files import sync
-from flash_ladder.schema import DataConfig, ModelConfig, UserError, one_of
+from flash_ladder.schema import DataConfig, ModelConfig
 
 SAVING = ".saving"  # suffix of a checkpoint that is being written, or that a killed process left
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig, UserError
+from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
 
 
 class NotFinite(UserError):

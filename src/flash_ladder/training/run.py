@@ -24,17 +24,19 @@ from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import Place, find_place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
-from flash_ladder.measure.probe import GIB, Layer, probe_attention
+from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
-from flash_ladder.schema import Config, UserError
+from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, Work, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.record import MetricsFile, WandbCopy, environment, open_wandb, peak_memory_gib
+from flash_ladder.units import GIB
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 import flash_ladder.benchmark.grid as module
 from flash_ladder.benchmark.grid import ON_CPU, ON_GPU, benchmark, decide, measure, measure_error, yardstick
 from flash_ladder.benchmark.result import Cell, Masked, Panel, growth, read
-from flash_ladder.schema import UserError
+from flash_ladder.errors import UserError
 from flash_ladder.script_schema import BenchmarkConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

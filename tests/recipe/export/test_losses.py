@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flash_ladder.errors import UserError
 from flash_ladder.export import losses as evaluation
 from flash_ladder.export.losses import evaluate, perplexity, pick_backend, pick_device
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.schema import ModelConfig
 from tests.helpers.made_up import VOCAB, sharp_model
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from flash_ladder.kernels import BACKENDS, choose, jit
 
+from flash_ladder.errors import UserError
 from flash_ladder.machine import doctor, sdpa_choice
 from flash_ladder.machine import hardware as machine
 from flash_ladder.machine.hardware import has_code_for
 from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa, plain, reasons_under
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import DoctorConfig
 from tests.recipe.test_scripts import call
 

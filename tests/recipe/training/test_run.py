@@ -12,7 +12,7 @@ import pytest
 import torch
 from flash_ladder.kernels import Choice
 
-from flash_ladder.front_door import UserError
+from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import find_devices, find_place, find_precision
 from flash_ladder.schema import AttentionConfig, TrainerConfig
 from flash_ladder.training.run import printable, train
