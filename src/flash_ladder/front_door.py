@@ -162,6 +162,7 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
     `output_dir` is Hydra's run folder (the working folder for commands that write none). The process exits with what `main`
     returns, with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
+    _leave_script_folder()
     arguments = [_verbatim(argument) for argument in sys.argv[1:]]
     flags = [a for a in arguments if a.startswith("-")]
     overrides = [a for a in arguments if a not in flags]
@@ -202,6 +203,16 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
             sys.exit(code)
 
     run()
+
+
+def _leave_script_folder() -> None:
+    """Takes the running script's folder off sys.path, where Python has put it first."""
+    # train.py lies beside the folder kernels/, scripts/ holds evaluate.py: a library that imports Hugging Face's `kernels` or
+    # `evaluate` would find ours. What we import ourselves is installed.
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None:
+        folder = Path(script).resolve().parent
+        sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]
 
 
 def _check_writable(folder: Path) -> None:
