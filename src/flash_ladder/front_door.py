@@ -23,9 +23,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from flash_ladder import names
 from flash_ladder.errors import UserError, nearest, one_of
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+# What a help text in YAML may say for the list of backends, and for that of the benchmark's peers.
+OmegaConf.register_new_resolver("backends", lambda: names.listing(names.BACKENDS), replace=True)
+OmegaConf.register_new_resolver("peers", lambda: names.listing(names.PEERS), replace=True)
 
 # ---- from a composed DictConfig to a checked dataclass ----
 

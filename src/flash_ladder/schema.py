@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flash_ladder.errors import UserError, at_least, one_of
+from flash_ladder.names import CHOICES
 
-BACKENDS = ("auto", "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3")
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
 
 # ---- one dataclass per group of conf/ ----
@@ -24,7 +24,7 @@ class AttentionConfig:
     backend: str = "auto"
 
     def validate(self) -> None:
-        one_of("attention.backend", self.backend, BACKENDS)
+        one_of("attention.backend", self.backend, CHOICES)
 
 
 @dataclass

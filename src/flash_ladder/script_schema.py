@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 from flash_ladder.errors import UserError, at_least, nearest, one_of
-from flash_ladder.schema import BACKENDS, PRECISIONS
+from flash_ladder.names import BACKENDS, CHOICES, MASKED_PEERS, PEERS
+from flash_ladder.schema import PRECISIONS
 
 
 @dataclass
@@ -28,7 +29,7 @@ class ExportConfig:
             raise UserError("run=RUN is missing: name the folder that train.py wrote, such as run=outputs/DATE/TIME")
         if not self.checkpoint.endswith(".ckpt"):
             one_of("checkpoint", self.checkpoint, ("best", "last", "PATH.ckpt"))
-        one_of("attention", self.attention, BACKENDS)
+        one_of("attention", self.attention, CHOICES)
         one_of("precision", self.precision, PRECISIONS)
         at_least(1, windows=self.windows, seq_len=self.seq_len, batch_size=self.batch_size)
 
@@ -50,9 +51,9 @@ class EvaluateConfig:
     def validate(self) -> None:
         if not self.model:
             raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
-        one_of("attention", self.attention, BACKENDS)
+        one_of("attention", self.attention, CHOICES)
         if self.against is not None:
-            one_of("against", self.against, BACKENDS)
+            one_of("against", self.against, CHOICES)
         one_of("precision", self.precision, PRECISIONS)
         at_least(1, windows=self.windows, batch_size=self.batch_size)
 
@@ -73,7 +74,7 @@ class GenerateConfig:
     def validate(self) -> None:
         if not self.model:
             raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
-        one_of("attention", self.attention, BACKENDS)
+        one_of("attention", self.attention, CHOICES)
         at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
         at_least(0, temperature=self.temperature)
 
@@ -84,7 +85,6 @@ GRID = (
     "milliseconds", "masks", "mask_seq_len",
 )  # fmt: skip
 MASKS = ("window", "documents", "ragged")
-MASKED_PEERS = ("flex", "flash_attn", "fa3", "fa4")  # those that take a window and documents, as the rungs do
 
 
 def split_mask(name: str) -> tuple[str, int]:
@@ -121,9 +121,8 @@ class BenchmarkConfig:
     read: str | None = None  # a JSON file of an earlier run, to show it again and measure nothing
 
     def validate(self) -> None:
-        rungs = [name for name in BACKENDS if name != "auto"]
         for backend in self.backends or ():
-            one_of("backends", backend, (*rungs, "fa2", "cudnn", "efficient", "math", *MASKED_PEERS))
+            one_of("backends", backend, (*BACKENDS, *PEERS))
         if self.baseline is not None and self.backends is not None and self.baseline not in self.backends:
             raise UserError(f"baseline={self.baseline} is not among backends ({', '.join(self.backends)})")
         if self.dtype is not None:
@@ -146,9 +145,9 @@ class BenchmarkConfig:
         if self.seq_len == [] and self.memory_seq_len == []:  # the masks alone
             if not self.masks:
                 raise UserError("seq_len=[], memory_seq_len=[] and masks=[] leave nothing to measure; name one at least")
-            if self.backends is not None and not {*self.backends} & {*rungs, *MASKED_PEERS}:
-                takers = f"{', '.join((*rungs, *MASKED_PEERS[:-1]))} or {MASKED_PEERS[-1]}"
-                raise UserError(f"seq_len=[] and memory_seq_len=[] leave the masks alone, and no backend takes them; name {takers}")
+            if self.backends is not None and not {*self.backends} & {*BACKENDS, *MASKED_PEERS}:
+                able = f"{', '.join((*BACKENDS, *MASKED_PEERS[:-1]))} or {MASKED_PEERS[-1]}"
+                raise UserError(f"seq_len=[] and memory_seq_len=[] leave the masks alone, and no backend takes them; name {able}")
         for name in ("seq_len", "memory_seq_len", "head_dim", "n_kv_head"):
             for value in getattr(self, name) or ():
                 at_least(1, **{name: value})

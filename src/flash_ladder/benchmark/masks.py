@@ -18,7 +18,8 @@ from flash_ladder.benchmark.result import Masked, Panel
 from flash_ladder.benchmark.timing import backward_milliseconds, forward_milliseconds, random_inputs, trouble
 from flash_ladder.kernels import BACKENDS, attention
 from flash_ladder.kernels.bounds import key_bounds
-from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig, split_mask
+from flash_ladder.names import MASKED_PEERS
+from flash_ladder.script_schema import BenchmarkConfig, split_mask
 
 
 def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[[str], None]) -> Iterator[Masked]:

@@ -20,7 +20,8 @@ from flash_ladder.benchmark.masks import (
 from flash_ladder.benchmark.peers import PACKAGES
 from flash_ladder.benchmark.result import Masked
 from flash_ladder.benchmark.timing import gradients
-from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig
+from flash_ladder.names import MASKED_PEERS
+from flash_ladder.script_schema import BenchmarkConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NAMES = ["window_5", "documents_10", "ragged_12"]
