@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -51,6 +52,14 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
         raise UserError(f"{error.full_key}: {reason[0].lower()}{reason[1:]}") from None
     parsed.validate()
     return parsed
+
+
+def store_defaults(schema: type) -> None:
+    """Makes the defaults of the dataclass `schema` what a defaults list calls `schema`.
+
+    As plain values: what a user gets wrong is found by `parse`, whose words Hydra's own would come before.
+    """
+    ConfigStore.instance().store("schema", OmegaConf.to_container(OmegaConf.structured(schema)))
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:
@@ -162,12 +171,14 @@ def _verbatim(argument: str) -> str:
 
 
 def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int | None], conf: Path = CONF) -> None:
-    """Starts a command: composes `conf`/`config_name`.yaml with the command line, checks it, and calls `main(cfg, output_dir)`.
+    """Starts a command: composes the defaults of `schema`, `conf`/`config_name`.yaml and the command line, checks what comes of it,
+    and calls `main(cfg, output_dir)`.
 
     `output_dir` is Hydra's run folder (the working folder for commands that write none). The process exits with what `main`
     returns, with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
     _leave_script_folder()
+    store_defaults(schema)
     arguments = [_verbatim(argument) for argument in sys.argv[1:]]
     flags = [a for a in arguments if a.startswith("-")]
     overrides = [a for a in arguments if a not in flags]

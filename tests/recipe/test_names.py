@@ -23,7 +23,8 @@ def test_the_backends_are_those_of_kernels():
 
 def test_every_backend_is_an_option_of_train():
     options = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / "attention").glob("*.yaml")}
-    assert options == {name: {"backend": name} for name in names.CHOICES}
+    assert options.pop("auto") is None  # the default
+    assert options == {name: {"backend": name} for name in names.BACKENDS}
 
 
 def test_the_peers_are_those_of_the_benchmark():
