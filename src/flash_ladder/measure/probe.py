@@ -17,8 +17,7 @@ from torch import Tensor
 
 from flash_ladder.kernels import attention
 from flash_ladder.kernels.generations import dtype_name
-from flash_ladder.measure.flops import attention_flops
-from flash_ladder.units import GIB, size
+from flash_ladder.units import size
 
 REPEATS = 5
 
@@ -65,23 +64,6 @@ class Probe:
     eager_bytes: int
     eager_seconds: float | None
     eager_is_analytic: bool  # eager does not fit here; its bytes are Layer.score_bytes, a lower bound
-
-    def metrics(self) -> dict[str, float]:
-        """The figures under the names they are logged with."""
-        logged = {
-            "memory/attention_gib": self.bytes / GIB,
-            "memory/attention_eager_gib": self.eager_bytes / GIB,
-            "memory/attention_eager_is_analytic": float(self.eager_is_analytic),
-            "memory/attention_saved_gib_vs_eager": (self.eager_bytes - self.bytes) / GIB,
-            "memory/attention_saved_ratio_vs_eager": self.eager_bytes / self.bytes,
-        }
-        if self.seconds is not None:
-            layer = self.layer
-            flops = attention_flops(layer.batch_size, layer.n_head, layer.seq_len, layer.head_dim)
-            logged["speed/attention_tflops"] = flops / self.seconds / 1e12
-            if self.eager_seconds is not None:
-                logged["speed/attention_speedup_vs_eager"] = self.eager_seconds / self.seconds
-        return logged
 
     def __str__(self) -> str:
         what = "peaks at" if self.layer.device.type == "cuda" else "keeps"

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
+from flash_ladder.training import metrics
 
 
 class NotFinite(UserError):
@@ -81,9 +82,10 @@ class GPTModule(L.LightningModule):
                 f"written; a smaller optimizer.lr (now {self.optimizer_config.lr:g}) may help"
             )
         # For ModelCheckpoint; Lightning itself would send it to the loggers under the step before.
-        self.log("val/loss", loss, logger=False, sync_dist=True)
+        self.log(metrics.VAL_LOSS, loss, logger=False, sync_dist=True)
         for logger in self.trainer.loggers:
-            logger.log_metrics({"val/loss": loss.item(), "val/perplexity": loss.exp().item()}, step=self.trainer.global_step)
+            logged = {metrics.VAL_LOSS: loss.item(), metrics.VAL_PERPLEXITY: loss.exp().item()}
+            logger.log_metrics(logged, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> dict[str, Any]:
         cfg = self.optimizer_config

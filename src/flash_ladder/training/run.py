@@ -32,6 +32,7 @@ from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
 from flash_ladder.schema import Config
+from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, Work, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
 from flash_ladder.training.module import GPTModule, NotFinite
@@ -79,7 +80,7 @@ def train(cfg: Config, run_dir: Path) -> None:
             probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
             say(f"attention memory: {probe}")
             for logger in loggers:
-                logger.log_metrics(probe.metrics(), step=start)
+                logger.log_metrics(metrics.attention_metrics(probe), step=start)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if first:
             report(run_dir, trainer, data, place, speed, write_sample(module.net, data, place, cfg.prompt, sample_tokens))
@@ -245,7 +246,7 @@ def quiet_lightning() -> None:
 @rank_zero_only
 def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: Speed, sample: str) -> None:
     """Prints what the run came to."""
-    loss, unigram = float(trainer.callback_metrics["val/loss"]), data.stats.unigram_entropy
+    loss, unigram = float(trainer.callback_metrics[metrics.VAL_LOSS]), data.stats.unigram_entropy
     best = float(trainer.checkpoint_callback.best_model_score)
     memory = "tensors on the GPU" if place.device.type == "cuda" else "resident set of the process"
     rate = speed.tokens_per_second
@@ -273,9 +274,9 @@ def printable(text: str) -> str:
 
 def in_words(rates: dict[str, float]) -> str:
     """Speed in one line."""
-    line = f"{rates['speed/tokens_per_second']:,.0f} tokens/s, {rates['speed/model_tflops']:.3g} TFLOP/s"
-    if "speed/mfu" in rates:
-        line += f", MFU {rates['speed/mfu']:.1%} (causal: {rates['speed/mfu_causal']:.1%})"
+    line = f"{rates[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s, {rates[metrics.MODEL_TFLOPS]:.3g} TFLOP/s"
+    if metrics.MFU in rates:
+        line += f", MFU {rates[metrics.MFU]:.1%} (causal: {rates[metrics.MFU_CAUSAL]:.1%})"
     return line
 
 
