@@ -7,7 +7,6 @@ import pytest
 import torch
 from flash_ladder.kernels import eager
 
-from flash_ladder.export import losses as evaluation
 from flash_ladder.export.parity import Check, compare, kl_limit, loss_limit
 from tests.helpers.made_up import VOCAB, sharp_model
 
@@ -81,7 +80,7 @@ def test_flash_is_within_tolerance():
 @pytest.mark.parametrize("chunk", [2**24, VOCAB * 5])
 @torch.no_grad()
 def test_the_figures_are_what_they_say(monkeypatch, chunk):
-    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("flash_ladder.model.loss.CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(flash_ladder.kernels.sdpa, "attend", rescaled(1.5))
     model, data = sharp_model(), windows()
     parity = compare(model, data, backend="sdpa", batch_size=4)
