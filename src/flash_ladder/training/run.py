@@ -18,7 +18,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -37,6 +36,7 @@ from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, W
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.record import MetricsFile, WandbCopy, environment, open_wandb, peak_memory_gib
+from flash_ladder.training.strategy import devices_and_strategy
 from flash_ladder.units import GIB
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
@@ -204,11 +204,8 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[M
 def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[MetricsFile | WandbCopy], speed: Speed) -> L.Trainer:
     """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps."""
     bar = [Bar(speed)] if rank_zero_only.rank == 0 else []
-    alone = place.n_devices == 1 and cfg.trainer.strategy == "auto"
     return L.Trainer(
-        accelerator="cuda" if place.device.type == "cuda" else "cpu",
-        devices=place.n_devices,
-        strategy="auto" if alone else DDPStrategy(gradient_as_bucket_view=True),
+        **devices_and_strategy(cfg.trainer, place),
         precision="32-true" if place.precision == "32" else place.precision,
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
