@@ -109,19 +109,14 @@ def training_backend(
 def validation_windows(run: Path, config: dict[str, Any], training: dict[str, Any], cfg: ExportConfig) -> tuple[Windows, bool]:
     """The run's first validation windows, and whether they are the ones that its training validated on."""
     data_config = DataConfig(**config["data"])
-    val_batches = config["trainer"]["val_batches"]
-    data = TextData(data_config, seed=config["seed"], val_batches=val_batches)
+    data = TextData(data_config, seed=config["seed"], val_batches=config["trainer"]["val_batches"])
     data.prepare()
     if data.stats.corpus != training["corpus"] or data.tokenizer.fingerprint != Tokenizer.load(run).fingerprint:
         raise UserError(
             f"the text that run={run} was trained on (data.source={data_config.source}) is another one on this machine, "
             f"so there is no validation split to evaluate on; export it where it was trained"
         )
-    # As TextData.val_dataloader deals them out: full batches of one size, equally many for every device.
-    validated = min((data.stats.n_val_tokens - 1) // data_config.seq_len, val_batches * data_config.batch_size)
-    per_round = training["n_devices"] * min(data_config.batch_size, validated // training["n_devices"])
-    validated -= validated % per_round
-
+    validated, _ = data.validated(training["n_devices"])
     windows = data.val_windows(cfg.windows or validated)
     whole = cfg.seq_len is None or cfg.seq_len >= data_config.seq_len
     if not whole:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from flash_ladder.kernels import Choice
 from lightning.pytorch.strategies import DDPStrategy
 
-from flash_ladder.kernels import Choice
 from flash_ladder.machine.decide import Place
 from flash_ladder.schema import TrainerConfig
 from flash_ladder.training.strategy import devices_and_strategy
