@@ -1,4 +1,5 @@
-"""The front door: how train.py and every script start. Hydra composes, this file checks, and only then does `main` import torch.
+"""The front door: how train.py and every script start. Hydra composes YAML and the command line on top of the schema's defaults,
+this file checks the result, and only then does `main` import torch.
 
 A mistake costs a user under a second and leaves nothing behind: one line that says what is wrong, why, and what would work.
 The dataclasses that a configuration is checked against are in flash_ladder.schema.
@@ -6,7 +7,6 @@ The dataclasses that a configuration is checked against are in flash_ladder.sche
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from flash_ladder import names
 from flash_ladder.errors import UserError, nearest, one_of
+from flash_ladder.files import make_writable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -55,9 +56,9 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
 
 
 def store_defaults(schema: type) -> None:
-    """Makes the defaults of the dataclass `schema` what a defaults list calls `schema`.
+    """Stores the defaults of the dataclass `schema` where a YAML file's defaults list finds them, under the name "schema".
 
-    As plain values: what a user gets wrong is found by `parse`, whose words Hydra's own would come before.
+    They are stored as plain values, without types: `parse` words a user's mistakes, and Hydra would report a wrong type first.
     """
     ConfigStore.instance().store("schema", OmegaConf.to_container(OmegaConf.structured(schema)))
 
@@ -192,7 +193,7 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
                 overrides, saved_text = _resumed(saved, overrides), saved.read_text()
             cfg = _check(conf, config_name, overrides, schema, sweep=bool(flags))
             if cfg.hydra.output_subdir is not None:  # the scripts have no run folder
-                _check_writable(Path(cfg.hydra.run.dir))
+                make_writable(Path(cfg.hydra.run.dir), "the output folder", "hydra.run.dir")
                 if not flags:  # Hydra would read the clock again, and a second later make another folder
                     overrides.append(f"hydra.run.dir={_quoted(cfg.hydra.run.dir)}")
             sys.argv[1:] = [*flags, *overrides]
@@ -229,17 +230,6 @@ def _leave_script_folder() -> None:
     if script is not None:
         folder = Path(script).resolve().parent
         sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]
-
-
-def _check_writable(folder: Path) -> None:
-    """Makes `folder`; raises UserError where that fails or where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise UserError(f"the output folder {folder} cannot be written ({reason}); set hydra.run.dir=PATH")
 
 
 def _remove_bare(folder: Path) -> None:

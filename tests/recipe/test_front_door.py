@@ -305,8 +305,8 @@ def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
 
 def test_the_clock_is_read_once(train, tmp_path, monkeypatch):
     """The run's folder is named after the second in which it was checked, and no other is made a second later."""
-    make = flash_ladder.front_door._check_writable
-    monkeypatch.setattr(flash_ladder.front_door, "_check_writable", lambda folder: (make(folder), time.sleep(1.1)))
+    make = flash_ladder.front_door.make_writable
+    monkeypatch.setattr(flash_ladder.front_door, "make_writable", lambda *asked: (make(*asked), time.sleep(1.1)))
     _, _, [(_, folder)] = train()
     assert [p for p in (tmp_path / "outputs").glob("*/*") if p.is_dir()] == [folder]
 
