@@ -102,19 +102,21 @@ def split_mask(name: str) -> tuple[str, int]:
 
 @dataclass
 class BenchmarkConfig:
-    """scripts/conf/benchmark_attention.yaml: grid and backends; benchmark.grid decides what None is, by machine (see --help)."""
+    """scripts/conf/benchmark_attention.yaml: grid and backends; benchmark.grid decides what None is, by machine."""
 
     backends: list[str] | None = None  # None: every rung, and the peers that are installed here
     baseline: str | None = None  # the one that ratios of speed are taken of; None: fa2 on a GPU, eager without one
-    seq_len: list[int] | None = None  # speed and memory
-    memory_seq_len: list[int] | None = None  # further lengths, memory only
-    head_dim: list[int] | None = None
+    seq_len: list[int] | None = None  # None: [1024, 4096, 16384] on a GPU, [64, 128, 256] without one
+    # Further lengths, memory only; None: [8192, 65536] on a GPU, [512, 1024, 2048] without one.
+    memory_seq_len: list[int] | None = None
+    head_dim: list[int] | None = None  # None: [64, 128] on a GPU, [32] without one
     causal: list[bool] = field(default_factory=lambda: [True, False])
     n_kv_head: list[int | None] = field(default_factory=lambda: [None])  # None: as many as query heads; [None, 4] compares with 4
-    tokens: int | None = None  # batch * seq_len
-    width: int | None = None  # heads * head_dim
-    dtype: str | None = None  # bfloat16 | float16 | float32
-    error_seq_len: int | None = None  # length of the one sequence that errors are measured on
+    tokens: int | None = None  # batch * seq_len; None: 16384 on a GPU, 256 without one
+    width: int | None = None  # heads * head_dim; None: 2048 on a GPU, 64 without one
+    dtype: str | None = None  # bfloat16 | float16 | float32; None: bfloat16 on a GPU, float32 without one
+    # Errors are measured on one sequence of this length; None: 1024 on a GPU, 128 without one.
+    error_seq_len: int | None = None
     milliseconds: int = 100  # how long each time is measured for
     # Causal masks, timed beside no mask on a GPU; []: none.
     masks: list[str] = field(default_factory=lambda: ["window_1024", "window_4096", "documents_2048", "ragged_2048"])
