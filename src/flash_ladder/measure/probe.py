@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flash_ladder.kernels import attention
 from flash_ladder.kernels.generations import dtype_name
+from flash_ladder.names import BACKENDS
 from flash_ladder.units import size
 
 REPEATS = 5
@@ -172,7 +173,7 @@ def measure_on_cpu(layer: Layer, backend: str) -> tuple[int, float | None]:
         output = run(*inputs)
     keep(output)
     n_bytes = sum(kept.values()) - sum(kept.get(x.untyped_storage().data_ptr(), 0) for x in inputs)
-    if backend.startswith("flash"):
+    if BACKENDS[backend].is_rung:
         return n_bytes, None
 
     times = []
