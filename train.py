@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from flash_ladder.front_door import Config, front_door
+from flash_ladder.front_door import front_door
+from flash_ladder.schema import Config
 
 
 def main(cfg: Config, run_dir: Path) -> None:

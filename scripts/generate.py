@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from flash_ladder.front_door import UserError, front_door
+from flash_ladder.errors import UserError
+from flash_ladder.front_door import front_door
 from flash_ladder.script_schema import GenerateConfig
 
 

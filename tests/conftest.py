@@ -21,6 +21,11 @@ import pytest
 
 from flash_ladder.kernels.jit import interpreter_trouble  # before Lightning, which imports Triton
 
+# `python -m pytest` puts the repository's root first on the path, and with it our folder kernels/ before an installed package
+# `kernels`. Last is enough for `tests`. (pyproject.toml's import-mode keeps pytest from putting it first again.)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT] + [str(ROOT)]
+
 
 def pytest_configure() -> None:
     """Without Triton's interpreter a third of the tests would fail, each for the same reason: said once instead."""

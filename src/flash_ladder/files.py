@@ -12,7 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flash_ladder.schema import UserError
+from flash_ladder.errors import UserError
+
+
+def make_writable(folder: Path, what: str, key: str) -> None:
+    """Makes `folder`. Raises UserError where it cannot be made or written; the message calls it `what` and names the `key`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(f"{what} {folder} cannot be written ({reason}); set {key}=PATH")
 
 
 def sync(path: Path) -> None:

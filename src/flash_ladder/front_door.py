@@ -1,4 +1,5 @@
-"""The front door: how train.py and every script start. Hydra composes, this file checks, and only then does `main` import torch.
+"""The front door: how train.py and every script start. Hydra composes YAML and the command line on top of the schema's defaults,
+this file checks the result, and only then does `main` import torch.
 
 A mistake costs a user under a second and leaves nothing behind: one line that says what is wrong, why, and what would work.
 The dataclasses that a configuration is checked against are in flash_ladder.schema.
@@ -6,7 +7,6 @@ The dataclasses that a configuration is checked against are in flash_ladder.sche
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -23,42 +24,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from flash_ladder.schema import (
-    BACKENDS,
-    PRECISIONS,
-    AttentionConfig,
-    Config,
-    DataConfig,
-    LoggerConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainerConfig,
-    UserError,
-    at_least,
-    nearest,
-    one_of,
-)
-
-__all__ = [
-    "BACKENDS",
-    "CONF",
-    "PRECISIONS",
-    "AttentionConfig",
-    "Config",
-    "DataConfig",
-    "LoggerConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "TrainerConfig",
-    "UserError",
-    "at_least",
-    "front_door",
-    "nearest",
-    "one_of",
-    "parse",
-]
+from flash_ladder import names
+from flash_ladder.errors import UserError, nearest, one_of
+from flash_ladder.files import make_writable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+# What a help text in YAML may say for the list of backends, and for that of the benchmark's peers.
+OmegaConf.register_new_resolver("backends", lambda: names.listing(names.BACKENDS), replace=True)
+OmegaConf.register_new_resolver("peers", lambda: names.listing(names.PEERS), replace=True)
 
 # ---- from a composed DictConfig to a checked dataclass ----
 
@@ -79,6 +53,14 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
         raise UserError(f"{error.full_key}: {reason[0].lower()}{reason[1:]}") from None
     parsed.validate()
     return parsed
+
+
+def store_defaults(schema: type) -> None:
+    """Stores the defaults of the dataclass `schema` where a YAML file's defaults list finds them, under the name "schema".
+
+    They are stored as plain values, without types: `parse` words a user's mistakes, and Hydra would report a wrong type first.
+    """
+    ConfigStore.instance().store("schema", OmegaConf.to_container(OmegaConf.structured(schema)))
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:
@@ -190,11 +172,14 @@ def _verbatim(argument: str) -> str:
 
 
 def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int | None], conf: Path = CONF) -> None:
-    """Starts a command: composes `conf`/`config_name`.yaml with the command line, checks it, and calls `main(cfg, output_dir)`.
+    """Starts a command: composes the defaults of `schema`, `conf`/`config_name`.yaml and the command line, checks what comes of it,
+    and calls `main(cfg, output_dir)`.
 
     `output_dir` is Hydra's run folder (the working folder for commands that write none). The process exits with what `main`
     returns, with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
+    _leave_script_folder()
+    store_defaults(schema)
     arguments = [_verbatim(argument) for argument in sys.argv[1:]]
     flags = [a for a in arguments if a.startswith("-")]
     overrides = [a for a in arguments if a not in flags]
@@ -208,7 +193,7 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
                 overrides, saved_text = _resumed(saved, overrides), saved.read_text()
             cfg = _check(conf, config_name, overrides, schema, sweep=bool(flags))
             if cfg.hydra.output_subdir is not None:  # the scripts have no run folder
-                _check_writable(Path(cfg.hydra.run.dir))
+                make_writable(Path(cfg.hydra.run.dir), "the output folder", "hydra.run.dir")
                 if not flags:  # Hydra would read the clock again, and a second later make another folder
                     overrides.append(f"hydra.run.dir={_quoted(cfg.hydra.run.dir)}")
             sys.argv[1:] = [*flags, *overrides]
@@ -237,15 +222,14 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
     run()
 
 
-def _check_writable(folder: Path) -> None:
-    """Makes `folder`; raises UserError where that fails or where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK | os.X_OK) else "permission denied"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise UserError(f"the output folder {folder} cannot be written ({reason}); set hydra.run.dir=PATH")
+def _leave_script_folder() -> None:
+    """Takes the running script's folder off sys.path, where Python has put it first."""
+    # train.py lies beside the folder kernels/, scripts/ holds evaluate.py: a library that imports Hugging Face's `kernels` or
+    # `evaluate` would find ours. What we import ourselves is installed.
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None:
+        folder = Path(script).resolve().parent
+        sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != folder]
 
 
 def _remove_bare(folder: Path) -> None:

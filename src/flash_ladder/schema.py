@@ -1,43 +1,19 @@
-"""What a user may choose: one dataclass per group of conf/, each naming, typing and refusing what cannot work.
+"""What a user may choose: one dataclass per group of conf/, with the defaults, the types and the refusal of what cannot work.
 
-YAML picks values; `validate` refuses a combination in one line: what is wrong, why, and what would work. Nothing heavy is
-imported here. flash_ladder.front_door is the front door that reads YAML and the command line into these classes.
+The defaults are here and nowhere else: conf/ is composed on top of them, and an option file holds only what differs. `validate`
+refuses a combination in one line: what is wrong, why, and what would work. Nothing heavy is imported here.
+flash_ladder.front_door is the front door that reads YAML and the command line into these classes.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-BACKENDS = ("auto", "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3")
+from flash_ladder.errors import UserError, at_least, one_of
+from flash_ladder.names import CHOICES
+
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
-
-
-class UserError(Exception):
-    """Something the user can put right: one line that says what, why and what would work. The front door exits with 2."""
-
-
-def nearest(word: str, among: Iterable[str]) -> str:
-    """Returns "; did you mean X?", or "" when nothing in `among` is close to `word`."""
-    close = difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def one_of(key: str, value: str, choices: Iterable[str]) -> None:
-    """Raises UserError unless `value` is among `choices`."""
-    choices = list(choices)
-    if value not in choices:
-        raise UserError(f"{key}={value} is not a choice ({', '.join(choices)}){nearest(str(value), choices)}")
-
-
-def at_least(low: float, **values: float | None) -> None:
-    """Raises UserError for the first value (named group__key) that is under `low`, or nan; None passes."""
-    for name, value in values.items():
-        if value is not None and not value >= low:
-            raise UserError(f"{name.replace('__', '.')}={value} must be at least {low}")
-
 
 # ---- one dataclass per group of conf/ ----
 
@@ -46,10 +22,10 @@ def at_least(low: float, **values: float | None) -> None:
 class AttentionConfig:
     """conf/attention: which kernel runs. `auto` asks kernels.generations and prints the reason."""
 
-    backend: str = "auto"
+    backend: str = "auto"  # auto, or one of names.BACKENDS
 
     def validate(self) -> None:
-        one_of("attention.backend", self.backend, BACKENDS)
+        one_of("attention.backend", self.backend, CHOICES)
 
 
 @dataclass
@@ -61,12 +37,12 @@ class ModelConfig:
     n_kv_head: int = 2
     d_model: int = 128
     d_ff: int | None = None  # None: 4 * d_model for GELU; SwiGLU takes two thirds of it, rounded up to 64
-    norm: str = "rmsnorm"
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-5
-    position: str = "rotary"
+    position: str = "rotary"  # rotary | learned
     rope_theta: float = 10000.0
     max_seq_len: int = 1024  # rows of a learned position table; rotary positions have no such limit
-    mlp: str = "swiglu"
+    mlp: str = "swiglu"  # swiglu | gelu
     bias: bool = False
     tie_embeddings: bool = True
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to 64
@@ -121,7 +97,7 @@ class DataConfig:
     vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
     seq_len: int = 128
     batch_size: int = 8  # sequences a device sees at once
-    val_fraction: float = 0.05  # share of the documents held out
+    val_fraction: float = 0.05  # share of the documents held out (streaming: the beginning is, instead)
     document_ids: bool = False  # keep attention inside a document
     num_proc: int = 2  # processes that tokenise
     num_workers: int = 0  # processes that load batches, per device
@@ -163,7 +139,7 @@ class OptimizerConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.1  # matrices only; norms and biases are not decayed
     beta1: float = 0.9
-    beta2: float = 0.99
+    beta2: float = 0.99  # 0.95 suits batches of many thousand tokens better
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
 
     def validate(self) -> None:
@@ -181,12 +157,12 @@ class TrainerConfig:
     """conf/trainer: how long, on what, in which precision."""
 
     max_steps: int = 800
-    accelerator: str = "auto"
-    devices: int | str = 1
-    strategy: str = "auto"
-    precision: str = "auto"
+    accelerator: str = "auto"  # auto | cpu | gpu
+    devices: int | str = 1  # how many; -1 or auto: all there are
+    strategy: str = "auto"  # auto | ddp
+    precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
     accumulate: int = 1  # batches per optimiser step
-    compile: bool = False
+    compile: bool = False  # torch.compile the network
     val_every: int = 200  # steps between validations
     val_batches: int = 40  # batches of one validation; the last one reads as many
     log_every: int = 10
@@ -207,7 +183,7 @@ class TrainerConfig:
 class LoggerConfig:
     """conf/logger: wandb beside the metrics.jsonl that every run writes."""
 
-    mode: str = "offline"
+    mode: str = "offline"  # offline | online | disabled
     project: str = "flash-ladder"
     name: str | None = None
 
@@ -226,7 +202,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 1337
-    resume: str | None = None  # a run's folder: its configuration, and training goes on from its last checkpoint
+    resume: str | None = None  # a run's folder: same configuration, goes on from its last checkpoint
     prompt: str = "def "  # the sample that a run ends with starts so
 
     def validate(self) -> None:

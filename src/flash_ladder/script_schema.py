@@ -1,11 +1,13 @@
-"""What a user of scripts/ may choose: one dataclass per file of scripts/conf, checked as those of flash_ladder.schema are."""
+"""What a user of scripts/ may choose: one dataclass per file of scripts/conf, with every default, as in flash_ladder.schema."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-from flash_ladder.schema import BACKENDS, PRECISIONS, UserError, at_least, nearest, one_of
+from flash_ladder.errors import UserError, at_least, nearest, one_of
+from flash_ladder.names import BACKENDS, CHOICES, MASKED_PEERS, PEERS
+from flash_ladder.schema import PRECISIONS
 
 
 @dataclass
@@ -15,19 +17,21 @@ class ExportConfig:
     run: str | None = None  # the folder that train.py wrote
     checkpoint: str = "best"  # best, last, or the path of a .ckpt file
     out: str | None = None  # None: RUN/export
-    attention: str = "auto"  # auto: what the run trained with
-    precision: str = "auto"  # auto: what the run trained in
-    windows: int | None = None  # validation windows; None: as many as one validation of the training read
-    seq_len: int | None = None  # cut the windows to so many tokens, for eager attention to fit; None: as in training
+    attention: str = "auto"  # auto: what the run was trained with; or a backend
+    precision: str = "auto"  # PRECISIONS; auto: what the run was trained in
+    windows: int | None = None  # validation windows; None: those that the training validated on
+    seq_len: int | None = (
+        None  # tokens of a window, fewer than in training where eager attention does not fit; None: as in training
+    )
     batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
-    device: str = "auto"
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
 
     def validate(self) -> None:
         if not self.run:
             raise UserError("run=RUN is missing: name the folder that train.py wrote, such as run=outputs/DATE/TIME")
         if not self.checkpoint.endswith(".ckpt"):
             one_of("checkpoint", self.checkpoint, ("best", "last", "PATH.ckpt"))
-        one_of("attention", self.attention, BACKENDS)
+        one_of("attention", self.attention, CHOICES)
         one_of("precision", self.precision, PRECISIONS)
         at_least(1, windows=self.windows, seq_len=self.seq_len, batch_size=self.batch_size)
 
@@ -37,21 +41,21 @@ class EvaluateConfig:
     """scripts/conf/evaluate.yaml: an exported model on a backend of this machine."""
 
     model: str | None = None  # the folder that scripts/export.py wrote
-    attention: str = "auto"  # auto: the best one for this machine
-    against: str | None = None  # a second backend: logits are compared too
-    precision: str = "auto"  # auto: what the run trained in
+    attention: str = "auto"  # auto: the best one for this machine; or a backend
+    against: str | None = None  # a second backend: the logits are compared too
+    precision: str = "auto"  # PRECISIONS; auto: what export evaluated in
     text: str | None = None  # a text file of your own instead of the validation windows
     windows: int | None = None  # the first so many windows; None: all
     batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
-    device: str = "auto"
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
     out: str | None = None  # a JSON file for the result
 
     def validate(self) -> None:
         if not self.model:
             raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
-        one_of("attention", self.attention, BACKENDS)
+        one_of("attention", self.attention, CHOICES)
         if self.against is not None:
-            one_of("against", self.against, BACKENDS)
+            one_of("against", self.against, CHOICES)
         one_of("precision", self.precision, PRECISIONS)
         at_least(1, windows=self.windows, batch_size=self.batch_size)
 
@@ -66,13 +70,13 @@ class GenerateConfig:
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int | None = 50  # draw among the k likeliest tokens; None: among all
     seed: int = 0
-    attention: str = "auto"  # auto: the best one for this machine
-    device: str = "auto"
+    attention: str = "auto"  # auto: the best one for this machine; or a backend
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
 
     def validate(self) -> None:
         if not self.model:
             raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
-        one_of("attention", self.attention, BACKENDS)
+        one_of("attention", self.attention, CHOICES)
         at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
         at_least(0, temperature=self.temperature)
 
@@ -83,7 +87,6 @@ GRID = (
     "milliseconds", "masks", "mask_seq_len",
 )  # fmt: skip
 MASKS = ("window", "documents", "ragged")
-MASKED_PEERS = ("flex", "flash_attn", "fa3", "fa4")  # those that take a window and documents, as the rungs do
 
 
 def split_mask(name: str) -> tuple[str, int]:
@@ -99,30 +102,32 @@ def split_mask(name: str) -> tuple[str, int]:
 
 @dataclass
 class BenchmarkConfig:
-    """scripts/conf/benchmark_attention.yaml: the grid and the backends; benchmark.grid decides what None is, by machine."""
+    """scripts/conf/benchmark_attention.yaml: grid and backends; benchmark.grid decides what None is, by machine."""
 
     backends: list[str] | None = None  # None: every rung, and the peers that are installed here
     baseline: str | None = None  # the one that ratios of speed are taken of; None: fa2 on a GPU, eager without one
-    seq_len: list[int] | None = None
-    memory_seq_len: list[int] | None = None  # further lengths, memory only
-    head_dim: list[int] | None = None
+    seq_len: list[int] | None = None  # None: [1024, 4096, 16384] on a GPU, [64, 128, 256] without one
+    # Further lengths, memory only; None: [8192, 65536] on a GPU, [512, 1024, 2048] without one.
+    memory_seq_len: list[int] | None = None
+    head_dim: list[int] | None = None  # None: [64, 128] on a GPU, [32] without one
     causal: list[bool] = field(default_factory=lambda: [True, False])
-    n_kv_head: list[int | None] = field(default_factory=lambda: [None])  # None: as many as query heads
-    tokens: int | None = None  # batch * seq_len
-    width: int | None = None  # heads * head_dim
-    dtype: str | None = None
-    error_seq_len: int | None = None  # length of the one sequence that errors are measured on
+    n_kv_head: list[int | None] = field(default_factory=lambda: [None])  # None: as many as query heads; [None, 4] compares with 4
+    tokens: int | None = None  # batch * seq_len; None: 16384 on a GPU, 256 without one
+    width: int | None = None  # heads * head_dim; None: 2048 on a GPU, 64 without one
+    dtype: str | None = None  # bfloat16 | float16 | float32; None: bfloat16 on a GPU, float32 without one
+    # Errors are measured on one sequence of this length; None: 1024 on a GPU, 128 without one.
+    error_seq_len: int | None = None
     milliseconds: int = 100  # how long each time is measured for
+    # Causal masks, timed beside no mask on a GPU; []: none.
     masks: list[str] = field(default_factory=lambda: ["window_1024", "window_4096", "documents_2048", "ragged_2048"])
     mask_seq_len: int = 16384  # length of the one sequence that masks are timed on
-    out: str | None = None  # a JSON file for the result
-    plot: str | None = None  # a PNG file for its picture
+    out: str | None = None  # a JSON file for the result, written after every shape
+    plot: str | None = None  # NAME.png for the picture of speed; NAME_memory.png and NAME_error.png are written beside it
     read: str | None = None  # a JSON file of an earlier run, to show it again and measure nothing
 
     def validate(self) -> None:
-        rungs = [name for name in BACKENDS if name != "auto"]
         for backend in self.backends or ():
-            one_of("backends", backend, (*rungs, "fa2", "cudnn", "efficient", "math", *MASKED_PEERS))
+            one_of("backends", backend, (*BACKENDS, *PEERS))
         if self.baseline is not None and self.backends is not None and self.baseline not in self.backends:
             raise UserError(f"baseline={self.baseline} is not among backends ({', '.join(self.backends)})")
         if self.dtype is not None:
@@ -145,9 +150,9 @@ class BenchmarkConfig:
         if self.seq_len == [] and self.memory_seq_len == []:  # the masks alone
             if not self.masks:
                 raise UserError("seq_len=[], memory_seq_len=[] and masks=[] leave nothing to measure; name one at least")
-            if self.backends is not None and not {*self.backends} & {*rungs, *MASKED_PEERS}:
-                takers = f"{', '.join((*rungs, *MASKED_PEERS[:-1]))} or {MASKED_PEERS[-1]}"
-                raise UserError(f"seq_len=[] and memory_seq_len=[] leave the masks alone, and no backend takes them; name {takers}")
+            if self.backends is not None and not {*self.backends} & {*BACKENDS, *MASKED_PEERS}:
+                able = f"{', '.join((*BACKENDS, *MASKED_PEERS[:-1]))} or {MASKED_PEERS[-1]}"
+                raise UserError(f"seq_len=[] and memory_seq_len=[] leave the masks alone, and no backend takes them; name {able}")
         for name in ("seq_len", "memory_seq_len", "head_dim", "n_kv_head"):
             for value in getattr(self, name) or ():
                 at_least(1, **{name: value})
@@ -172,15 +177,15 @@ class DoctorConfig:
     n_kv_head: int | None = None  # None: as many as query heads
     seq_len: int = 1024
     head_dim: int = 64
-    dtype: str = "auto"  # auto: what trainer.precision=auto takes here
+    dtype: str = "auto"  # bfloat16 | float16 | float32 | float64; auto: what trainer.precision=auto takes here
     causal: bool = True
-    window_size: int | None = None
-    softcap: float | None = None
-    alibi: bool = False
-    document_ids: bool = False
-    return_lse: bool = False
-    deterministic: bool = False
-    device: str = "auto"
+    window_size: int | None = None  # positions that a query sees back; None: all
+    softcap: float | None = None  # scores become c * tanh(score / c); None: they stay
+    alibi: bool = False  # scores fall with distance
+    document_ids: bool = False  # attention stays inside a document
+    return_lse: bool = False  # the log-sum-exp of the scores is asked for too
+    deterministic: bool = False  # gradients to the bit the same every time
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
     out: str | None = None  # a JSON file for the report
 
     @property
@@ -221,7 +226,7 @@ class TuneConfig:
     causal: list[bool] = field(default_factory=lambda: [True, False])
     tokens: int = 16384  # batch * seq_len
     width: int = 2048  # heads * head_dim
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # bfloat16 | float16
     milliseconds: int = 20  # how long each figure is measured for
     processes: int | None = None  # that compile; None: a process a core, 8 at most (each takes some of the GPU's memory)
     out: str | None = None  # a file for the rows of kernels/tiles.py

@@ -10,7 +10,8 @@ import pytest
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.corpus import TokenStream
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.schema import DataConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.schema import DataConfig
 
 END = "<|endoftext|>"
 

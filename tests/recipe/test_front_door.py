@@ -1,15 +1,19 @@
 """The front door: what reaches `main`, and one line with the nearest right one for everything that does not."""
 
 import os
+import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import yaml
 
 import flash_ladder.front_door
-from flash_ladder.front_door import CONF, Config, front_door
-from flash_ladder.schema import DataConfig, ModelConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.front_door import CONF, front_door
+from flash_ladder.schema import Config, DataConfig
+from flash_ladder.script_schema import BenchmarkConfig, DoctorConfig, EvaluateConfig, ExportConfig, GenerateConfig, TuneConfig
 
 
 @pytest.fixture
@@ -44,14 +48,64 @@ def refused(train, tmp_path):
 # ---- what reaches main ----
 
 
-def test_defaults_are_what_conf_says(train, tmp_path):
+def test_defaults_are_the_schemas(train, tmp_path):
     code, said, [(cfg, folder)] = train()
     assert (code, said) == (0, "")
-    assert cfg.data == DataConfig(**yaml.safe_load((CONF / "data" / "stdlib.yaml").read_text()))
-    assert cfg.model == ModelConfig(**yaml.safe_load((CONF / "model" / "tiny.yaml").read_text()))
+    assert cfg == Config()
     assert cfg.attention.backend == "auto" and cfg.prompt == "def "
     assert folder.is_dir() and folder.parents[1] == tmp_path / "outputs"  # outputs/DATE/TIME
-    assert cfg == Config()  # one set of defaults, though YAML and dataclasses both write it down
+
+
+SCHEMAS = {
+    "train": Config,
+    "benchmark_attention": BenchmarkConfig,
+    "doctor": DoctorConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "generate": GenerateConfig,
+    "tune_tiles": TuneConfig,
+}
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def options():
+    """Every YAML file of conf/ and scripts/conf: its path and what it says, under the keys of its command's schema."""
+    for path in CONF.rglob("*.yaml"):
+        values = yaml.safe_load(path.read_text()) or {}
+        group = path.parent.name
+        yield path, "train", values if group in ("conf", "experiment") else {group: values}
+    for path in (CONF.parent / "scripts" / "conf").glob("*.yaml"):
+        yield path, path.stem, yaml.safe_load(path.read_text())
+
+
+def test_no_option_repeats_a_default():
+    """A default has one home, the schema; an option file holds only what differs."""
+    repeated, n_files = [], 0
+    for path, command, said in options():
+        said = {key: value for key, value in said.items() if key not in ("defaults", "hydra")}
+        if path.stem == "command":  # what all scripts ask of Hydra
+            assert not said
+            continue
+        defaults = dict(leaves(asdict(SCHEMAS[command]())))
+        repeated += [f"{path.name}: {key}" for key, value in leaves(said) if value == defaults[key]]
+        n_files += 1
+    assert repeated == [] and n_files > 20
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_help_has_every_default(command):
+    """Every key of the schema with its value, from the schema, as a user's --help shows it."""
+    script = CONF.parent / ("train.py" if command == "train" else f"scripts/{command}.py")
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
+    values = done.stdout[done.stdout.index("Values (KEY=VALUE):\n") :].split("\n\n")[0]
+    assert yaml.safe_load(values.partition("\n")[2]) == asdict(SCHEMAS[command]())
 
 
 def test_groups_keys_and_an_experiment(train):
@@ -251,8 +305,8 @@ def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
 
 def test_the_clock_is_read_once(train, tmp_path, monkeypatch):
     """The run's folder is named after the second in which it was checked, and no other is made a second later."""
-    make = flash_ladder.front_door._check_writable
-    monkeypatch.setattr(flash_ladder.front_door, "_check_writable", lambda folder: (make(folder), time.sleep(1.1)))
+    make = flash_ladder.front_door.make_writable
+    monkeypatch.setattr(flash_ladder.front_door, "make_writable", lambda *asked: (make(*asked), time.sleep(1.1)))
     _, _, [(_, folder)] = train()
     assert [p for p in (tmp_path / "outputs").glob("*/*") if p.is_dir()] == [folder]
 
@@ -272,4 +326,4 @@ def test_help_lists_the_choices(train, capsys, monkeypatch, flag):
         assert "attention: auto, eager, flash_v1, flash_v2, flash_v3, sdpa" in said
         assert "model: gpt2_124m, gpt2_350m, llama_1b, tiny" in said
         assert "python train.py resume=outputs/DATE/TIME" in said
-    assert f"seq_len: {DataConfig(**yaml.safe_load((CONF / 'data' / 'stdlib.yaml').read_text())).seq_len}" in said
+    assert f"seq_len: {DataConfig().seq_len}" in said

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from flash_ladder.benchmark.accuracy import measure_error, yardstick
 from flash_ladder.benchmark.masks import measure_masks, with_masks
-from flash_ladder.benchmark.peers import PEERS, installed_package, why_not_installed
+from flash_ladder.benchmark.peers import installed_package, why_not_installed
 from flash_ladder.benchmark.plots import plot
 from flash_ladder.benchmark.result import GIB, Cell, Panel, Result, batch_size, read, save
 from flash_ladder.benchmark.tables import header, row_lines, summary, table_head
@@ -32,13 +32,14 @@ from flash_ladder.benchmark.timing import (
     gradients,
     random_inputs,
 )
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import BACKENDS
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.hardware import cudnn_version, nvidia_driver, version_of
 from flash_ladder.measure.flops import BACKWARD, forward_flops
 from flash_ladder.measure.peak_memory import peak_bytes
 from flash_ladder.measure.probe import Layer, eager_may_fit
-from flash_ladder.schema import UserError
+from flash_ladder.names import PEERS, is_kernel
 from flash_ladder.script_schema import BenchmarkConfig
 
 # What a null in the configuration stands for.
@@ -185,7 +186,7 @@ def measure_cell(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int,
     batch = batch_size(cfg.tokens, seq_len)
     n_head = cfg.width // panel.head_dim
     flops = forward_flops(batch, n_head, seq_len, panel.head_dim, panel.causal)
-    if device.type == "cpu" and backend.startswith("flash_v") and seq_len not in cfg.seq_len:
+    if device.type == "cpu" and is_kernel(backend) and seq_len not in cfg.seq_len:
         cell.note = "not measured: too slow in Triton's interpreter"
         return cell
 

@@ -15,8 +15,8 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.result import Result
+from flash_ladder.names import PEERS, is_kernel
 
 LOOKS = {  # colour, marker
     "eager": ("#000000", "o"),
@@ -51,11 +51,6 @@ LABEL_SIZE = 13  # points
 FAINT = "#555555"
 
 
-def is_rung(backend: str) -> bool:
-    """One of this repository's kernels."""
-    return backend.startswith("flash_v")
-
-
 def ink(colour: str) -> str:
     """A line's colour for text, darker, so that it is read on white."""
     return to_hex(tuple(0.72 * part for part in to_rgb(colour)))
@@ -70,22 +65,22 @@ def looks(backends: Iterable[str]) -> dict[str, tuple[str, str]]:
 def line_style(backend: str, look: tuple[str, str]) -> dict:
     """How a backend's line looks: a rung's is bold, and a peer's thin one goes over it, so that both are seen where they meet."""
     colour, marker = look
-    rung = is_rung(backend)
+    ours = is_kernel(backend)
     return {
         "color": colour,
         "marker": marker,
-        "linewidth": 3.2 if rung else 1.6,
+        "linewidth": 3.2 if ours else 1.6,
         "markersize": 8,
-        "markerfacecolor": colour if rung or backend == "eager" else "white",
+        "markerfacecolor": colour if ours or backend == "eager" else "white",
         "markeredgewidth": 1.6,
         "linestyle": "--" if backend == "sdpa" else "-",  # it is one of the others, so that its line covers theirs
-        "zorder": 2 if rung else 3,
+        "zorder": 2 if ours else 3,
     }
 
 
 def full_name(backend: str, result: Result) -> str:
     """What a backend is and whose: "flash_v3 (ours)", "fa3: FlashAttention-3 (fa3-fwd 0.0.3)"."""
-    if is_rung(backend):
+    if is_kernel(backend):
         return f"{backend} (ours)"
     if backend == "eager":
         return "eager (stores N² scores)"
@@ -95,7 +90,7 @@ def full_name(backend: str, result: Result) -> str:
         return backend
     peer = PEERS[backend]
     package = result.packages.get(backend) or next(iter(peer.packages), None)
-    return f"{backend}: {peer.label} ({package})" if package else f"{backend}: {peer.label}"
+    return f"{backend}: {peer.purpose} ({package})" if package else f"{backend}: {peer.purpose}"
 
 
 def add_legend(figure: Figure, result: Result, notes: dict[str, str], columns: int = 3) -> None:
@@ -103,7 +98,7 @@ def add_legend(figure: Figure, result: Result, notes: dict[str, str], columns: i
     by_name = looks(result.backends)
     handles = [
         Line2D([], [], label=full_name(b, result) + note, **line_style(b, by_name[b]))
-        for b, note in sorted(notes.items(), key=lambda named: not is_rung(named[0]))
+        for b, note in sorted(notes.items(), key=lambda named: not is_kernel(named[0]))
     ]
     legend = figure.legend(
         handles=handles,

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.result import Masked, Panel
 from flash_ladder.benchmark.timing import attend_with, backward_milliseconds, failure_note, forward_milliseconds, random_inputs
 from flash_ladder.kernels import BACKENDS
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.bounds import key_bounds
+from flash_ladder.names import PEERS
 from flash_ladder.script_schema import BenchmarkConfig, split_mask
 
 

@@ -1,15 +1,14 @@
 """Other people's attention, each as a function of query, key and value [B, H, S, D]: what the rungs are measured beside.
 
-The table PEERS, at the end of this file, is the one place that says what a peer is: whose, from which package, what it takes, and
-the function that makes it. fa2, cudnn, efficient and math are PyTorch's own kernels behind F.scaled_dot_product_attention; flex is
-FlexAttention, compiled; flash_attn, fa3 and fa4 are the packages of FlashAttention 2, 3 and 4, where they are installed.
+flash_ladder.names says what each peer is: whose, from which package, what it takes. Here are the functions: fa2, cudnn, efficient
+and math are PyTorch's own kernels behind F.scaled_dot_product_attention; flex is FlexAttention, compiled; flash_attn, fa3 and fa4
+are the packages of FlashAttention 2, 3 and 4, where they are installed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flash_ladder.kernels import Unsupported
 from flash_ladder.machine.hardware import version_of
 from flash_ladder.machine.sdpa_choice import is_a_refusal
+from flash_ladder.names import PEERS
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of batch, head, query i and key j: whether i sees j
@@ -46,14 +46,14 @@ def peer(
     """
     mask = {"window_size": window_size, "document_ids": document_ids}
     given = {name: value for name, value in mask.items() if value is not None}
-    return PEERS[name].make(is_causal=is_causal, seq_len=seq_len, device=device, **given)
+    return MAKERS[name](is_causal=is_causal, seq_len=seq_len, device=device, **given)
 
 
 def why_not_installed(name: str) -> str | None:
     """Why the peer cannot be imported here, or None where it can."""
     try:
         if PEERS[name].modules:
-            exported(PEERS[name].modules, "flash_attn_func")
+            exported(tuple(PEERS[name].modules), "flash_attn_func")
     except NotInstalled as error:
         return str(error)
     return None
@@ -180,30 +180,12 @@ def one_line(error: Exception) -> str:
 
 # ---- the table ----
 
-
-@dataclass(frozen=True)
-class Peer:
-    """One peer. A new one is an entry of PEERS, and a function like those above where none of them makes it."""
-
-    label: str  # what it is and whose, for a picture's legend
-    make: Callable[..., Attend]  # of is_causal, seq_len, device, and window_size or document_ids where it takes masks
-    takes_masks: bool = False
-    on_a_cpu: bool = False  # whether it is the same algorithm there: a GPU's kernel is not
-    modules: tuple[str, ...] = ()  # with flash_attn_func on [B, S, H, D]; the first that is there is taken. (): PyTorch's own
-    packages: tuple[str, ...] = ()  # that may bring those modules, as pip names them
-
-
-def _of_package(label: str, modules: tuple[str, ...], packages: tuple[str, ...]) -> Peer:
-    return Peer(label, partial(package, modules), takes_masks=True, modules=modules, packages=packages)
-
-
-PEERS = {
-    "fa2": Peer("FlashAttention-2 (PyTorch's)", partial(sdpa, SDPBackend.FLASH_ATTENTION)),
-    "cudnn": Peer("cuDNN (PyTorch's)", partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
-    "efficient": Peer("memory-efficient (PyTorch's)", partial(sdpa, SDPBackend.EFFICIENT_ATTENTION)),
-    "math": Peer("plain operations (PyTorch's)", partial(sdpa, SDPBackend.MATH), on_a_cpu=True),
-    "flex": Peer("FlexAttention (PyTorch's)", flex, takes_masks=True),
-    "flash_attn": _of_package("FlashAttention-2", ("flash_attn",), ("flash-attn",)),
-    "fa3": _of_package("FlashAttention-3", ("fa3_fwd_interface", "flash_attn_interface"), ("fa3-fwd", "flash-attn-3")),
-    "fa4": _of_package("FlashAttention-4", ("flash_attn.cute",), ("flash-attn-4", "flash-attn")),
-}
+# Of each peer of flash_ladder.names the function that makes it, of is_causal, seq_len, device, and window_size or document_ids
+# where it takes masks. A package's peer has flash_attn_func on [B, S, H, D].
+MAKERS: dict[str, Callable[..., Attend]] = {
+    "fa2": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+    "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+    "efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    "math": partial(sdpa, SDPBackend.MATH),
+    "flex": flex,
+} | {name: partial(package, tuple(entry.modules)) for name, entry in PEERS.items() if entry.modules}

@@ -24,13 +24,13 @@ from flash_ladder.benchmark.looks import (
     add_legend,
     full_name,
     ink,
-    is_rung,
     line_style,
     looks,
 )
 from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Growth, Panel, Result, growth
 from flash_ladder.benchmark.tables import eager_error
-from flash_ladder.measure.probe import size
+from flash_ladder.names import is_kernel
+from flash_ladder.units import size
 
 WIDTH = 13.0  # inches at least, for the caption and the legend
 PANELS = 2  # in a picture; speed has two rows of them
@@ -173,7 +173,7 @@ def draw_speed_lines(axis: Axes, result: Result, cells: list[Cell], figure_of: s
             speed = found[max(found)]
             share = f" · {100 * speed / result.peak:.0f} %" if result.peak and speed >= 100 else ""
             text = f"{backend} {speed:.{0 if speed >= 100 else 1}f}{share}"
-            labels.append(Label(text, max(found), speed, ink(look[0]), is_rung(backend)))
+            labels.append(Label(text, max(found), speed, ink(look[0]), is_kernel(backend)))
     axis.margins(x=0.06)
     axis.autoscale_view(scaley=False)
     add_labels(axis, labels)
@@ -251,11 +251,11 @@ def draw_memory_lines(axis: Axes, result: Result, panel: Panel) -> Iterator[Labe
         gone = result.out_of_memory_at(panel, backend)
         if law is None or gone is None:
             text = f"{names}\n{bytes_in_words(found[last])}{power}"
-            yield Label(text, last, found[last], ink(colour), all(map(is_rung, together)))
+            yield Label(text, last, found[last], ink(colour), all(map(is_kernel, together)))
         else:
             draw_out_of_memory(axis, found, law, gone, colour)
             text = f"{names}{power}\nout of memory: needs {bytes_in_words(law.bytes(gone))}"
-            yield Label(text, gone, law.bytes(gone), ink(colour), all(map(is_rung, together)))
+            yield Label(text, gone, law.bytes(gone), ink(colour), all(map(is_kernel, together)))
 
 
 def alike(result: Result, panel: Panel) -> list[list[str]]:
@@ -312,7 +312,7 @@ def draw_errors(result: Result) -> Figure:
                     xycoords=("axes fraction", "data"),
                     va="center",
                     fontsize=LABEL_SIZE,
-                    fontweight="bold" if is_rung(error.backend) else "normal",
+                    fontweight="bold" if is_kernel(error.backend) else "normal",
                     color=ink(by_name[error.backend][0]),
                 )
         axis.axvline(1, color=by_name.get("eager", ("#000000",))[0], linewidth=1.6)
@@ -320,7 +320,7 @@ def draw_errors(result: Result) -> Figure:
         axis.set_xlabel("error / eager's error")
     axes[0].set_yticks(range(len(backends)), [full_name(backend, result) for backend in backends])
     for tick, backend in zip(axes[0].get_yticklabels(), backends, strict=True):
-        tick.set_fontweight("bold" if is_rung(backend) else "normal")
+        tick.set_fontweight("bold" if is_kernel(backend) else "normal")
     axes[0].set_ylim(len(backends) - 0.4, -0.6)
     axes[0].set_xlim(left=0, right=1.05 * max(axes[0].get_xlim()[1], 1))  # shared, once every point is drawn
     length = result.config["error_seq_len"]

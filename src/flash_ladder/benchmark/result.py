@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
 
+from flash_ladder.errors import UserError
 from flash_ladder.files import write_json
 from flash_ladder.machine.decide import PRECISIONS
 from flash_ladder.measure.flops import peak_tflops
-from flash_ladder.measure.probe import GIB
-from flash_ladder.schema import UserError
+from flash_ladder.units import GIB
 
 GRADIENTS = ("dq", "dk", "dv")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from textwrap import wrap
 
 from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Masked, Result, batch_size, growth, mean_speedup
-from flash_ladder.measure.probe import size
+from flash_ladder.names import is_kernel
+from flash_ladder.units import size
 
 SHAPE, BACKEND, WIDTH = 31, 11, 146  # widths of a table's first columns, and of all of it
 NOTE = 38  # a longer note beside figures is cut; the JSON has all of it
@@ -141,7 +142,7 @@ def eager_error(errors: list[Error]) -> Error | None:
 
 def mean_lines(result: Result) -> list[str]:
     """Each flash rung's speed over every other backend's: geometric means over the shapes that both have."""
-    rungs = [backend for backend in result.backends if backend.startswith("flash_v")]
+    rungs = [backend for backend in result.backends if is_kernel(backend)]
     others = [backend for backend in result.backends if mean_speedup(result, backend, backend, "forward_tflops")]
     if not others or not rungs:
         return []

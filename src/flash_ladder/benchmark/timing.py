@@ -10,9 +10,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from flash_ladder.benchmark.peers import PEERS, Attend, NotInstalled, one_line, peer
+from flash_ladder.benchmark.peers import Attend, NotInstalled, one_line, peer
 from flash_ladder.benchmark.result import Panel
 from flash_ladder.kernels import Unsupported, attention
+from flash_ladder.names import PEERS
 from flash_ladder.script_schema import BenchmarkConfig
 
 L2_FLUSH_BYTES = 256 * 2**20  # beyond any GPU's L2 cache

@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flash_ladder.benchmark.result import batch_size
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import flash_v2
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.generations import capability, describe
 from flash_ladder.kernels.tiles import Tile, Tiles, tiles_for
 from flash_ladder.machine.hardware import version_of
 from flash_ladder.measure.flops import BACKWARD, forward_flops
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import TuneConfig
 
 KERNELS = ("forward", "dq", "dkdv")

@@ -1,0 +1,1 @@
+"""Text, from where it lies to the batches that training reads: sources, tokenizer, corpus, batches."""

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from flash_ladder.data.corpus import Corpus, DataStats, TokenStream, open_corpus
 from flash_ladder.data.sources import open_hub
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.schema import DataConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.schema import DataConfig
 
 SHUFFLE_BUFFER = 1000  # documents of a hub stream, shuffled among themselves
 
@@ -168,33 +169,38 @@ class TextData(lightning.LightningDataModule):
         """Returns an endless loader of this rank's batches, which starts where `trainer.global_step` says that training is."""
         rank, world_size = self._rank()
         first_batch = self.trainer.global_step * self.accumulate if self.trainer else 0
-        place = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        whose = {"seed": self.seed, "rank": rank, "world_size": world_size}
         batch_size, num_workers = self.cfg.batch_size, self.cfg.num_workers
         if self.cfg.streaming:
-            streamed = StreamedWindows(self.cfg, self._corpus, first=first_batch * batch_size, **place)
+            streamed = StreamedWindows(self.cfg, self._corpus, first=first_batch * batch_size, **whose)
             # One process reads a stream: with several, each would read all of it.
             return self._loader(streamed, min(1, num_workers), batch_size=batch_size)
         windows = self._windows(self._corpus.train)
-        order = TrainingOrder(len(windows), batch_size, first_batch=first_batch, **place)
+        order = TrainingOrder(len(windows), batch_size, first_batch=first_batch, **whose)
         return self._loader(windows, num_workers, batch_sampler=order)
 
     def val_dataloader(self) -> DataLoader:
-        """Returns this rank's share of the first validation windows: at most `val_batches` full batches over all ranks.
-
-        Every rank gets equally many batches of one size, which is smaller than cfg.batch_size where there are too few windows.
-        """
+        """Returns this rank's share of the `validated` windows."""
         rank, world_size = self._rank()
-        windows = self._windows(self._corpus.val)
-        n_windows = min(len(windows), self.val_batches * self.cfg.batch_size)
+        n_windows, batch_size = self.validated(world_size)
+        starts = range(rank * batch_size, n_windows, world_size * batch_size)
+        batches = [list(range(start, start + batch_size)) for start in starts]
+        return self._loader(self._windows(self._corpus.val), 0, batch_sampler=batches)
+
+    def validated(self, world_size: int) -> tuple[int, int]:
+        """How many windows a validation on `world_size` devices reads, the first ones, and how many make a batch.
+
+        At most `val_batches` full batches over all devices. Every device gets equally many batches of one size, which is smaller
+        than cfg.batch_size where there are too few windows. Raises UserError where a device would get none.
+        """
+        n_windows = min(len(self._windows(self._corpus.val)), self.val_batches * self.cfg.batch_size)
         batch_size = min(self.cfg.batch_size, n_windows // world_size)
         if batch_size == 0:
             raise UserError(
                 f"the validation part has {n_windows} windows for {world_size} devices; add text, raise data.val_fraction or "
                 "lower data.seq_len"
             )
-        starts = range(rank * batch_size, n_windows - n_windows % (world_size * batch_size), world_size * batch_size)
-        batches = [list(range(start, start + batch_size)) for start in starts]
-        return self._loader(windows, 0, batch_sampler=batches)
+        return n_windows - n_windows % (world_size * batch_size), batch_size
 
     def val_windows(self, n: int | None = None) -> Example:
         """Returns the first `n` validation windows (None: all; fewer if there are fewer) as one batch, on the CPU."""

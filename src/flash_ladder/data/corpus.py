@@ -24,7 +24,9 @@ from filelock import FileLock
 
 from flash_ladder.data.sources import content_hash, digest, hub_fingerprint, open_hub, quiet, read_files, stdlib_files, user_files
 from flash_ladder.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from flash_ladder.schema import DataConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.files import make_writable
+from flash_ladder.schema import DataConfig
 
 FORMAT = 1  # of a cache entry; part of its name
 MB = 1 << 20
@@ -139,7 +141,7 @@ def _cached(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     entry, partial = cache / key, cache / f"{key}.partial"
     if entry.is_dir():
         return entry
-    _make_writable(cache)
+    make_writable(cache, "the data cache", "data.cache_dir")
     with FileLock(cache / f"{key}.lock"):
         if entry.is_dir():  # built while this process waited
             return entry
@@ -155,16 +157,6 @@ def _cached(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return entry
-
-
-def _make_writable(cache: Path) -> None:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(cache, os.W_OK | os.X_OK) else "permission denied"
-    except OSError as error:
-        reason = error.strerror
-    if reason:
-        raise UserError(f"the data cache {cache} cannot be written ({reason}); set data.cache_dir=PATH")
 
 
 def _read(entry: Path) -> Corpus:

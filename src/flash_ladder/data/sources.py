@@ -25,7 +25,8 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from flash_ladder.schema import DataConfig, UserError, nearest
+from flash_ladder.errors import UserError, nearest
+from flash_ladder.schema import DataConfig
 
 ROW_CHARS = 1 << 16
 ROW = datasets.Features({"text": datasets.Value("string"), "ends": datasets.Value("bool")})

@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from flash_ladder.schema import UserError
+from flash_ladder.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"

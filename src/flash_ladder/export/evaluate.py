@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.export.folder import load_export, load_windows
 from flash_ladder.export.losses import Windows, evaluate
 from flash_ladder.export.parity import compare, loss_limit
@@ -19,7 +20,6 @@ from flash_ladder.export.verdict import describe_windows, record, report, same_l
 from flash_ladder.files import read_json, write_json
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.decide import DTYPES, pick_backend, pick_device
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import EvaluateConfig
 
 

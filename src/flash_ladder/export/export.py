@@ -12,6 +12,7 @@ import torch
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.export.folder import FILES, load_export, load_windows, write_export
 from flash_ladder.export.losses import Windows
 from flash_ladder.export.parity import compare
@@ -22,7 +23,8 @@ from flash_ladder.machine.decide import pick_backend, pick_device
 from flash_ladder.machine.hardware import versions
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
-from flash_ladder.schema import DataConfig, ModelConfig, UserError
+from flash_ladder.names import is_kernel
+from flash_ladder.schema import DataConfig, ModelConfig
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.checkpoint import load_run
 
@@ -99,7 +101,7 @@ def training_backend(
     except UserError as error:
         why_not = str(error)
     else:
-        if device.type != "cpu" or training["device"] == "CPU" or not trained.startswith("flash"):
+        if device.type != "cpu" or training["device"] == "CPU" or not is_kernel(trained):
             return trained
         why_not = f"a CPU would only interpret it, which takes hours; attention={trained} does so all the same"
     print(f"note: the model was trained with {trained} on {training['device']}, and that is not compared here: {why_not}")
@@ -109,19 +111,14 @@ def training_backend(
 def validation_windows(run: Path, config: dict[str, Any], training: dict[str, Any], cfg: ExportConfig) -> tuple[Windows, bool]:
     """The run's first validation windows, and whether they are the ones that its training validated on."""
     data_config = DataConfig(**config["data"])
-    val_batches = config["trainer"]["val_batches"]
-    data = TextData(data_config, seed=config["seed"], val_batches=val_batches)
+    data = TextData(data_config, seed=config["seed"], val_batches=config["trainer"]["val_batches"])
     data.prepare()
     if data.stats.corpus != training["corpus"] or data.tokenizer.fingerprint != Tokenizer.load(run).fingerprint:
         raise UserError(
             f"the text that run={run} was trained on (data.source={data_config.source}) is another one on this machine, "
             f"so there is no validation split to evaluate on; export it where it was trained"
         )
-    # As TextData.val_dataloader deals them out: full batches of one size, equally many for every device.
-    validated = min((data.stats.n_val_tokens - 1) // data_config.seq_len, val_batches * data_config.batch_size)
-    per_round = training["n_devices"] * min(data_config.batch_size, validated // training["n_devices"])
-    validated -= validated % per_round
-
+    validated, _ = data.validated(training["n_devices"])
     windows = data.val_windows(cfg.windows or validated)
     whole = cfg.seq_len is None or cfg.seq_len >= data_config.seq_len
     if not whole:

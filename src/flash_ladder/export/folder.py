@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.export.losses import Windows
 from flash_ladder.files import checksum, read_json, write_json
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_tensors, load_weights, save_tensors
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.schema import ModelConfig
 
 FORMAT = "flash-ladder"
 FORMAT_VERSION = 1

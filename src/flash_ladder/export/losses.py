@@ -1,7 +1,7 @@
 """Loss and perplexity of a model on windows of tokens, with a given attention backend and precision.
 
-A batch at a time: logits stay in the precision they come in and turn into float32 probabilities a chunk at a time, so that a window
-of 32k tokens and a vocabulary of 50k need little more than its logits; what is added up over tokens is float64.
+A batch at a time, whose logits stay in the precision they come in (model/loss.py takes them a piece at a time); what is added up
+over tokens is float64.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import DTYPES
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import UserError
+from flash_ladder.model.loss import token_losses
 
 Windows = dict[str, Tensor]  # "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]
 
 BATCH_WINDOWS = 32  # in a batch whose size nobody chose, or as many as keep ...
 BATCH_ELEMENTS = 2**28  # ... logits, and attention scores of a layer, under 1 GiB in float32
-CHUNK_ELEMENTS = 2**24  # logits that become probabilities at once: 64 MiB in float32 (malloc would keep, and scatter, 16 MiB ones)
 
 
 @dataclass(frozen=True)
@@ -92,18 +91,6 @@ def logits(model: GPT, batch: dict[str, Tensor], backend: str, precision: str) -
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """torch.autocast as Lightning's mixed precisions use it; nothing for "32"."""
     return nullcontext() if precision == "32" else torch.autocast(device.type, DTYPES[precision])
-
-
-def chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [B, S, ...] cut along B · S, into pieces of the first of at most CHUNK_ELEMENTS."""
-    size = max(1, CHUNK_ELEMENTS // rows[0].shape[-1])
-    return zip(*(r.flatten(0, 1).split(size) for r in rows), strict=True)
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each token, float32 [B, S], from logits [B, S, V] and targets [B, S]."""
-    pieces = (F.cross_entropy(part.float(), wanted[:, 0], reduction="none") for part, wanted in chunks(logits, targets[..., None]))
-    return torch.cat(list(pieces)).view(targets.shape)
 
 
 def summarise(backend: str, precision: str, losses: list[Tensor], seconds: float) -> Evaluation:

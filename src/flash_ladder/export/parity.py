@@ -35,8 +35,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_ladder.export.losses import Evaluation, Windows, batches, chunks, logits, summarise, token_losses
+from flash_ladder.export.losses import Evaluation, Windows, batches, logits, summarise
 from flash_ladder.model.gpt import GPT
+from flash_ladder.model.loss import chunks, token_losses
 
 ROUNDING_FACTOR = 3.0
 KL_FLOOR = 1e-8

@@ -26,6 +26,7 @@ from flash_ladder.machine import hardware as machine
 from flash_ladder.machine.decide import DTYPES, pick_device, pick_precision
 from flash_ladder.machine.hardware import Extra, Gpu, Package
 from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice, ask_sdpa, flash_in_words
+from flash_ladder.names import is_kernel
 from flash_ladder.script_schema import DoctorConfig
 
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -179,7 +180,7 @@ def next_commands(call: AttentionCall, gpus: list[Gpu], rungs: list[Rung]) -> li
     documents = " data.document_ids=true" if "document_ids" in call.features else ""
     if call.device.type == "cpu":
         return [f"python train.py{' trainer.accelerator=cpu' if gpus else ''}{documents}"]
-    able = [rung.name for rung in rungs if rung.name.startswith("flash") and rung.refusal is None]
+    able = [rung.name for rung in rungs if is_kernel(rung.name) and rung.refusal is None]
     benchmark = [f"python scripts/benchmark_attention.py head_dim=[{call.head_dim}]"] if able else []
     found = capability(call.device)
     if found and found < (7, 0):  # torch.compile, which the experiment uses, begins with Volta
@@ -246,7 +247,7 @@ def _machine(found: Diagnosis) -> Rows:
         )
     if found.no_gpu:
         yield "GPU", f"none: {found.no_gpu}"
-    if found.call.device.type == "cpu" and any(rung.head_dims for rung in found.rungs if rung.name.startswith("flash")):
+    if found.call.device.type == "cpu" and any(rung.head_dims for rung in found.rungs if is_kernel(rung.name)):
         yield "", "on the CPU flash_v1 and flash_v2 run in Triton's interpreter: for checking a kernel, far too slow to train with"
     if found.driver or found.gpus:
         yield "driver", found.driver or "unknown (nvidia-smi does not answer)"

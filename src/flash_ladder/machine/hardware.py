@@ -25,7 +25,8 @@ from flash_ladder.kernels.generations import GENERATIONS, capability, generation
 from flash_ladder.kernels.jit import installed
 from flash_ladder.machine.decide import PRECISIONS
 from flash_ladder.measure.flops import peak_tflops
-from flash_ladder.measure.probe import GIB
+from flash_ladder.names import PEERS
+from flash_ladder.units import GIB
 
 PROJECT = "flash-ladder"  # as pip knows it
 # What a run's numbers depend on, beside Python and PyTorch.
@@ -168,10 +169,11 @@ class Extra:
 
 # Module, the distributions that may bring it, what it would be for.
 EXTRAS = (
-    ("flash_attn", ("flash-attn",), "FlashAttention-2, a peer in the benchmark"),
-    ("flash_attn.cute", ("flash-attn-4", "flash-attn"), "FlashAttention-4, a peer in the benchmark"),
-    ("fa3_fwd_interface", ("fa3-fwd",), "FlashAttention-3 forward, a peer in the benchmark"),
-    ("flash_attn_interface", ("flash-attn-3",), "FlashAttention-3 built from source, a peer in the benchmark"),
+    *(
+        (module, packages, f"{peer.purpose}, a peer in the benchmark")
+        for peer in PEERS.values()
+        for module, packages in peer.modules.items()
+    ),
     ("xformers", ("xformers",), "other kernels to compare with; nothing here calls it"),
     ("matplotlib", ("matplotlib",), "the benchmark's pictures"),
     ("transformers", ("transformers",), "the tests: an independent GPT-2 and Llama"),

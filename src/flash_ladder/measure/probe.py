@@ -17,9 +17,9 @@ from torch import Tensor
 
 from flash_ladder.kernels import attention
 from flash_ladder.kernels.generations import dtype_name
-from flash_ladder.measure.flops import attention_flops
+from flash_ladder.names import is_kernel
+from flash_ladder.units import size
 
-GIB = 2**30
 REPEATS = 5
 
 
@@ -66,23 +66,6 @@ class Probe:
     eager_seconds: float | None
     eager_is_analytic: bool  # eager does not fit here; its bytes are Layer.score_bytes, a lower bound
 
-    def metrics(self) -> dict[str, float]:
-        """The figures under the names they are logged with."""
-        logged = {
-            "memory/attention_gib": self.bytes / GIB,
-            "memory/attention_eager_gib": self.eager_bytes / GIB,
-            "memory/attention_eager_is_analytic": float(self.eager_is_analytic),
-            "memory/attention_saved_gib_vs_eager": (self.eager_bytes - self.bytes) / GIB,
-            "memory/attention_saved_ratio_vs_eager": self.eager_bytes / self.bytes,
-        }
-        if self.seconds is not None:
-            layer = self.layer
-            flops = attention_flops(layer.batch_size, layer.n_head, layer.seq_len, layer.head_dim)
-            logged["speed/attention_tflops"] = flops / self.seconds / 1e12
-            if self.eager_seconds is not None:
-                logged["speed/attention_speedup_vs_eager"] = self.eager_seconds / self.seconds
-        return logged
-
     def __str__(self) -> str:
         what = "peaks at" if self.layer.device.type == "cuda" else "keeps"
         memory = f"{self.backend} {what} {size(self.bytes)}"
@@ -99,15 +82,6 @@ class Probe:
         elif self.eager_seconds is not None:
             clock += f", eager {self.eager_seconds * 1e3:.3g} ms, {self.eager_seconds / self.seconds:.1f} times as long"
         return f"one layer ({self.layer}): {memory}; {clock}"
-
-
-def size(n_bytes: int) -> str:
-    """Bytes in words, to three digits: "2.13 GiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} GiB"
 
 
 def probe_attention(layer: Layer, backend: str) -> Probe:
@@ -199,7 +173,7 @@ def measure_on_cpu(layer: Layer, backend: str) -> tuple[int, float | None]:
         output = run(*inputs)
     keep(output)
     n_bytes = sum(kept.values()) - sum(kept.get(x.untyped_storage().data_ptr(), 0) for x in inputs)
-    if backend.startswith("flash"):
+    if is_kernel(backend):
         return n_bytes, None
 
     times = []

@@ -1,0 +1,1 @@
+"""The GPT: its blocks, its loss, its weights on disk, and the text it writes."""

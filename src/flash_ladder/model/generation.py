@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError, at_least
 from flash_ladder.model.gpt import GPT, KVCache
-from flash_ladder.schema import UserError, at_least
 
 PREFILL = 512  # prompt tokens a forward pass takes: bounds the memory of logits and scores
 

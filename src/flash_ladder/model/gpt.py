@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import attention
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.model.loss import mean_loss
+from flash_ladder.schema import ModelConfig
 
 
 class GPT(nn.Module):
@@ -97,7 +99,7 @@ class GPT(nn.Module):
         logits = F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return mean_loss(logits, targets)
 
     @property
     def n_params(self) -> int:

@@ -8,7 +8,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from flash_ladder.schema import UserError
+from flash_ladder.errors import UserError
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:

@@ -1,0 +1,1 @@
+"""One run: the loop, the optimizer, the devices, the checkpoints and the record it leaves."""

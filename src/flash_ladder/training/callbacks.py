@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from flash_ladder.errors import UserError
 from flash_ladder.measure.flops import TokenFlops
-from flash_ladder.schema import UserError
+from flash_ladder.training import metrics
 from flash_ladder.training.record import peak_memory_gib, seconds_since_start
 
 
@@ -58,9 +59,9 @@ class Speed(Callback):
     def rates(self, tokens_per_second: float) -> dict[str, float]:
         """Speed in tokens, in FLOPs, and as a share of the peak under both conventions."""
         full, causal = (tokens_per_second * flops / 1e12 for flops in (self.work.flops.full, self.work.flops.causal))
-        rates = {"speed/tokens_per_second": tokens_per_second, "speed/model_tflops": full}
+        rates = {metrics.TOKENS_PER_SECOND: tokens_per_second, metrics.MODEL_TFLOPS: full}
         if self.work.peak_tflops is not None:
-            rates |= {"speed/mfu": full / self.work.peak_tflops, "speed/mfu_causal": causal / self.work.peak_tflops}
+            rates |= {metrics.MFU: full / self.work.peak_tflops, metrics.MFU_CAUSAL: causal / self.work.peak_tflops}
         return rates
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -101,17 +102,17 @@ class Speed(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
         now = self._stop_clock(module.device)
-        metrics = {"train/loss": module.step_loss, "train/lr": module.step_lr}
+        logged = {metrics.TRAIN_LOSS: module.step_loss, metrics.TRAIN_LR: module.step_lr}
         if not self.latest:
-            metrics["speed/first_step_seconds"] = self.first_step_seconds
+            logged[metrics.FIRST_STEP_SECONDS] = self.first_step_seconds
         steps = self.step - self.interval_start
         if steps:
             self.intervals.append((steps, self.seconds))
-            metrics |= self.rates(self.work.tokens * steps / self.seconds)
-        metrics["memory/peak_gib"] = peak_memory_gib(module.device)
+            logged |= self.rates(self.work.tokens * steps / self.seconds)
+        logged[metrics.PEAK_GIB] = peak_memory_gib(module.device)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=self.step)
-        self.latest = metrics
+            logger.log_metrics(logged, step=self.step)
+        self.latest = logged
         self._begin_interval(now)
 
 
@@ -138,11 +139,11 @@ class Bar(Callback):
 
     def _show(self, trainer: Trainer) -> None:
         shown = self.speed.latest
-        words = [f"loss {shown['train/loss']:.3f}"] if shown else []
-        if "val/loss" in trainer.callback_metrics:
-            words.append(f"val {trainer.callback_metrics['val/loss']:.3f}")
-        if "speed/tokens_per_second" in shown:
-            words.append(f"{shown['speed/tokens_per_second']:,.0f} tokens/s")
+        words = [f"loss {shown[metrics.TRAIN_LOSS]:.3f}"] if shown else []
+        if metrics.VAL_LOSS in trainer.callback_metrics:
+            words.append(f"val {trainer.callback_metrics[metrics.VAL_LOSS]:.3f}")
+        if metrics.TOKENS_PER_SECOND in shown:
+            words.append(f"{shown[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s")
         self.bar.n = trainer.global_step
         self.bar.set_postfix_str(", ".join(words))
 
@@ -227,6 +228,6 @@ class LastCheckpoint(ModelCheckpoint):
 
 def checkpoints(folder: Path) -> tuple[ModelCheckpoint, LastCheckpoint]:
     """The two that a run keeps in `folder`: best.ckpt, of the lowest validation loss, and last.ckpt."""
-    best = ModelCheckpoint(folder, "best", monitor="val/loss", mode="min", enable_version_counter=False)
+    best = ModelCheckpoint(folder, "best", monitor=metrics.VAL_LOSS, mode="min", enable_version_counter=False)
     last = LastCheckpoint(folder, "last", save_on_exception=True, enable_version_counter=False)
     return best, last

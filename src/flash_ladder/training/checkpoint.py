@@ -19,8 +19,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from flash_ladder.errors import UserError, one_of
 from flash_ladder.files import sync
-from flash_ladder.schema import DataConfig, ModelConfig, UserError, one_of
+from flash_ladder.schema import DataConfig, ModelConfig
+from flash_ladder.training import metrics
 
 SAVING = ".saving"  # suffix of a checkpoint that is being written, or that a killed process left
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error)
@@ -100,7 +102,8 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} was not written by this version of train.py ({error}); take another checkpoint") from None
     _check_same_model(path, config["model"], run / "config.yaml")
-    return config, weights, {"checkpoint": str(path), "step": step, "val_loss": recorded(run / "metrics.jsonl", "val/loss", step)}
+    val_loss = recorded(run / "metrics.jsonl", metrics.VAL_LOSS, step)
+    return config, weights, {"checkpoint": str(path), "step": step, "val_loss": val_loss}
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
@@ -130,12 +133,12 @@ def _check_same_model(path: Path, model: dict[str, Any], config: Path) -> None:
             raise UserError(f"{path} is from another model: its {name} is {model.get(name)}, and {value} in {config}")
 
 
-def recorded(metrics: Path, name: str, step: int) -> float | None:
+def recorded(file: Path, name: str, step: int) -> float | None:
     """The last value of `name` at optimiser step `step` in a run's metrics.jsonl; None where there is none."""
-    if not metrics.is_file():
+    if not file.is_file():
         return None
     value = None
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # the line that a killed run was writing

@@ -1,5 +1,4 @@
-"""The GPT as Lightning trains it: the loss, AdamW on a warm-up and cosine schedule, and a stop before a loss that is not finite
-reaches the weights."""
+"""The GPT as Lightning trains it: one step, one validation, and a stop before a loss that is not finite reaches the weights."""
 
 from __future__ import annotations
 
@@ -9,10 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
+from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig, UserError
+from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
+from flash_ladder.training import metrics
+from flash_ladder.training.optimizer import build_optimizer, build_schedule
 
 
 class NotFinite(UserError):
@@ -23,15 +24,15 @@ class GPTModule(L.LightningModule):
     """Trains `net`, a GPT, on batches {"tokens": int64 [B, S + 1], and maybe "document_ids": int32 [B, S]}.
 
     config: a schema.Config as plain dicts (a checkpoint can be read with weights_only=True), model.vocab_size filled in.
-    choice_backend: the attention backend that kernels.choose named.
+    backend: the attention backend that kernels.choose named.
     """
 
-    def __init__(self, config: dict[str, Any], choice_backend: str) -> None:
+    def __init__(self, config: dict[str, Any], backend: str) -> None:
         super().__init__()
         self.save_hyperparameters("config", logger=False)
         self.optimizer_config = OptimizerConfig(**config["optimizer"])
         self.trainer_config = TrainerConfig(**config["trainer"])
-        self.net = GPT(ModelConfig(**config["model"]), backend=choice_backend)
+        self.net = GPT(ModelConfig(**config["model"]), backend=backend)
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
         if self.trainer_config.compile:
             self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
@@ -80,38 +81,17 @@ class GPTModule(L.LightningModule):
                 f"written; a smaller optimizer.lr (now {self.optimizer_config.lr:g}) may help"
             )
         # For ModelCheckpoint; Lightning itself would send it to the loggers under the step before.
-        self.log("val/loss", loss, logger=False, sync_dist=True)
+        self.log(metrics.VAL_LOSS, loss, logger=False, sync_dist=True)
         for logger in self.trainer.loggers:
-            logger.log_metrics({"val/loss": loss.item(), "val/perplexity": loss.exp().item()}, step=self.trainer.global_step)
+            logged = {metrics.VAL_LOSS: loss.item(), metrics.VAL_PERPLEXITY: loss.exp().item()}
+            logger.log_metrics(logged, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        cfg = self.optimizer_config
         # Fused AdamW would undo fp16's loss scaling by itself, after the gradients should have been clipped.
         scaled = self.trainer.precision == "16-mixed"
-        optimizer = torch.optim.AdamW(
-            weight_decay_groups(self.net, cfg.weight_decay), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=not scaled
-        )
-        max_steps = self.trainer_config.max_steps
-        schedule = LambdaLR(optimizer, lambda step: lr_factor(step, cfg.warmup_steps, max_steps, cfg.min_lr_ratio))
+        optimizer = build_optimizer(self.net, self.optimizer_config, fused=not scaled)
+        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer_config.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def weight_decay_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices and embedding tables decay; norms and biases, which are vectors, do not."""
-    matrices = [p for p in net.parameters() if p.dim() >= 2]
-    vectors = [p for p in net.parameters() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def lr_factor(step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:
-    """What optimizer.lr is multiplied by at optimiser step `step`, counted from 0.
-
-    Rises in a straight line to 1 at step `warmup_steps`, then falls along half a cosine to `min_lr_ratio` at the last step.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
-    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def mean_over_devices(loss: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from flash_ladder.measure.probe import GIB
 from flash_ladder.schema import LoggerConfig
+from flash_ladder.units import GIB
 
 if TYPE_CHECKING:
     import wandb

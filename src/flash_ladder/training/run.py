@@ -18,24 +18,27 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
-from flash_ladder.measure.probe import GIB, Layer, probe_attention
+from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
-from flash_ladder.schema import Config, UserError
+from flash_ladder.schema import Config
+from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, Work, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb, peak_memory_gib
+from flash_ladder.training.strategy import devices_and_strategy
+from flash_ladder.units import GIB
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
 
@@ -78,7 +81,7 @@ def train(cfg: Config, run_dir: Path) -> None:
             probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
             say(f"attention memory: {probe}")
             for logger in loggers:
-                logger.log_metrics(probe.metrics(), step=start)
+                logger.log_metrics(metrics.attention_metrics(probe), step=start)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if first:
             report(run_dir, trainer, data, place, speed, write_sample(module.net, data, place, cfg.prompt, sample_tokens))
@@ -202,11 +205,8 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[M
 def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[MetricsFile | WandbCopy], speed: Speed) -> L.Trainer:
     """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps."""
     bar = [Bar(speed)] if rank_zero_only.rank == 0 else []
-    alone = place.n_devices == 1 and cfg.trainer.strategy == "auto"
     return L.Trainer(
-        accelerator="cuda" if place.device.type == "cuda" else "cpu",
-        devices=place.n_devices,
-        strategy="auto" if alone else DDPStrategy(gradient_as_bucket_view=True),
+        **devices_and_strategy(cfg.trainer, place),
         precision="32-true" if place.precision == "32" else place.precision,
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
@@ -244,7 +244,7 @@ def quiet_lightning() -> None:
 @rank_zero_only
 def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: Speed, sample: str) -> None:
     """Prints what the run came to."""
-    loss, unigram = float(trainer.callback_metrics["val/loss"]), data.stats.unigram_entropy
+    loss, unigram = float(trainer.callback_metrics[metrics.VAL_LOSS]), data.stats.unigram_entropy
     best = float(trainer.checkpoint_callback.best_model_score)
     memory = "tensors on the GPU" if place.device.type == "cuda" else "resident set of the process"
     rate = speed.tokens_per_second
@@ -272,9 +272,9 @@ def printable(text: str) -> str:
 
 def in_words(rates: dict[str, float]) -> str:
     """Speed in one line."""
-    line = f"{rates['speed/tokens_per_second']:,.0f} tokens/s, {rates['speed/model_tflops']:.3g} TFLOP/s"
-    if "speed/mfu" in rates:
-        line += f", MFU {rates['speed/mfu']:.1%} (causal: {rates['speed/mfu_causal']:.1%})"
+    line = f"{rates[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s, {rates[metrics.MODEL_TFLOPS]:.3g} TFLOP/s"
+    if metrics.MFU in rates:
+        line += f", MFU {rates[metrics.MFU]:.1%} (causal: {rates[metrics.MFU_CAUSAL]:.1%})"
     return line
 
 

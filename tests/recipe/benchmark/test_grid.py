@@ -1,22 +1,25 @@
 """The attention benchmark itself: what it decides, measures on a CPU, keeps when interrupted, and says when something fails."""
 
 import contextlib
+import inspect
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 
 import flash_ladder.benchmark.accuracy as accuracy
 import flash_ladder.benchmark.grid as module
 from flash_ladder.benchmark.accuracy import measure_error, yardstick
 from flash_ladder.benchmark.grid import ON_CPU, ON_GPU, benchmark, complete, measure_cell
 from flash_ladder.benchmark.result import Cell, Masked, Panel, growth, read
+from flash_ladder.errors import UserError
+from flash_ladder.front_door import store_defaults
 from flash_ladder.kernels import BACKENDS
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import BenchmarkConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -151,8 +154,8 @@ def test_a_gpu_has_every_peer_that_is_installed(monkeypatch):
 
 
 def test_the_help_says_what_null_stands_for():
-    lines = (SCRIPTS / "conf" / "benchmark_attention.yaml").read_text().splitlines()
-    comments = {line.split(":")[0]: line for line in lines if " null " in line and "#" in line}
+    fields = re.findall(r"((?:    # .*\n)?)    (\w+): .* = (.*)", inspect.getsource(BenchmarkConfig))
+    comments = {name: above + beside for above, name, beside in fields if "None: " in above + beside}
     for name, value in ON_GPU.items():
         assert f"{value} on a GPU, {ON_CPU[name]} without one" in comments[name]
     done = subprocess.run([sys.executable, str(SCRIPTS / "benchmark_attention.py"), "--help"], capture_output=True, text=True)
@@ -204,7 +207,9 @@ def test_checks(change, message):
 
 def test_the_command_and_its_dataclass_have_the_same_masks():
     """read=... takes what differs from the dataclass for asked for."""
-    values = OmegaConf.load(SCRIPTS / "conf" / "benchmark_attention.yaml")
+    store_defaults(BenchmarkConfig)
+    with initialize_config_dir(str(SCRIPTS / "conf"), version_base="1.3"):
+        values = compose("benchmark_attention")
     assert values.masks == BenchmarkConfig().masks and values.mask_seq_len == BenchmarkConfig().mask_seq_len
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from flash_ladder.benchmark.looks import LOOKS, full_name, looks, spread
-from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.kernels import BACKENDS
+from flash_ladder.names import PEERS
 from tests.helpers.made_up_benchmark import made_up
 
 

@@ -14,13 +14,13 @@ from flash_ladder.benchmark.masks import (
     visible_pairs,
     with_masks,
 )
-from flash_ladder.benchmark.peers import PEERS
 from flash_ladder.benchmark.result import Masked
 from flash_ladder.benchmark.timing import attend_with, gradients
 from flash_ladder.kernels import attention
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.bounds import key_bounds, visible
-from flash_ladder.script_schema import MASKED_PEERS, BenchmarkConfig
+from flash_ladder.names import MASKED_PEERS, PEERS
+from flash_ladder.script_schema import BenchmarkConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NAMES = ["window_5", "documents_10", "ragged_12"]

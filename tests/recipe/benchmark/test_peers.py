@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import flash_ladder.benchmark.peers as peers
-from flash_ladder.benchmark.peers import PEERS, NotInstalled, Peer, installed_package, one_line, peer, why_not_installed
+from flash_ladder.benchmark.peers import NotInstalled, installed_package, one_line, peer, why_not_installed
 from flash_ladder.kernels import Unsupported, attention
 from flash_ladder.machine.hardware import EXTRAS
+from flash_ladder.names import PEERS, Peer
 from flash_ladder.script_schema import BenchmarkConfig
 
 CPU = torch.device("cpu")
@@ -108,10 +109,11 @@ def test_a_package_that_is_broken(module, tmp_path, monkeypatch):
     assert why_not_installed("fa3") == "fa3_fwd_interface needs a_package_that_nobody_has, which is not installed"
 
 
-def test_a_new_peer_is_one_entry(monkeypatch):
+def test_a_new_peer_is_an_entry_and_its_function(monkeypatch):
     """Its function gets what it asked for, and a mask only where there is one."""
     asked = []
-    monkeypatch.setitem(PEERS, "mine", Peer("mine", lambda **what: asked.append(what), takes_masks=True))
+    monkeypatch.setitem(PEERS, "mine", Peer("mine", takes_masks=True))
+    monkeypatch.setitem(peers.MAKERS, "mine", lambda **what: asked.append(what))
     for mask in ({}, {"window_size": 5}):
         peer("mine", is_causal=True, seq_len=48, device=CPU, **mask)
         assert asked.pop() == {"is_causal": True, "seq_len": 48, "device": CPU, **mask}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flash_ladder.benchmark.result import Cell, Panel, batch_size, growth, mean_speedup, read, save
-from flash_ladder.schema import UserError
+from flash_ladder.errors import UserError
 from tests.helpers.made_up_benchmark import made_up
 
 CAUSAL = Panel(True, 64, None)

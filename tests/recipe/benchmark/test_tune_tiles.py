@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flash_ladder.benchmark.tune_tiles import Candidate, candidates, describe_ranking, rows, tune
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import flash_v2, tiles
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.tiles import Tile, Tiles
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import TuneConfig
 
 KIB = 1024

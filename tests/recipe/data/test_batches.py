@@ -13,7 +13,8 @@ import flash_ladder.data.batches
 from flash_ladder.data import corpus
 from flash_ladder.data.batches import TextData, TrainingOrder
 from flash_ladder.data.corpus import open_corpus
-from flash_ladder.schema import DataConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.schema import DataConfig
 from tests.helpers.corpora import END, config, documents, hub_folder, refused, text_data, twenty_documents, words_of, write_txt
 
 

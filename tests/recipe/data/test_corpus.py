@@ -16,7 +16,8 @@ from flash_ladder.data import corpus
 from flash_ladder.data.corpus import TokenStream, open_corpus
 from flash_ladder.data.sources import ROW_CHARS
 from flash_ladder.data.tokenizer import Tokenizer, byte_tokenizer
-from flash_ladder.schema import DataConfig, UserError
+from flash_ladder.errors import UserError
+from flash_ladder.schema import DataConfig
 from tests.helpers.corpora import END, config, documents, hub_folder, refused, text_of, twenty_documents, words_of, write_txt
 
 

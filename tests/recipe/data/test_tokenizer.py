@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from flash_ladder.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from flash_ladder.schema import UserError
+from flash_ladder.errors import UserError
 
 TEXT = "def f(x):\n\treturn x  # naïve café, 東京, 👩‍🚀\r\n\n  end\u2028 \x00\x7f" * 3
 

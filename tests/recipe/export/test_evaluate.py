@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 import flash_ladder.kernels.sdpa
+from flash_ladder.errors import UserError
 from flash_ladder.export.evaluate import evaluate_export
 from flash_ladder.export.export import export_run
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import EvaluateConfig, ExportConfig
 from tests.helpers.made_up import made_up_run, unscaled
 

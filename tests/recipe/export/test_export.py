@@ -11,9 +11,9 @@ import torch
 import flash_ladder.export.export
 import flash_ladder.kernels.eager
 import flash_ladder.kernels.sdpa
+from flash_ladder.errors import UserError
 from flash_ladder.export.export import export_run
 from flash_ladder.files import checksum
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import ExportConfig
 from tests.helpers.made_up import STEP, made_up_run, unscaled
 

@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 
 from flash_ladder.data.tokenizer import byte_tokenizer
+from flash_ladder.errors import UserError
 from flash_ladder.export.folder import FILES, load_export, load_windows, read_config, write_export
 from flash_ladder.files import replace_folder, write_json
-from flash_ladder.schema import UserError
 from tests.helpers.made_up import VOCAB, sharp_model
 
 ABOUT = {"training": {"precision": "32"}, "data": {"seq_len": 8}}

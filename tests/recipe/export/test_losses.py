@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flash_ladder.errors import UserError
 from flash_ladder.export import losses as evaluation
 from flash_ladder.export.losses import evaluate, perplexity
-from flash_ladder.schema import UserError
 from tests.helpers.made_up import VOCAB, sharp_model
 
 
@@ -27,7 +27,7 @@ def expected(model, windows) -> torch.Tensor:
 @pytest.mark.parametrize("chunk", [2**24, VOCAB * 7, 1])
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_all_tokens(monkeypatch, batch_size, chunk):
-    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("flash_ladder.model.loss.CHUNK_ELEMENTS", chunk)
     model, data = sharp_model(), windows()
     found, losses = evaluate(model, data, backend="eager", batch_size=batch_size), expected(model, data)
     assert found.n_tokens == 5 * 24

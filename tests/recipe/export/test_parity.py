@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import flash_ladder.kernels.sdpa
-from flash_ladder.export import losses as evaluation
 from flash_ladder.export.parity import Check, compare, kl_limit, loss_limit
 from flash_ladder.kernels import eager
 from flash_ladder.kernels.asked import Asked
@@ -22,11 +21,11 @@ def windows(n: int = 6, seq_len: int = 64) -> dict[str, torch.Tensor]:
 def masked(sees):
     """An attention of its own mask: query i sees the keys j with sees(i, j)."""
 
-    def attend(q, k, v, *, scale, **meaning):
+    def attend(q, k, v, asked):
         group, seq_len = q.shape[1] // k.shape[1], q.shape[2]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         i, j = torch.arange(seq_len)[:, None], torch.arange(seq_len)
-        scores = ((q @ k.transpose(-1, -2)).float() * scale).masked_fill(~sees(i, j), -torch.inf)
+        scores = ((q @ k.transpose(-1, -2)).float() * asked.scale).masked_fill(~sees(i, j), -torch.inf)
         return torch.softmax(scores, -1).to(v.dtype) @ v, None
 
     return attend
@@ -82,7 +81,7 @@ def test_flash_is_within_tolerance():
 @pytest.mark.parametrize("chunk", [2**24, VOCAB * 5])
 @torch.no_grad()
 def test_the_figures_are_what_they_say(monkeypatch, chunk):
-    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("flash_ladder.model.loss.CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(flash_ladder.kernels.sdpa, "attend", rescaled(1.5))
     model, data = sharp_model(), windows()
     parity = compare(model, data, backend="sdpa", batch_size=4)

@@ -6,11 +6,11 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
+from flash_ladder.errors import UserError
 from flash_ladder.kernels import BACKENDS, choose, jit
 from flash_ladder.machine import doctor
 from flash_ladder.machine import hardware as machine
 from flash_ladder.machine.sdpa_choice import AttentionCall, SdpaChoice
-from flash_ladder.schema import UserError
 from flash_ladder.script_schema import DoctorConfig
 from tests.recipe.test_scripts import call
 

@@ -9,8 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import flash_ladder.model.gpt
+from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT, KVCache, rotary_angles, rotate
-from flash_ladder.schema import ModelConfig, UserError
+from flash_ladder.schema import ModelConfig
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 32, "vocab_size": 80, "max_seq_len": 24}
 GPT2_PARTS = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}

@@ -10,8 +10,8 @@ import textwrap
 import pytest
 import torch
 
+from flash_ladder.errors import UserError
 from flash_ladder.model.weights import load_weights
-from flash_ladder.schema import UserError
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run, read_checkpoint
 from tests.helpers.made_up import STEP, made_up_run, sharp_model
 

@@ -1,4 +1,4 @@
-"""flash_ladder.training.module: the schedule, what decays, and the stop before a loss that is not finite reaches the weights."""
+"""flash_ladder.training.module: the loss, clipping, and the stop before a loss that is not finite reaches the weights."""
 
 import math
 from dataclasses import asdict, replace
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flash_ladder.data.batches import TextData
-from flash_ladder.training.module import GPTModule, LossWatch, NotFinite, lr_factor, weight_decay_groups
+from flash_ladder.training.module import GPTModule, LossWatch, NotFinite
 from flash_ladder.training.run import train
 from tests.helpers.tiny import tiny_config, values
 
@@ -16,25 +16,6 @@ from tests.helpers.tiny import tiny_config, values
 def module(folder):
     cfg = tiny_config(folder)
     return GPTModule(asdict(replace(cfg, model=replace(cfg.model, vocab_size=320))), "eager")
-
-
-def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine_to_its_ratio():
-    factor = [lr_factor(step, warmup_steps=4, max_steps=15, min_lr_ratio=0.1) for step in range(15)]
-    assert factor[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factor[9] == pytest.approx(0.55)  # half way between step 4 and step 14
-    assert factor[14] == pytest.approx(0.1)
-    assert factor[4:] == sorted(factor[4:], reverse=True)
-    assert lr_factor(40, 4, 15, 0.1) == pytest.approx(0.1)
-    assert lr_factor(3, 10, 4, 0.1) == pytest.approx(4 / 11)  # a run that ends while warming up
-
-
-def test_matrices_decay_and_vectors_do_not(tmp_path):
-    net = module(tmp_path).net
-    decayed, kept = weight_decay_groups(net, 0.1)
-    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
-    kept_names = {name for name, p in net.named_parameters() if any(p is k for k in kept["params"])}
-    assert kept_names == {"blocks.0.attention_norm.weight", "blocks.0.mlp_norm.weight", "norm.weight"}
-    assert len(decayed["params"]) + len(kept["params"]) == len(list(net.parameters()))
 
 
 def test_compiling_in_place_keeps_the_names_in_a_checkpoint(tmp_path):

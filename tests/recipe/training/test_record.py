@@ -12,6 +12,7 @@ from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training import record as telemetry
 from flash_ladder.training.callbacks import Speed, Work
+from flash_ladder.training.metrics import attention_metrics
 from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb, seconds_since_start
 
 CPU = torch.device("cpu")
@@ -103,7 +104,7 @@ def test_eager_keeps_the_square_of_the_length_and_sdpa_its_multiple():
     assert long.bytes == 2 * short.bytes
     assert short.eager_bytes >= layer(256).score_bytes == 2 * 4 * 256 * 256 * 4
     assert 3.5 < long.eager_bytes / short.eager_bytes < 4
-    logged = long.metrics()
+    logged = attention_metrics(long)
     assert set(logged) == {
         "memory/attention_gib",
         "memory/attention_eager_gib",
@@ -124,22 +125,22 @@ def test_where_eager_does_not_fit_its_analytic_size_is_logged_and_marked(monkeyp
     monkeypatch.setattr("flash_ladder.measure.probe.free_memory", lambda: layer(64).score_bytes)
     probe = probe_attention(layer(64), "sdpa")
     assert probe.eager_bytes == layer(64).score_bytes and probe.eager_seconds is None
-    assert probe.metrics()["memory/attention_eager_is_analytic"] == 1
-    assert "speed/attention_speedup_vs_eager" not in probe.metrics()
+    assert attention_metrics(probe)["memory/attention_eager_is_analytic"] == 1
+    assert "speed/attention_speedup_vs_eager" not in attention_metrics(probe)
     assert "does not fit" in str(probe)
 
 
 def test_a_backend_in_the_interpreter_is_measured_in_memory_alone():
     probe = probe_attention(Layer(1, 1, 1, 32, 16, torch.float32, CPU), "flash_v2")
     assert probe.bytes == 32 * (16 + 1) * 4 and probe.seconds is None
-    assert not any(name.startswith("speed/") for name in probe.metrics())
+    assert not any(name.startswith("speed/") for name in attention_metrics(probe))
     assert "time not compared" in str(probe)
 
 
 def test_eager_is_its_own_measure():
     probe = probe_attention(layer(64), "eager")
-    assert probe.metrics()["memory/attention_saved_gib_vs_eager"] == 0
-    assert probe.metrics()["speed/attention_speedup_vs_eager"] == 1
+    assert attention_metrics(probe)["memory/attention_saved_gib_vs_eager"] == 0
+    assert attention_metrics(probe)["speed/attention_speedup_vs_eager"] == 1
 
 
 # ---- metrics.jsonl and environment.json ----

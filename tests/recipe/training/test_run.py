@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_ladder.front_door import UserError
+from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import decide
 from flash_ladder.schema import AttentionConfig
 from flash_ladder.training.run import printable, train
@@ -105,7 +105,9 @@ def test_the_report_says_what_a_run_came_to(whole):
 
 
 def test_best_is_the_lowest_validation_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr("flash_ladder.training.module.lr_factor", lambda step, *_: 1 if step < 2 else -1)  # two steps down, then up
+    monkeypatch.setattr(
+        "flash_ladder.training.optimizer.lr_factor", lambda step, *_: 1 if step < 2 else -1
+    )  # two steps down, then up
     train(tiny_config(tmp_path, val_every=1, max_steps=4), tmp_path / "run")
     losses = values(tmp_path / "run", "val/loss")
     assert len(losses) == 4

@@ -1,0 +1,60 @@
+"""The name of every metric that a run logs, with what it is of. metrics.jsonl, wandb and the closing report use no other.
+
+Where the device is not named it is the run's first one, rank 0's. "One layer" is one attention layer on one device at the run's
+shape, forward and backward, as measure/probe.py measures it once before training, beside eager attention.
+"""
+
+from __future__ import annotations
+
+from flash_ladder.measure.flops import attention_flops
+from flash_ladder.measure.probe import Probe
+from flash_ladder.units import GIB
+
+# ---- of an optimiser step ----
+
+TRAIN_LOSS = "train/loss"  # nats per token: mean over the step's batches, all devices
+TRAIN_LR = "train/lr"  # the step's learning rate
+
+# ---- of a validation ----
+
+VAL_LOSS = "val/loss"  # nats per token: mean over the validation's windows, all devices
+VAL_PERPLEXITY = "val/perplexity"  # exp(val/loss)
+
+# ---- of the steps since the last line, validation and checkpoints left out ----
+
+TOKENS_PER_SECOND = "speed/tokens_per_second"  # all devices together
+MODEL_TFLOPS = "speed/model_tflops"  # TFLOP/s of the whole model, all devices together, every pair of positions counted
+MFU = "speed/mfu"  # speed/model_tflops as a share of all devices' dense peak; absent where the peak is not known
+MFU_CAUSAL = "speed/mfu_causal"  # the same, counting of attention the half that a causal model needs
+FIRST_STEP_SECONDS = "speed/first_step_seconds"  # from the start of the process to the end of the first step, logged once
+PEAK_GIB = "memory/peak_gib"  # GiB, one device, the most so far: a GPU's tensors, or on a CPU the process's resident set
+
+# ---- of one layer, logged once ----
+
+ATTENTION_GIB = "memory/attention_gib"  # GiB that the chosen backend takes: the peak on a GPU, on a CPU what it keeps for backward
+ATTENTION_EAGER_GIB = "memory/attention_eager_gib"  # GiB that eager attention takes
+ATTENTION_EAGER_IS_ANALYTIC = (
+    "memory/attention_eager_is_analytic"  # 1: eager does not fit, and its GiB are a lower bound; 0: measured
+)
+ATTENTION_SAVED_GIB = "memory/attention_saved_gib_vs_eager"  # GiB: eager's less the backend's
+ATTENTION_SAVED_RATIO = "memory/attention_saved_ratio_vs_eager"  # eager's GiB over the backend's
+ATTENTION_TFLOPS = "speed/attention_tflops"  # TFLOP/s of the chosen backend, the causal half counted
+ATTENTION_SPEEDUP = "speed/attention_speedup_vs_eager"  # eager's time over the backend's
+
+
+def attention_metrics(probe: Probe) -> dict[str, float]:
+    """What the probe of one layer found, under the names above."""
+    logged = {
+        ATTENTION_GIB: probe.bytes / GIB,
+        ATTENTION_EAGER_GIB: probe.eager_bytes / GIB,
+        ATTENTION_EAGER_IS_ANALYTIC: float(probe.eager_is_analytic),
+        ATTENTION_SAVED_GIB: (probe.eager_bytes - probe.bytes) / GIB,
+        ATTENTION_SAVED_RATIO: probe.eager_bytes / probe.bytes,
+    }
+    if probe.seconds is not None:
+        layer = probe.layer
+        flops = attention_flops(layer.batch_size, layer.n_head, layer.seq_len, layer.head_dim)
+        logged[ATTENTION_TFLOPS] = flops / probe.seconds / 1e12
+        if probe.eager_seconds is not None:
+            logged[ATTENTION_SPEEDUP] = probe.eager_seconds / probe.seconds
+    return logged
