@@ -19,7 +19,7 @@ STRIDES = [f"stride_{x}{axis}" for x in ("o", "do", "dq") for axis in "bhn"]
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "n_head", "seq_q"], do_not_specialize_on_alignment=["LSE", "DLSE"])
-def prepare_kernel(
+def preprocess_kernel(
     O, DO, LSE, DLSE, STATS, DQ, COUNTER,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_on: tl.int64, stride_dob: tl.int64, stride_doh: tl.int64, stride_don: tl.int64,
     n_head, seq_q,
@@ -55,7 +55,7 @@ def prepare_kernel(
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "n_head", "seq_q"])
-def finish_kernel(
+def postprocess_kernel(
     SUM, DQ, stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqn: tl.int64, n_head, seq_q, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip

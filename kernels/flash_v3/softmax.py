@@ -106,7 +106,7 @@ def _in_range_operands(n: int) -> str:
 
 
 @gluon.jit
-def beside_nothing(p):
+def pad_keys(p):
     """P of half as many keys, with zeros for the other half."""
     both = gl.join(p, gl.full(p.shape, 0, gl.int32, p.type.layout))
     return both.permute((0, 3, 1, 2)).reshape([64, 2 * p.shape[1], 4])
