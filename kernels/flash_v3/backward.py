@@ -46,6 +46,7 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 @gluon.jit
 def _produce(state, CONSTANTS: gl.constexpr):
+    """The producer's warp: for each block K and V, then for each tile that sees it Q with its statistics, and dO."""
     tensors = state.tensors
     sizes = state.sizes
     memory = state.memory
@@ -104,7 +105,7 @@ def _load_tile(desc, batch, head, q_tile, full, buffers, slot, PARTS: gl.constex
 
 @gluon.jit
 def _skip_tiles(start, stop, offset, state, W: gl.constexpr, s_layout: gl.constexpr):
-    """Tiles that see the other warpgroup's keys and none of this one's: dS is zero."""
+    """Passes over tiles that see the other warpgroup's keys and none of this one's: it hands over a dS of zeros."""
     rings = state.rings
     for tile in range(start, stop):
         slot = (offset + tile) % 2
@@ -136,9 +137,9 @@ def _mainloop(
         S^T = K Q^T  ->  P = exp2(S - lse)  -------------------------->  dV += P dO
         dP^T = V dO^T - delta  ->  dS = P dP  ->  to dQ's warpgroup  ->  dK += dS Q
 
-    At head_dim 64 K and V stay in registers. Beyond there is no room for them, dP is issued only when the scores have become P,
-    and P is rounded for dV only when dS is made of it: it would need registers of its own beside P. At 256 both warpgroups compute
-    all of S and dP, and half of dK's and dV's columns each.
+    At head_dim 64 K and V stay in registers. Beyond there is no room for them. Then dP is issued only when the scores have become
+    P, and P is rounded for dV only when dS is made of it: rounded, it would need registers of its own beside P. At 256 both
+    warpgroups compute all of S and dP, and half of dK's and dV's columns each.
     """
     numbers = state.numbers
     sizes = state.sizes
@@ -155,15 +156,16 @@ def _mainloop(
     qk_scale = numbers.scale * LOG2E
     keys = index + (sizes.seq_q - sizes.seq_k)
     if MASKED:
-        # Each loop that masks takes the intervals anew, through a zero that the compiler cannot know: or it would keep them over
-        # the loop between.
+        # Each loop that masks computes the intervals again, through a zero that the compiler cannot know. Otherwise it would keep
+        # them in registers over the loop between.
         index += (sizes.seq_q - start) >> 31
         first, last = queries_that_see(index, batch, numbers, sizes)
         last = gl.where(index < sizes.seq_k, last, -1)
     for step in range(offset + start, offset + stop):
         slot = step & 1
         phase = (step >> 1) & 1
-        # Always zero, which the compiler cannot know: it would keep addresses of K and V in 24 registers over the loop, and spill.
+        # Always zero, but the compiler cannot know. Otherwise it would keep addresses of K and V in 24 registers over the loop, and
+        # spill.
         opaque_zero = step >> 31
         q = memory.q.index(slot * PARTS).reshape([QUERIES, WIDTH])
         do = memory.do.index(slot * PARTS).reshape([QUERIES, WIDTH])
@@ -282,7 +284,8 @@ def _consume(W: gl.constexpr, state, CONSTANTS: gl.constexpr):
                 dk, dv = _mainloop(dk, dv, end, stop, offset, k, v, index, batch, slope, zero, state, W, CONSTANTS, MASKED=True)
                 _skip_tiles(stop, all_highest + 1, offset, state, W, s_layout)
             done += gl.maximum(all_highest + 1 - all_lowest, 0)
-        # Both through V's buffer: K may still be at work in dQ. This warpgroup alone reads it or, at head_dim 256, both do.
+        # dV and dK leave through V's buffer, since dQ's warpgroup may still read K. This warpgroup alone reads V or, at head_dim
+        # 256, both do.
         if WIDE:
             wait_other_consumer(W)
         at = [batch, kv_head, key, 128 * W if WIDE else 0]
@@ -298,7 +301,7 @@ def _consume(W: gl.constexpr, state, CONSTANTS: gl.constexpr):
 
 @gluon.jit
 def _store_rows(descriptor, coordinates, rows, buffer, WIDTH: gl.constexpr):
-    """Rows to memory, through a buffer that is free again on return."""
+    """Writes rows to memory, through a buffer that is free again on return."""
     buffer.reshape([64, WIDTH]).store(rows)
     fence_async_shared()
     tma_store(descriptor, coordinates, buffer)

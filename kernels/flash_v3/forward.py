@@ -37,13 +37,14 @@ from .state import ForwardConstants, ForwardMemory, ForwardRings, ForwardState, 
 
 @gluon.jit
 def _blocks(row, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, batch, numbers, sizes):
-    """Span of the blocks of keys that ROWS queries from `row` on see; one at least is seen by any."""
+    """Span of the blocks of keys that the ROWS queries from `row` on see. It has at least one block."""
     start, all_to = keys_seen_by(row, batch, numbers, sizes)
     all_from, end = keys_seen_by(row + ROWS - 1, batch, numbers, sizes)
     lowest = start // BLOCK_K
     highest = gl.maximum(gl.maximum(end, 0) // BLOCK_K, lowest)
+    whole_from = gl.cdiv(all_from, BLOCK_K)
     whole_to = gl.maximum(all_to + 1, 0) // BLOCK_K - 1
-    return Span(lowest=lowest, highest=highest, whole_from=gl.cdiv(all_from, BLOCK_K), whole_to=whole_to)
+    return Span(lowest=lowest, highest=highest, whole_from=whole_from, whole_to=whole_to)
 
 
 # ---- the producer ----
@@ -51,6 +52,7 @@ def _blocks(row, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, batch, numbers, size
 
 @gluon.jit
 def _produce(state, CONSTANTS: gl.constexpr):
+    """The producer's warp: for each tile K of the last block, Q, V of the last block, then K and V of each block before."""
     tensors = state.tensors
     memory = state.memory
     rings = state.rings
@@ -89,7 +91,7 @@ def _produce(state, CONSTANTS: gl.constexpr):
 
 @gluon.jit
 def _skip_blocks(n_blocks, step, state, W: gl.constexpr, CONSTANTS: gl.constexpr):
-    """Blocks that other warpgroups see and this one does not: released unread."""
+    """Releases, unread, blocks that other warpgroups see and this one does not."""
     rings = state.rings
     BUFFERS: gl.constexpr = CONSTANTS.BUFFERS
     for _ in range(n_blocks):
@@ -110,12 +112,12 @@ def _mainloop(
     acc, l, m, p, block, n_blocks, step, q, rows, state,
     W: gl.constexpr, CONSTANTS: gl.constexpr, MASKED: gl.constexpr, FROM: gl.constexpr,
 ):  # fmt: skip
-    """Blocks from `block` downwards: scores of this one, then the product of the one before with its values, still owed.
+    """Blocks from `block` downwards. Each step makes the scores of its block and the product P V that the block before still owes.
 
         take the tensor cores  ->  S = Q K^T of this block, O += P V of the one before  ->  pass them on  ->  P of this block
 
-    With two warpgroups the softmax also runs under the warpgroup's own P V. With three there are no registers for its P beside the
-    next one, and the others' products suffice.
+    With two warpgroups a warpgroup's softmax also runs under its own P V. With three there are no registers for one P beside the
+    next, and the products of the others suffice.
     """
     cap = state.numbers.cap
     memory = state.memory
@@ -170,8 +172,9 @@ def _mainloop(
 def _consume(W: gl.constexpr, state, CONSTANTS: gl.constexpr):
     """Warpgroup W: rows 64 W to 64 W + 63 of every tile.
 
-    The last block that it sees comes first (the prologue), then _mainloop goes down to the first; the last product and what is
-    stored are the epilogue.
+    prologue  S and P of the last block that the rows see, always masked
+    mainloop  down to their first block: blocks cut at their end, whole blocks, blocks cut at their start
+    epilogue  the last P V; lse and O to memory
     """
     tensors = state.tensors
     numbers = state.numbers
@@ -221,7 +224,6 @@ def _consume(W: gl.constexpr, state, CONSTANTS: gl.constexpr):
         if CONSTANTS.Q_IN_REGISTERS:
             q = q.load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2))
             mbarrier.arrive(rings.q_empty.index(W), count=1)
-        # The last block first, always masked; then down to the first.
         slot = step % BUFFERS
         mbarrier.wait(rings.k_full.index(slot), (step // BUFFERS) & 1)
         take_tensor_cores(W)

@@ -1,10 +1,10 @@
 """FlashAttention-3 for Hopper, in Gluon: TMA, asynchronous wgmma and warps with different work.
 
 Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024). The mathematics is that of
-flash_v2; what changes is who does what when, which `forward.py` and `backward.py` say for each kernel. The
-backward is five matrix products in one kernel (flash_v2: seven in two), because dQ is added up in memory, in float32, by all blocks
-of keys that see a query. The order of these additions changes from run to run, and with it the last bits of dq, unless
-deterministic gradients are asked for; dk, dv and the forward are always the same.
+flash_v2; what changes is who does what when, which `forward.py` and `backward.py` say for each kernel. The backward is five matrix
+products in one kernel (flash_v2: seven in two), because all blocks of keys that see a query add to its dQ in memory, in float32.
+The order of these additions changes from run to run, and with it the last bits of dq, unless deterministic gradients are asked
+for; dk, dv and the forward are always the same.
 
 This file is the host's side: which inputs these kernels take, how TMA is told where the tensors lie, and how many warps do what.
 """
@@ -134,7 +134,7 @@ def ds_swizzle(block_d: int, deterministic: bool) -> int:
     """Over how many bytes the backward swizzles dS in shared memory.
 
     A thread's four stores take one address over 32 bytes, two over 64, four over 128, and the consumers have no registers to spare.
-    On Triton 3.6 and 3.9 these spill nothing at head_dim 64 and 128; of several that do not, the fastest (docs/log.md).
+    On Triton 3.6 and 3.9 these values spill nothing at head_dim 64 and 128; of several such they are the fastest (docs/log.md).
     """
     if TRITON >= (3, 9) and (block_d == 128 or deterministic):
         return 64

@@ -1,6 +1,9 @@
-"""What runs before and after flash_v3's backward kernel.
+"""What runs before and after flash_v3's backward kernel, in Triton.
 
-Its dQ is added up in float32, tile by tile of 64 queries, [B * Hq * tiles, 64 * BLOCK_D] with head_dim rounded up to BLOCK_D.
+    preprocess     O, dO, lse  ->  row statistics for the backward kernel; a sum of zeros for dQ; counters of zero
+    postprocess    dQ's sum, as the threads held it  ->  dQ in rows, scaled, in the inputs' dtype
+
+dQ is added up in float32, tile by tile of 64 queries, [B * Hq * tiles, 64 * BLOCK_D] with head_dim rounded up to BLOCK_D.
 """
 
 import triton
@@ -11,7 +14,7 @@ from ..tile_ops import LOG2E, load_tile, store_tile, tile_offsets
 
 @triton.jit
 def of_8(stride):
-    """A stride of which the compiler knows what `reachable` has seen to: it is a multiple of 8 elements."""
+    """Tells the compiler that a stride is a multiple of 8 elements: `reachable` has made sure of it."""
     return tl.multiple_of(stride, 8)
 
 
@@ -59,7 +62,7 @@ def postprocess_kernel(
     SUM, DQ, stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqn: tl.int64, n_head, seq_q, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of queries, whose sum it brings into order, scales and rounds."""
+    """One program: a tile of queries. It brings the tile's sum into order, scales it and rounds it."""
     n_tile = tl.cdiv(seq_q, QUERIES)
     tile = tl.program_id(0) % n_tile
     batch = (tl.program_id(0) // n_tile // n_head).to(tl.int64)
