@@ -58,7 +58,7 @@ def _produce(state, CONSTANTS: gl.constexpr):
     BLOCK: gl.constexpr = keys_of(HEAD_DIM)
     step = 0
     n = 0
-    kv_block, batch, kv_head = draw(state.schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
+    kv_block, batch, kv_head = draw(state.schedule, n, sizes, FROM_LAST=DETERMINISTIC, IN_ORDER=DETERMINISTIC)
     while kv_block >= 0:
         key = kv_block * BLOCK
         tiles = tiles_of(key, BLOCK, batch, state.numbers, sizes)
@@ -79,7 +79,7 @@ def _produce(state, CONSTANTS: gl.constexpr):
                 _load_tile(tensors.do, batch, head, q_tile, rings.do_full.index(slot), memory.do, slot, PARTS)
                 step += 1
         n += 1
-        kv_block, batch, kv_head = draw(state.schedule, n, sizes, DETERMINISTIC, DETERMINISTIC)
+        kv_block, batch, kv_head = draw(state.schedule, n, sizes, FROM_LAST=DETERMINISTIC, IN_ORDER=DETERMINISTIC)
     for slot in gl.static_range(2):  # what the consumers have released last
         wait_tile_empty(slot)
 
