@@ -1,10 +1,10 @@
 """FlashAttention-3 for Hopper, in Gluon: TMA, asynchronous wgmma and warps with different work.
 
 Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision" (2024). The mathematics is that of
-flash_v2; what changes is who does what when, which `flash_v3_forward.py` and `flash_v3_backward.py` say for each kernel. The
-backward is five matrix products in one kernel (flash_v2: seven in two), because dQ is added up in memory, in float32, by all blocks
-of keys that see a query. The order of these additions changes from run to run, and with it the last bits of dq, unless
-deterministic gradients are asked for; dk, dv and the forward are always the same.
+flash_v2; what changes is who does what when, which `forward.py` and `backward.py` say for each kernel. The backward is five matrix
+products in one kernel (flash_v2: seven in two), because all blocks of keys that see a query add to its dQ in memory, in float32.
+The order of these additions changes from run to run, and with it the last bits of dq, unless deterministic gradients are asked
+for; dk, dv and the forward are always the same.
 
 This file is the host's side: which inputs these kernels take, how TMA is told where the tensors lie, and how many warps do what.
 """
@@ -24,15 +24,16 @@ from ..documents import tensors_for_kernels
 from ..generations import capability, dtype_name
 from ..launch import on
 from ..layout import heads_last
-from . import protocol as steps
+from . import protocol
 from .backward import backward_kernel
 from .forward import forward_kernel
-from .pre_post import finish_kernel, prepare_kernel
+from .pre_post import postprocess_kernel, preprocess_kernel
+from .state import BackwardConstants, ForwardConstants, Sizes
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 L2 = 16 * 2**20  # bytes that the heads at work at a time may read again and again
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-QUERIES = steps.QUERIES.value  # of a warpgroup's tile
+QUERIES = protocol.QUERIES.value  # of a warpgroup's tile
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, features: frozenset[str]) -> str | None:
@@ -135,7 +136,7 @@ def ds_swizzle(block_d: int, deterministic: bool) -> int:
     """Over how many bytes the backward swizzles dS in shared memory.
 
     A thread's four stores take one address over 32 bytes, two over 64, four over 128, and the consumers have no registers to spare.
-    On Triton 3.6 and 3.9 these spill nothing at head_dim 64 and 128; of several that do not, the fastest (docs/log.md).
+    On Triton 3.6 and 3.9 these values spill nothing at head_dim 64 and 128; of several such they are the fastest (docs/log.md).
     """
     if TRITON >= (3, 9) and (block_d == 128 or deterministic):
         return 64
@@ -217,10 +218,10 @@ class Plan(NamedTuple):
     programs: int
     block_d: int
     block_k: int
-    numbers: tuple[Any, ...]  # the arguments after the tensors
+    numbers: tuple[Any, ...]  # the arguments after the tensors: what is asked, Sizes, constants
 
 
-def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
+def forward_constants(inputs: Inputs, chosen: Forward) -> ForwardConstants:
     """What the forward's kernel has compiled in."""
     is_causal, shift = inputs.numbers.ahead == 0, inputs.seq_k - inputs.shape[2]
     # Beside the last block a tile sees, others may be cut at their end: by a window or documents, or a diagonal that misses the
@@ -228,15 +229,20 @@ def forward_constants(inputs: Inputs, chosen: Forward) -> tuple[int, ...]:
     between = shift % QUERIES != 0 if is_causal else inputs.cut_to()
     half = is_causal and chosen.halves() and shift % chosen.block_k == 0
     consumer, producer, _ = chosen.registers()
-    block = (chosen.block_k, inputs.block_d(), chosen.buffers, chosen.q_in_registers)
-    return inputs.group(), chosen.warpgroups, *block, between, half, consumer, producer
+    return ForwardConstants(
+        GROUP=inputs.group(), WARPGROUPS=chosen.warpgroups, BLOCK_K=chosen.block_k, HEAD_DIM=inputs.block_d(),
+        BUFFERS=chosen.buffers, Q_IN_REGISTERS=chosen.q_in_registers, BETWEEN=between, HALF=half,
+        CONSUMER_REGISTERS=consumer, PRODUCER_REGISTERS=producer,
+    )  # fmt: skip
 
 
-def backward_constants(inputs: Inputs, deterministic: bool) -> tuple[int, ...]:
+def backward_constants(inputs: Inputs, deterministic: bool) -> BackwardConstants:
     """What the backward's main kernel has compiled in."""
     block_d = inputs.block_d()
-    held = backward_buffers(inputs), ds_swizzle(block_d, deterministic)
-    return inputs.group(), block_d, *held, inputs.cut_from(), inputs.cut_to(), deterministic
+    return BackwardConstants(
+        GROUP=inputs.group(), HEAD_DIM=block_d, BUFFERS=backward_buffers(inputs), SWIZZLE=ds_swizzle(block_d, deterministic),
+        FROM=inputs.cut_from(), TO=inputs.cut_to(), DETERMINISTIC=deterministic,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -248,7 +254,10 @@ def forward_plan(inputs: Inputs, output_dtype: torch.dtype, use: Forward | None)
     n_tiles = n_tile * batch * n_head
     at_once = min(batch * n_head, max(1, L2 // (inputs.seq_k * block_d * 4)) * inputs.group())
     constants = forward_constants(inputs, chosen)
-    sizes = (n_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch * n_head)
+    sizes = Sizes(
+        heads=n_head, seq_q=seq_q, seq_k=inputs.seq_k,
+        n_tile=n_tile, n_tiles=n_tiles, heads_at_once=at_once, batch_heads=batch * n_head,
+    )  # fmt: skip
     _, _, average = chosen.registers()
     run = ready(forward_kernel, average, *inputs.kind(), output_dtype, constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, chosen.block_k, (*inputs.numbers, *sizes, *constants))
@@ -264,12 +273,15 @@ def backward_plan(inputs: Inputs, deterministic: bool) -> Plan:
     """The launch of the backward's main kernel."""
     (batch, _, seq_q, _), block_d = inputs.shape, inputs.block_d()
     batch_heads = batch * inputs.n_kv_head
-    block_k = steps.keys_of(block_d)
+    block_k = protocol.keys_of(block_d)
     n_tile = -(-inputs.seq_k // block_k)
     n_tiles = n_tile * batch_heads
     at_once = min(batch_heads, max(1, L2 // (seq_q * block_d * 8 * inputs.group())))
     constants = backward_constants(inputs, deterministic)
-    sizes = (inputs.n_kv_head, seq_q, inputs.seq_k, n_tile, n_tiles, at_once, batch_heads)
+    sizes = Sizes(
+        heads=inputs.n_kv_head, seq_q=seq_q, seq_k=inputs.seq_k,
+        n_tile=n_tile, n_tiles=n_tiles, heads_at_once=at_once, batch_heads=batch_heads,
+    )  # fmt: skip
     run = ready(backward_kernel, BACKWARD_REGISTERS, *inputs.kind(), constants)
     return Plan(run, min(multiprocessors(inputs.device), n_tiles), block_d, block_k, (*inputs.numbers, *sizes, *constants))
 
@@ -325,7 +337,7 @@ def backward(
     if query.numel() == 0 or key.shape[2] == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     plan = backward_plan(_inputs(query, key, asked), asked.deterministic)
-    d, box = plan.block_d, (1, 1, 64, steps.width_of(plan.block_d))  # what TMA moves at a time, of queries and of keys
+    d, box = plan.block_d, (1, 1, 64, protocol.width_of(plan.block_d))  # what TMA moves at a time, of queries and of keys
     with on(query.device):
         grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
         query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))
@@ -335,7 +347,7 @@ def backward(
         counter = torch.empty(1 + tiles, device=query.device, dtype=torch.int32)
         constants = (head_dim, d, QUERIES)
         kind = (query.device, query.dtype, constants)
-        ready(prepare_kernel, None, *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
+        ready(preprocess_kernel, None, *kind, output.dtype, lse.dtype, None if grad_lse is None else grad_lse.dtype)(
             tiles, output, grad_output, lse, grad_lse, stats, dq_sum, counter,
             *output.stride()[:3], *grad_output.stride()[:3], n_head, seq_q, *constants,
         )  # fmt: skip
@@ -346,7 +358,7 @@ def backward(
             _descriptor(dk, *box), _descriptor(dv, *box),
             *tensors_for_kernels(asked, query.device), counter, *plan.numbers,
         )  # fmt: skip
-        ready(finish_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, asked.scale, *constants)
+        ready(postprocess_kernel, None, *kind)(tiles, dq_sum, dq, *dq.stride()[:3], n_head, seq_q, asked.scale, *constants)
     return dq, dk, dv
 
 

@@ -1,6 +1,9 @@
-"""What runs before and after flash_v3's backward kernel.
+"""What runs before and after flash_v3's backward kernel, in Triton.
 
-Its dQ is added up in float32, tile by tile of 64 queries, [B * Hq * tiles, 64 * BLOCK_D] with head_dim rounded up to BLOCK_D.
+    preprocess     O, dO, lse  ->  row statistics for the backward kernel; a sum of zeros for dQ; counters of zero
+    postprocess    dQ's sum, as the threads held it  ->  dQ in rows, scaled, in the inputs' dtype
+
+dQ is added up in float32, tile by tile of 64 queries, [B * Hq * tiles, 64 * BLOCK_D] with head_dim rounded up to BLOCK_D.
 """
 
 import triton
@@ -11,7 +14,7 @@ from ..tile_ops import LOG2E, load_tile, store_tile, tile_offsets
 
 @triton.jit
 def of_8(stride):
-    """A stride of which the compiler knows what `reachable` has seen to: it is a multiple of 8 elements."""
+    """Tells the compiler that a stride is a multiple of 8 elements: `reachable` has made sure of it."""
     return tl.multiple_of(stride, 8)
 
 
@@ -19,7 +22,7 @@ STRIDES = [f"stride_{x}{axis}" for x in ("o", "do", "dq") for axis in "bhn"]
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "n_head", "seq_q"], do_not_specialize_on_alignment=["LSE", "DLSE"])
-def prepare_kernel(
+def preprocess_kernel(
     O, DO, LSE, DLSE, STATS, DQ, COUNTER,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_on: tl.int64, stride_dob: tl.int64, stride_doh: tl.int64, stride_don: tl.int64,
     n_head, seq_q,
@@ -55,11 +58,11 @@ def prepare_kernel(
 
 
 @triton.jit(do_not_specialize=[*STRIDES, "n_head", "seq_q"])
-def finish_kernel(
+def postprocess_kernel(
     SUM, DQ, stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqn: tl.int64, n_head, seq_q, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of queries, whose sum it brings into order, scales and rounds."""
+    """One program: a tile of queries. It brings the tile's sum into order, scales it and rounds it."""
     n_tile = tl.cdiv(seq_q, QUERIES)
     tile = tl.program_id(0) % n_tile
     batch = (tl.program_id(0) // n_tile // n_head).to(tl.int64)

@@ -1,14 +1,14 @@
 """The softmax of flash_v3's forward: P against a maximum that lags behind.
 
-A running maximum m only has to keep P in range: any other value would cancel in O and lse. So past a tile's first block none is
-taken. P is made with the m there is, and its row sums, which are needed anyway, tell whether a score was far above it; only then,
-in a branch, are the rows' maxima taken and P made again. The rescaling of O is behind a branch too, since m seldom moves.
+A running maximum m only has to keep P in range: any other value would cancel in O and lse. So past a tile's first block no maximum
+is taken. P is made with the m there is, and its row sums, which are needed anyway, tell whether a score was far above m. Only then,
+in a branch, the kernel takes the rows' maxima and makes P again. The rescaling of O is behind a branch too, since m seldom moves.
 (FlashAttention-4 leaves out rescaling for small moves of m; here the maximum itself is left out as well.)
 
-Of S [64, keys], as products leave it, a thread holds two columns of one row and two of another in turns, and four lanes share a
-row. All is kept as the threads have it: what belongs to rows is [64, 4], a column for each of the four lanes, of which m has equal
-copies and l a part of the sum each; P is [64, keys / 8, 4] int32, pairs of half-precision numbers. So nothing moves between lanes
-until a tile's end.
+A wgmma leaves S [64, keys] so that a thread holds two columns of one row and two of another in turns, and four lanes share a row.
+Everything stays as the threads have it. What belongs to rows is [64, 4], a column for each of the four lanes: m has equal copies
+there, and l a part of the sum in each. P is [64, keys / 8, 4] int32, pairs of half-precision numbers. So nothing moves between
+lanes until a tile's end.
 """
 
 from triton.experimental import gluon
@@ -33,7 +33,7 @@ def softmax_of_first(s, qk_scale, dtype: gl.constexpr):
 
 @gluon.jit
 def softmax_of_next(s, m, l, qk_scale, dtype: gl.constexpr):
-    """P of a further block; m and l with it, and what O so far is to be multiplied by."""
+    """P of a further block, m and l with it, and the factor that O so far must be multiplied by."""
     KEYS: gl.constexpr = s.shape[1]
     TEXT: gl.constexpr = _in_range_text(KEYS // 2, dtype)
     OPERANDS: gl.constexpr = _in_range_operands(KEYS // 2)
@@ -69,7 +69,8 @@ def _of_rows(x):
 
 @gluon.constexpr_function
 def _in_range_text(n: int, dtype: object) -> str:
-    """Of a thread's n scores: if the sum of P in any of the warp's rows is over 2^14, the rows' maxima, and P and its sums anew.
+    """PTX on a thread's n scores: if the sum of P in any of the warp's rows is over 2^14, it takes the rows' maxima and makes P and
+    its sums again.
 
     Operands: n / 2 pairs of P, each followed by a number that is not used; n of m and n of the sums, of which the first of each of
     the two rows count; what these hold before (`_in_range_operands`); n scores; and the scale.
@@ -106,8 +107,8 @@ def _in_range_operands(n: int) -> str:
 
 
 @gluon.jit
-def beside_nothing(p):
-    """P of half as many keys, with zeros for the other half."""
+def pad_keys(p):
+    """P of half a block's keys, padded with zeros to the whole block."""
     both = gl.join(p, gl.full(p.shape, 0, gl.int32, p.type.layout))
     return both.permute((0, 3, 1, 2)).reshape([64, 2 * p.shape[1], 4])
 
@@ -124,7 +125,7 @@ def as_operand(p, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def rescaled(acc, rescale):
-    """acc [64, head_dim] times its rows' factors; nothing is done where all of the warp's are one."""
+    """acc [64, head_dim] times its rows' factors. A warp whose factors are all one does nothing."""
     HEAD_DIM: gl.constexpr = acc.shape[1]
     TEXT: gl.constexpr = _rescaled_text(HEAD_DIM // 2)
     OPERANDS: gl.constexpr = _rescaled_operands(HEAD_DIM // 2)
@@ -137,7 +138,7 @@ def rescaled(acc, rescale):
 
 @gluon.constexpr_function
 def _rescaled_text(n: int) -> str:
-    """All of a thread's n elements, and from $2n on as many factors: the first row's first, the other's two further."""
+    """PTX on all of a thread's n elements. From $2n on come as many factors: the first row's first, the other row's two further."""
     products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i};" for i in range(n))
     return (
         f"{{ .reg .pred moved; setp.neu.f32 moved, ${2 * n}, 0f3F800000; setp.neu.or.f32 moved, ${2 * n + 2}, 0f3F800000, moved; "

@@ -23,7 +23,7 @@ def compute_sanitizer() -> str | None:
 
 
 # Ours, by a part of their names, and none of PyTorch's, which would cost time.
-KERNELS = [f"kns={name}_kernel" for name in ("forward", "backward", "dq", "dkdv", "prepare", "finish", "bounds")]
+KERNELS = [f"kns={name}_kernel" for name in ("forward", "backward", "dq", "dkdv", "preprocess", "postprocess", "bounds")]
 
 
 # What racecheck reports of flash_v3 though it is ordered, because it does not follow mbarriers and barriers of some warps: the
@@ -41,7 +41,11 @@ ORDERED_UNSEEN = (
 def unexplained(report: str) -> list[str]:
     """The lines of ours that racecheck names, without those of ORDERED_UNSEEN."""
     named = sorted(set(re.findall(r"access at \S+ in (\S+\.py):(\d+)", report)))
-    lines = {f"{name}:{line}": (KERNELS_FOLDER / name).read_text().splitlines()[int(line) - 1] for name, line in named}
+    found = {
+        name: next(KERNELS_FOLDER / folder / name for folder in ("flash_v3", "") if (KERNELS_FOLDER / folder / name).exists())
+        for name, _ in named
+    }
+    lines = {f"{name}:{line}": found[name].read_text().splitlines()[int(line) - 1] for name, line in named}
     return [f"{where}: {text.strip()}" for where, text in lines.items() if not any(part in text for part in ORDERED_UNSEEN)]
 
 

@@ -128,7 +128,7 @@ def compile_flash_v3(given: flash_v3.Inputs, setting: flash_v3.Forward | bool, o
     left_out = [name for name, value in given.numbers._asdict().items() if value is None]
     left_out += [] if given.documents else ["first_ptr", "last_ptr"]
     left_out += [] if given.slopes else ["slopes_ptr"]
-    constants = dict.fromkeys(left_out) | dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
+    constants = dict.fromkeys(left_out) | values._asdict()
     signature = {
         argument: "constexpr"
         if argument in constants

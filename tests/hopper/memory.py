@@ -104,7 +104,7 @@ def allocate(dtype: gl.dtype, shape: list[int], me: Any) -> Shared:
     return Shared(data, [Slot(f"{dtype} {shape}[{i}]") for i in range(shape[0])], None, me)
 
 
-def seen_as(memory: Shared, dtype: gl.dtype, shape: list[int], layout: Any) -> Shared:
+def reinterpreted(memory: Shared, dtype: gl.dtype, shape: list[int], layout: Any) -> Shared:
     """The same memory, and the same slots, with another dtype and shape."""
     flat = memory.data.reshape(-1).view(torch.uint8)
     n_bytes = DTYPES[dtype].itemsize * torch.Size(shape).numel()

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from tests.helpers import ptx
 from tests.hopper.machine import ADDED, BULK, LOAD, MMA, Clock, Event, Machine, MBarrier, Thread, come
-from tests.hopper.memory import Pointer, Shared, Tiles, allocate, seen_as
+from tests.hopper.memory import Pointer, Shared, Tiles, allocate, reinterpreted
 from tests.hopper.values import DTYPES, HardwareFault, Number, Value, divided, of_both, tensor, together
 
 
@@ -49,7 +49,7 @@ class Words:
             "fence_async_shared": self.fence,
             "warpgroup_mma": self.product,
             "warpgroup_mma_wait": self.await_products,
-            "seen_as": seen_as,
+            "reinterpreted": reinterpreted,
         }
 
     def me(self) -> Thread:

@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flash_ladder.kernels.asked import Asked, numbers_for_kernels
 from flash_ladder.kernels.flash_v3 import launch as flash_v3
-from flash_ladder.kernels.flash_v3.pre_post import finish_kernel, prepare_kernel
+from flash_ladder.kernels.flash_v3.pre_post import postprocess_kernel, preprocess_kernel
 
 TILE = flash_v3.QUERIES
 CASES = [(64, 128), (80, 1), (128, 100), (16, 65), (192, 70)]
@@ -30,7 +30,7 @@ def padded(x: torch.Tensor, block_d: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("head_dim", "seq"), CASES)
-def test_prepare(head_dim, seq):
+def test_preprocess(head_dim, seq):
     """Row statistics, infinite for rows that see nothing and rows beyond the end; a cleared sum and counters."""
     block_d = max(64, triton.next_power_of_2(head_dim))
     output, grad = torch.randn(2, 2, 3, seq, head_dim).unbind()
@@ -41,7 +41,7 @@ def test_prepare(head_dim, seq):
     stats, sums = torch.full((tiles, 2, TILE), 7.0), torch.full((tiles, TILE * block_d), 7.0)
     counter = torch.full((1 + tiles,), 7, dtype=torch.int32)
     sizes = (*output.stride()[:3], *grad.stride()[:3], 3, seq, head_dim, block_d, TILE)
-    prepare_kernel[(tiles,)](output, grad, lse, grad_lse, stats, sums, counter, *sizes)
+    preprocess_kernel[(tiles,)](output, grad, lse, grad_lse, stats, sums, counter, *sizes)
     expected = torch.full((2, 3, -(-seq // TILE) * TILE), math.inf)
     expected[:, :, :seq] = torch.where(lse.isinf(), math.inf, lse / math.log(2))
     torch.testing.assert_close(stats[:, 0].flatten(), expected.flatten())
@@ -51,7 +51,7 @@ def test_prepare(head_dim, seq):
 
 
 @pytest.mark.parametrize(("head_dim", "seq"), CASES)
-def test_finish(head_dim, seq):
+def test_postprocess(head_dim, seq):
     """The sum as a warpgroup's threads hold it, back in order, scaled, and nothing written beside it."""
     block_d = max(64, triton.next_power_of_2(head_dim))
     dq = torch.randn(2, 3, seq, head_dim)
@@ -61,7 +61,7 @@ def test_finish(head_dim, seq):
     room = torch.full((2, seq + 2, 3, head_dim + 8), 5.0, dtype=torch.bfloat16)
     found = room[:, 1:-1, :, :head_dim].transpose(1, 2)
     sizes = (*found.stride()[:3], 3, seq, 0.5, head_dim, block_d, TILE)
-    finish_kernel[(held.shape[0],)](held, found, *sizes)
+    postprocess_kernel[(held.shape[0],)](held, found, *sizes)
     torch.testing.assert_close(found, (dq * 0.5).bfloat16())
     found.fill_(5.0)
     assert (room == 5.0).all()
@@ -134,8 +134,42 @@ def test_what_the_forward_masks():
         (given(4096, head_dim=128, documents=True)._replace(seq_k=4096 + 64), (False, False)),
         (given(4096, head_dim=128, window_size=2048)._replace(seq_k=4096 + 1), (True, False)),
     ):
-        *_, between, half, _, _ = flash_v3.forward_constants(inputs, flash_v3.forward_setting(inputs))
-        assert (between, half) == expected, inputs
+        constants = flash_v3.forward_constants(inputs, flash_v3.forward_setting(inputs))
+        found = constants.BETWEEN, constants.HALF
+        assert found == expected, inputs
+
+
+def named(kernel, values) -> dict:
+    """The last arguments of a kernel by their names."""
+    return dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [(flash_v3.forward_kernel, flash_v3.ForwardConstants), (flash_v3.backward_kernel, flash_v3.BackwardConstants)],
+)
+def test_constants_have_the_names_of_the_kernel_s_arguments(kernel, constants):
+    """In its order: they are handed over by position. It has no other constants, and these come last."""
+    assert [p.name for p in kernel.params if p.is_constexpr] == list(constants._fields)
+    assert kernel.arg_names[-len(constants._fields) :] == list(constants._fields)
+
+
+def test_a_plan_s_numbers_meet_the_kernel_s_arguments(monkeypatch):
+    """What is asked, sizes and constants, each under its name."""
+    monkeypatch.setattr(flash_v3, "multiprocessors", lambda device: 132)
+    inputs = given(4096, window_size=512, softcap=30.0)._replace(shape=(2, 6, 4096, 64), n_kv_head=3, seq_k=5000)
+    asked = inputs.numbers._asdict()
+    plan, setting = flash_v3.forward_plan(inputs, torch.bfloat16, None), flash_v3.forward_setting(inputs)
+    sizes = {"n_head": 6, "seq_q": 4096, "seq_k": 5000, "n_tile": 32, "n_tiles": 384, "heads_at_once": 12, "batch_heads": 12}
+    expected = asked | sizes | flash_v3.forward_constants(inputs, setting)._asdict()
+    assert named(flash_v3.forward_kernel, plan.numbers) == expected
+    plan = flash_v3.backward_plan(inputs, True)
+    sizes = {"n_kv_head": 3, "seq_q": 4096, "seq_k": 5000, "n_tile": 40, "n_tiles": 240, "heads_at_once": 4, "batch_heads": 6}
+    expected = asked | sizes | flash_v3.backward_constants(inputs, True)._asdict()
+    assert named(flash_v3.backward_kernel, plan.numbers) == expected
+    for kernel, heads in ((flash_v3.forward_kernel, "n_head"), (flash_v3.backward_kernel, "n_kv_head")):
+        first = kernel.arg_names.index(heads)
+        assert kernel.arg_names[first : first + 7] == [heads, *flash_v3.Sizes._fields[1:]]
 
 
 def test_backward_buffers():

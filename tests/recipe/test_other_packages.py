@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,8 +73,9 @@ def test_the_doctor_runs_beside_another_kernels(tmp_path, other):
 
 
 def test_the_tests_themselves_find_what_is_installed(monkeypatch, other):
-    """The repository's root, which pytest needs on the path for `tests`, comes last."""
-    *before, root = sys.path
-    assert Path(root).resolve() == ROOT
-    monkeypatch.setattr(sys, "path", [*before, str(other), root])
+    """The repository's root, which pytest needs on the path for `tests`, comes after what is installed."""
+    entries = [Path(entry).resolve() for entry in sys.path]
+    assert entries.index(ROOT) > entries.index(Path(sysconfig.get_paths()["purelib"]).resolve()) and entries.count(ROOT) == 1
+    place = entries.index(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path[:place], str(other), *sys.path[place:]])
     assert Path(find_spec("kernels").origin).parents[1] == other
