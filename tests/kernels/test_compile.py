@@ -77,7 +77,7 @@ OTHER_TRITONS = [folder for folder in os.environ.get("OTHER_TRITONS", "").split(
 # What these compile of flash_v1 and flash_v2 (test_near_limits), by capability and dtype, and of flash_v3 (test_flash_v3).
 NEAR_LIMITS = {
     (75, "float16"): ["flash_v1/causal/64", "flash_v1/causal/128"],
-    (80, "bfloat16"): ["flash_v1/causal/128", "flash_v2/causal/128"],
+    (80, "bfloat16"): ["flash_v1/causal/40", "flash_v1/causal/128", "flash_v2/causal/128"],
     (86, "bfloat16"): ["flash_v2/causal/128"],
     (86, "float32"): ["flash_v1/causal/64", "flash_v1/causal/256", "flash_v2/causal/128", "flash_v2/causal/256"],
     (90, "bfloat16"): ["flash_v1/causal/64", "flash_v2/causal/256", "flash_v2/window/128"],
@@ -175,9 +175,9 @@ OTHERS = [pytest.param(folder, id=version_in(folder)) for folder in OTHER_TRITON
 
 @pytest.mark.parametrize("folder", OTHERS)
 def test_near_limits(folder):
-    """flash_v1 and flash_v2 on the other Tritons: what SPILLS names, and what keeps numbers in local memory outside its loops.
+    """flash_v1 and flash_v2 on the other Tritons: what SPILLS names, and most of what keeps numbers in local memory elsewhere.
 
-    The kernels left out have registers to spare on every Triton.
+    Left out are kernels with registers to spare, and those that another GPU or meaning stands for, as 86 does for 89.
     """
     for (capability, dtype), configurations in NEAR_LIMITS.items():
         assert beyond(compiled(capability, dtype, configurations, folder)) == []
@@ -188,7 +188,7 @@ def test_flash_v3(folder):
     """Every setting fits Hopper, moves tiles by TMA and registers from the producer to the consumers, and has a clean steady loop.
 
     Where an assembler finds too few registers for products in flight it waits after each of 16, 24 or 40. The installed Triton
-    compiles all, and so does 3.6, whose machine code the README's figures are of; the others a sample, with a row of each table.
+    compiles all, and so does 3.6, whose machine code the README's figures are of; the others a sample of head dims and meanings.
     """
     everything = folder is None or minor(version_in(folder)) == "3.6"
     results = compiled(90, "bfloat16", FLASH_V3 if everything else FLASH_V3_SAMPLE, folder)
