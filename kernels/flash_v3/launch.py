@@ -136,9 +136,11 @@ def ds_swizzle(block_d: int, deterministic: bool) -> int:
     """Over how many bytes the backward swizzles dS in shared memory.
 
     A thread's four stores take one address over 32 bytes, two over 64, four over 128, and the consumers have no registers to spare.
-    On Triton 3.6 and 3.9 these values spill nothing at head_dim 64 and 128; of several such they are the fastest (docs/log.md).
+    Of the widths with which a Triton spills nothing at head_dim 64 and 128 the fastest (docs/log.md); where it spills with each, as
+    3.8 does at 128, the fastest of all (tests/kernels/test_compile.py says how much).
     """
-    if TRITON >= (3, 9) and (block_d == 128 or deterministic):
+    since = (3, 7) if deterministic and block_d == 128 else (3, 9)
+    if since <= TRITON and (block_d == 128 or deterministic):
         return 64
     return 128 if block_d == 128 and not deterministic else 32
 

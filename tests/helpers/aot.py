@@ -234,17 +234,18 @@ if __name__ == "__main__":
     capability, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
     for rung, meaning, head_dim in (asked.split("/") for asked in sys.argv[3:]):
         size = int(head_dim)
+        about = {"triton": triton.__version__, "capability": capability, "dtype": sys.argv[2]}
+        about |= {"head_dim": size, "meaning": meaning}
         if rung == "flash_v3":
             for given, setting in kernels_of_flash_v3(dtype, size, meaning):
                 is_forward = isinstance(setting, flash_v3.Forward)
+                about["deterministic"] = setting is True
                 for output_dtype in (dtype, torch.float32) if is_forward and meaning == "causal" else (dtype,):
-                    result = compile_flash_v3(given, setting, output_dtype)
-                    about = {"triton": triton.__version__, "capability": 90, "head_dim": size, "meaning": meaning}
-                    print(json.dumps(about | result), flush=True)
+                    print(json.dumps(about | compile_flash_v3(given, setting, output_dtype)), flush=True)
             continue
         chosen = (
             tiles_v1_for(dtype, size) if rung == "flash_v1" else tiles_for(divmod(capability, 10), dtype, size, is_cut(meaning))
         )
         for name in KERNELS[rung]:
             result = compile_kernel(rung, name, capability, dtype, size, getattr(chosen, name), meaning)
-            print(json.dumps({"capability": capability, "head_dim": size, "meaning": meaning} | result), flush=True)
+            print(json.dumps(about | result), flush=True)
