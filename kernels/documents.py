@@ -22,11 +22,11 @@ def bounds_kernel(IDS, FIRST, LAST, seq, n_block, steps, BLOCK: tl.constexpr):
     ids that decrease give bounds of no use, but within the sequence.
     """
     row = (tl.program_id(0) // n_block).to(tl.int64) * seq
-    place = tl.program_id(0) % n_block * BLOCK + tl.arange(0, BLOCK)
-    inside = place < seq
-    own = tl.load(IDS + row + place, mask=inside, other=0)
-    first_from, first_to = place * 0, tl.minimum(place, seq - 1)
-    last_from, last_to = first_to, place * 0 + (seq - 1)
+    position = tl.program_id(0) % n_block * BLOCK + tl.arange(0, BLOCK)
+    inside = position < seq
+    own = tl.load(IDS + row + position, mask=inside, other=0)
+    first_from, first_to = position * 0, tl.minimum(position, seq - 1)
+    last_from, last_to = first_to, position * 0 + (seq - 1)
     for _ in range(steps):
         before = (first_from + first_to) // 2
         after = (last_from + last_to + 1) // 2
@@ -36,8 +36,8 @@ def bounds_kernel(IDS, FIRST, LAST, seq, n_block, steps, BLOCK: tl.constexpr):
         first_to = tl.where(is_other, first_to, before)
         last_from = tl.where(is_own, after, last_from)
         last_to = tl.where(is_own, last_to, after - 1)
-    tl.store(FIRST + row + place, first_from, mask=inside)
-    tl.store(LAST + row + place, last_to, mask=inside)
+    tl.store(FIRST + row + position, first_from, mask=inside)
+    tl.store(LAST + row + position, last_to, mask=inside)
 
 
 def tensors_for_kernels(asked: Asked, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -57,8 +57,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
 
 
 @triton.jit
-def _forward_steps(
-    acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, first, last, start, stop, all_from, all_to, seq_k,
+def _forward_mainloop(
+    acc, l, m, q, k_base, v_base, k_offsets, v_offsets, positions, first, last, start, stop, all_from, all_to, seq_k,
     stride_kn, stride_vn, qk_scale, cap, slope,
     MASK: tl.constexpr, CHECK: tl.constexpr, FROM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,7 +70,7 @@ def _forward_steps(
         if cap is not None:
             s = cap * tanh(s / cap, q.dtype == tl.float32)
         if slope is not None:
-            s = with_distance(s, slope, places[:, None], cols[None, :])
+            s = with_distance(s, slope, positions[:, None], cols[None, :])
         if MASK != NONE and (MASK == ALL or first_col < all_from or first_col + BLOCK_K > all_to + 1):
             s = tl.where(within(cols[None, :], first, last, FROM, True), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -130,24 +130,24 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
     m = tl.full([BLOCK_Q], LOWEST, tl.float32)
-    places = rows + (seq_k - seq_q)
+    positions = rows + (seq_k - seq_q)
     if FROM:
         first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
-        acc, l, m = _forward_steps(
-            acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, first, last, start // BLOCK_K * BLOCK_K, end + 1,
+        acc, l, m = _forward_mainloop(
+            acc, l, m, q, k_base, v_base, k_offsets, v_offsets, positions, first, last, start // BLOCK_K * BLOCK_K, end + 1,
             all_from, all_to, seq_k, stride_kn, stride_vn, qk_scale, cap, slope,
             SOME, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
         cut = tl.maximum(all_to + 1, 0) // BLOCK_K * BLOCK_K
-        acc, l, m = _forward_steps(
-            acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, None, None, 0, cut, 0, 0, seq_k,
+        acc, l, m = _forward_mainloop(
+            acc, l, m, q, k_base, v_base, k_offsets, v_offsets, positions, None, None, 0, cut, 0, 0, seq_k,
             stride_kn, stride_vn, qk_scale, cap, slope, NONE, False, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
         )  # fmt: skip
         if ahead is not None or RAGGED:
             _, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
-            acc, l, m = _forward_steps(
-                acc, l, m, q, k_base, v_base, k_offsets, v_offsets, places, None, last, cut, end + 1, 0, 0, seq_k,
+            acc, l, m = _forward_mainloop(
+                acc, l, m, q, k_base, v_base, k_offsets, v_offsets, positions, None, last, cut, end + 1, 0, 0, seq_k,
                 stride_kn, stride_vn, qk_scale, cap, slope, ALL, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
             )  # fmt: skip
 

@@ -26,8 +26,8 @@ from .tile_ops import (
 
 
 @triton.jit
-def _dq_steps(
-    dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, first, last, start, stop, all_from, all_to, seq_k,
+def _dq_mainloop(
+    dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, positions, first, last, start, stop, all_from, all_to, seq_k,
     stride_kn, stride_vn, qk_scale, cap, slope,
     MASK: tl.constexpr, CHECK: tl.constexpr, FROM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -41,7 +41,7 @@ def _dq_steps(
             bent = tanh(s / cap, q.dtype == tl.float32)
             s = cap * bent
         if slope is not None:
-            s = with_distance(s, slope, places[:, None], cols[None, :])
+            s = with_distance(s, slope, positions[:, None], cols[None, :])
         p = tl.exp2(s * qk_scale - lse[:, None])
         if MASK != NONE and (MASK == ALL or first_col < all_from or first_col + BLOCK_K > all_to + 1):
             p = tl.where(within(cols[None, :], first, last, FROM, True), p, 0.0)
@@ -103,24 +103,24 @@ def dq_kernel(
     all_from, end = interval(first_row + BLOCK_Q - 1, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
 
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    places = rows + (seq_k - seq_q)
+    positions = rows + (seq_k - seq_q)
     if FROM:
         first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
-        dq = _dq_steps(
-            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, first, last, start // BLOCK_K * BLOCK_K, end + 1,
+        dq = _dq_mainloop(
+            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, positions, first, last, start // BLOCK_K * BLOCK_K, end + 1,
             all_from, all_to, seq_k, stride_kn, stride_vn, scale * LOG2E, cap, slope,
             SOME, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
         cut = tl.maximum(all_to + 1, 0) // BLOCK_K * BLOCK_K
-        dq = _dq_steps(
-            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, None, None, 0, cut, 0, 0, seq_k,
+        dq = _dq_mainloop(
+            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, positions, None, None, 0, cut, 0, 0, seq_k,
             stride_kn, stride_vn, scale * LOG2E, cap, slope, NONE, False, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
         )  # fmt: skip
         if ahead is not None or RAGGED:
             _, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
-            dq = _dq_steps(
-                dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, places, None, last, cut, end + 1, 0, 0, seq_k,
+            dq = _dq_mainloop(
+                dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, positions, None, last, cut, end + 1, 0, 0, seq_k,
                 stride_kn, stride_vn, scale * LOG2E, cap, slope, ALL, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
             )  # fmt: skip
     dq_base = DQ + batch * stride_dqb + head * stride_dqh + begin * stride_dqn
@@ -128,7 +128,7 @@ def dq_kernel(
 
 
 @triton.jit
-def _dkdv_steps(
+def _dkdv_mainloop(
     dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, first, last, start, stop, all_from, all_to,
     seq_q, shift, stride_qn, stride_don, qk_scale, cap, slope,
     MASK: tl.constexpr, CHECK: tl.constexpr, TO: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -215,7 +215,7 @@ def dkdv_kernel(
             slope = tl.load(SLOPES + head) / scale
         first, last = interval(cols, seq_k, seq_q, seq_q - seq_k, ahead, behind, FIRST, LAST)
         # One loop, masked where a bound cuts: faster here than a masked loop before an unmasked one (docs/log.md).
-        dk, dv = _dkdv_steps(
+        dk, dv = _dkdv_mainloop(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_offsets, do_offsets, cols, first, last, start, end + 1,
             all_from, all_to, seq_q, seq_k - seq_q, stride_qn, stride_don, scale * LOG2E, cap, slope,
             FROM or TO or RAGGED, RAGGED, TO, HEAD_DIM, BLOCK_D, BLOCK_Q, PRECISION,
