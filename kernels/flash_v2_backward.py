@@ -107,8 +107,8 @@ def dq_kernel(
     if FROM:
         first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)
         dq = _dq_mainloop(
-            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, positions, first, last, start // BLOCK_K * BLOCK_K, end + 1,
-            all_from, all_to, seq_k, stride_kn, stride_vn, scale * LOG2E, cap, slope,
+            dq, q, do, lse, delta, k_base, v_base, k_offsets, v_offsets, positions, first, last, start // BLOCK_K * BLOCK_K,
+            end + 1, all_from, all_to, seq_k, stride_kn, stride_vn, scale * LOG2E, cap, slope,
             SOME, RAGGED, FROM, HEAD_DIM, BLOCK_D, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
