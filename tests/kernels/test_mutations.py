@@ -85,7 +85,7 @@ V2 = {
     "documents of another batch entry": Fault(DOCUMENTS, "flash_v2", "_forward_kernel", "FIRST += batch * seq_q", "FIRST += 0"),
     "slope of another head": Fault(ALIBI, "flash_v2", "_forward_kernel", "SLOPES + head", "SLOPES + head // GROUP"),
     "slope in units of the scaled score": Fault(ALIBI, "flash_v2", "_forward_kernel", "SLOPES + head) / scale", "SLOPES + head)"),
-    "distance aligned top-left": Fault(ALIBI, "flash_v2", "_forward_kernel", "positions = rows + (seq_k - seq_q)", "positions = rows"),
+    "distance aligned top-left": Fault(ALIBI, "flash_v2", "_forward_kernel", "= rows + (seq_k - seq_q)", "= rows"),
     "no scale in dq": Fault(CAUSAL, BACKWARD, "dq_kernel", "dq * scale, rows", "dq, rows"),
     "gradient of lse dropped": Fault(CAUSAL, BACKWARD, "dq_kernel", "delta -= tl.load(DLSE", "delta -= 0.0 * tl.load(DLSE"),
     "gradient of lse with the wrong sign": Fault(CAUSAL, BACKWARD, "dq_kernel", "delta -= tl.load", "delta += tl.load"),
