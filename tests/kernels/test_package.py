@@ -113,3 +113,9 @@ assert {kernels.operators.NAMESPACE, vendored.operators.NAMESPACE} == {"flash_la
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_the_example_runs():
+    run = subprocess.run([sys.executable, ROOT / "examples" / "attention_alone.py"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "sdpa (CPU" in run.stdout
