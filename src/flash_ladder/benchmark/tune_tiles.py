@@ -60,7 +60,7 @@ def tune(cfg: TuneConfig) -> dict[int, Tiles]:
     if found == (7, 5) and cfg.dtype != "float16":
         raise UserError("Turing's tensor cores take float16 alone; dtype=float16 would work")
     device = torch.device("cuda", torch.cuda.current_device())
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in its stub
     print(f"{describe(device)}; torch {torch.__version__}, triton {version_of('triton')}; {cfg.dtype}")
     print("TFLOP/s of the pass that a kernel is part of, geometric mean over the shapes; tiles are queries, keys, warps, stages\n")
     chosen = {}
