@@ -14,6 +14,7 @@ The flash rungs, in Triton (flash_v1, flash_v2) and in Gluon (flash_v3), go thro
 """
 
 from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +22,23 @@ from torch import Tensor
 from .asked import FEATURES, Asked
 from .choice import BACKENDS, choose
 from .operators import Attention, attention_forward
+
+
+# For type checkers: return_lse decides what comes back.
+# fmt: off
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = ..., scale: float | None = ..., window_size: int | None = ...,
+    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., document_ids: Tensor | None = ...,
+    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = ..., scale: float | None = ..., window_size: int | None = ...,
+    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., document_ids: Tensor | None = ...,
+    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+# fmt: on
 
 
 def attention(

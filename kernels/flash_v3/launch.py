@@ -88,7 +88,8 @@ class Inputs(NamedTuple):
 
     def window(self) -> int | None:
         """Keys that a query sees at most, where a window says it."""
-        return None if self.numbers.behind is None else self.numbers.behind + self.numbers.ahead + 1
+        behind, ahead = self.numbers.behind, self.numbers.ahead
+        return None if behind is None or ahead is None else behind + ahead + 1
 
 
 class Forward(NamedTuple):
@@ -365,7 +366,7 @@ def backward(
 
 
 def _inputs(query: Tensor, key: Tensor, asked: Asked) -> Inputs:
-    shape, (_, n_kv_head, seq_k, _) = tuple(query.shape), key.shape
+    (batch, n_head, seq_q, head_dim), (_, n_kv_head, seq_k, _) = query.shape, key.shape
     documents, slopes = asked.document_ids is not None, asked.alibi_slopes is not None
-    numbers = numbers_for_kernels(asked, shape[2], seq_k)
+    shape, numbers = (batch, n_head, seq_q, head_dim), numbers_for_kernels(asked, seq_q, seq_k)
     return Inputs(query.device, query.dtype, shape, n_kv_head, seq_k, numbers, documents, slopes)

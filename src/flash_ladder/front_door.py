@@ -45,9 +45,9 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
     Raises UserError for an unknown key, a wrong type or an impossible combination.
     """
     try:
-        parsed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
+        parsed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
     except ConfigKeyError as error:
-        raise _unknown_key(error.full_key, OmegaConf.structured(schema)) from None
+        raise _unknown_key(str(error.full_key), OmegaConf.structured(schema)) from None
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{error.full_key}: {reason[0].lower()}{reason[1:]}") from None
@@ -74,7 +74,8 @@ def _leaves(tree: dict, prefix: str = "") -> list[str]:
 
 
 def _unknown_key(key: str, cfg: DictConfig) -> UserError:
-    known = _leaves(OmegaConf.to_container(cfg, resolve=False))
+    tree: Any = OmegaConf.to_container(cfg, resolve=False)
+    known = _leaves(tree)
     close = nearest(key, known) or nearest(key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known])
     return UserError(f"{key} is not a key{close}; --help lists them")
 
@@ -100,7 +101,8 @@ def _check(conf: Path, config_name: str, overrides: list[str], schema: type, swe
             elif not override.is_add() and not _has(defaults, key):
                 raise _unknown_key(key, _without_hydra(defaults))
         first_point = [
-            f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else o.input_line for o in asked
+            f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else argument
+            for argument, o in zip(overrides, asked, strict=True)
         ]
         try:
             cfg = compose(config_name, first_point, return_hydra_config=True)
@@ -136,7 +138,7 @@ def _has(cfg: DictConfig, key: str) -> bool:
 
 
 def _without_hydra(cfg: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def _run_to_resume(overrides: list[str]) -> Path | None:
@@ -154,8 +156,8 @@ def _run_to_resume(overrides: list[str]) -> Path | None:
 
 def _resumed(saved: Path, overrides: list[str]) -> list[str]:
     """The run's own overrides, then the new ones, and its folder to go on in."""
-    before = [o for o in OmegaConf.to_container(OmegaConf.load(saved)) if not o.startswith("resume=")]
-    return [*before, *overrides, f"hydra.run.dir={_quoted(str(saved.parents[1]))}"]
+    before: Any = OmegaConf.to_container(OmegaConf.load(saved))
+    return [*(o for o in before if not o.startswith("resume=")), *overrides, f"hydra.run.dir={_quoted(str(saved.parents[1]))}"]
 
 
 def _quoted(text: str) -> str:

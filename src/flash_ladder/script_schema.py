@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import product
 
 from flash_ladder.errors import UserError, at_least, nearest, one_of
 from flash_ladder.names import BACKENDS, CHOICES, MASKED_PEERS, PEERS
@@ -156,8 +157,8 @@ class BenchmarkConfig:
         for name in ("seq_len", "memory_seq_len", "head_dim", "n_kv_head"):
             for value in getattr(self, name) or ():
                 at_least(1, **{name: value})
-        for head_dim in self.head_dim or ():
-            for n_kv_head in self.n_kv_head if self.width is not None else ():
+        if self.width is not None:
+            for head_dim, n_kv_head in product(self.head_dim or (), self.n_kv_head):
                 if self.width % head_dim or (n_kv_head and self.width // head_dim % n_kv_head):
                     groups = f", in whole groups for n_kv_head={n_kv_head}" if n_kv_head else ""
                     raise UserError(
@@ -166,6 +167,21 @@ class BenchmarkConfig:
                     )
         if self.plot is not None and not self.plot.endswith(".png"):
             raise UserError(f"plot={self.plot} must end with .png")
+
+
+@dataclass(kw_only=True)
+class CompleteBenchmark(BenchmarkConfig):
+    """BenchmarkConfig once benchmark.grid.complete has decided every None for the machine."""
+
+    backends: list[str]
+    baseline: str
+    seq_len: list[int]
+    memory_seq_len: list[int]
+    head_dim: list[int]
+    tokens: int
+    width: int
+    dtype: str
+    error_seq_len: int
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 GIB = 2**30
 
 
-def size(n_bytes: int) -> str:
+def size(n_bytes: float) -> str:
     """Bytes in words, to three digits: "2.13 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if n_bytes < 1024:

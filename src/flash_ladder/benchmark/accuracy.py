@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flash_ladder.benchmark.result import GRADIENTS, Error, Panel
 from flash_ladder.benchmark.timing import attend_with, failure_note, gradients, random_inputs
-from flash_ladder.script_schema import BenchmarkConfig
+from flash_ladder.script_schema import CompleteBenchmark
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Yardstick:
     note: str
 
 
-def yardstick(cfg: BenchmarkConfig, panel: Panel, device: torch.device) -> Yardstick:
+def yardstick(cfg: CompleteBenchmark, panel: Panel, device: torch.device) -> Yardstick:
     """One sequence of cfg.error_seq_len tokens in float64.
 
     One, and of a bounded length, because the float64 scores of a long one fit nowhere.
@@ -39,7 +39,7 @@ def yardstick(cfg: BenchmarkConfig, panel: Panel, device: torch.device) -> Yards
     return Yardstick(inputs, grad_output, tuple(exact), note and f"no float64 to compare with: {note}")
 
 
-def measure_error(cfg: BenchmarkConfig, backend: str, panel: Panel, right: Yardstick, device: torch.device) -> Error:
+def measure_error(cfg: CompleteBenchmark, backend: str, panel: Panel, right: Yardstick, device: torch.device) -> Error:
     """The backend's output and gradients beside float64's."""
     error = Error(backend, panel.head_dim, panel.causal, panel.n_kv_head, note=right.note)
     if right.note:

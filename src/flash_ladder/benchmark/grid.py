@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -40,7 +41,7 @@ from flash_ladder.measure.flops import BACKWARD, forward_flops
 from flash_ladder.measure.peak_memory import peak_bytes
 from flash_ladder.measure.probe import Layer, eager_may_fit
 from flash_ladder.names import PEERS, is_kernel
-from flash_ladder.script_schema import BenchmarkConfig
+from flash_ladder.script_schema import BenchmarkConfig, CompleteBenchmark
 
 # What a null in the configuration stands for.
 ON_GPU = {
@@ -88,14 +89,14 @@ def benchmark(cfg: BenchmarkConfig) -> Result:
     return result
 
 
-def measure_grid(cfg: BenchmarkConfig) -> Result:
-    """Every backend at every shape, printed as it goes and kept in cfg.out after every shape; then under every mask."""
-    for path in (cfg.out, cfg.plot):
+def measure_grid(asked: BenchmarkConfig) -> Result:
+    """Every backend at every shape, printed as it goes and kept in asked.out after every shape; then under every mask."""
+    for path in (asked.out, asked.plot):
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it, or name another")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    cfg, left_out = complete(cfg, device)
+    cfg, left_out = complete(asked, device)
     result = Result(left_out=left_out, finished=False, **surroundings(cfg, device))
     lengths = sorted({*cfg.seq_len, *cfg.memory_seq_len})
     panels = [Panel(causal, head_dim, heads) for heads in cfg.n_kv_head for causal in cfg.causal for head_dim in cfg.head_dim]
@@ -140,29 +141,30 @@ def measure_grid(cfg: BenchmarkConfig) -> Result:
     return result
 
 
-def complete(cfg: BenchmarkConfig, device: torch.device) -> tuple[BenchmarkConfig, dict[str, str]]:
+def complete(cfg: BenchmarkConfig, device: torch.device) -> tuple[CompleteBenchmark, dict[str, str]]:
     """`cfg` with every None decided for this device, checked again; and the peers left out of the default, with why."""
     values = ON_GPU if device.type == "cuda" else ON_CPU
-    cfg = replace(cfg, **{name: value for name, value in values.items() if getattr(cfg, name) is None})
+    chosen = vars(cfg) | {name: value for name, value in values.items() if getattr(cfg, name) is None}
     left_out = {}
     if cfg.backends is None:
         for name in PEERS:
             reason = why_not_installed(name) if device.type == "cuda" or PEERS[name].on_a_cpu else "for a GPU"
             if reason is not None:
                 left_out[name] = reason
-        cfg = replace(cfg, backends=[*BACKENDS, *(name for name in PEERS if name not in left_out)])
+        chosen["backends"] = [*BACKENDS, *(name for name in PEERS if name not in left_out)]
     if cfg.baseline is None:
         usual = "fa2" if device.type == "cuda" else "eager"
-        cfg = replace(cfg, baseline=usual if usual in cfg.backends else cfg.backends[0])
-    cfg.validate()
-    if device.type == "cpu" and not cfg.seq_len and not cfg.memory_seq_len:
+        chosen["baseline"] = usual if usual in chosen["backends"] else chosen["backends"][0]
+    decided = CompleteBenchmark(**chosen)
+    decided.validate()
+    if device.type == "cpu" and not decided.seq_len and not decided.memory_seq_len:
         raise UserError("seq_len=[] and memory_seq_len=[] leave the masks alone, which are timed on a GPU; name a length")
-    return cfg, left_out
+    return decided, left_out
 
 
-def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
+def surroundings(cfg: CompleteBenchmark, device: torch.device) -> dict[str, Any]:
     """Where and on what: the fields of Result that say so. Paths are left out of the configuration."""
-    found = {
+    found: dict[str, Any] = {
         "device": describe(device),
         "torch": torch.__version__,
         "triton": version_of("triton"),
@@ -180,7 +182,7 @@ def surroundings(cfg: BenchmarkConfig, device: torch.device) -> dict:
 # ---- one backend at one shape ----
 
 
-def measure_cell(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int, device: torch.device) -> Cell:
+def measure_cell(cfg: CompleteBenchmark, backend: str, panel: Panel, seq_len: int, device: torch.device) -> Cell:
     """One backend at one shape: memory, and on a GPU speed where seq_len is of the grid. A refusal is a result."""
     cell = Cell(backend, panel.head_dim, seq_len, panel.causal, n_kv_head=panel.n_kv_head)
     batch = batch_size(cfg.tokens, seq_len)
@@ -216,7 +218,7 @@ def measure_cell(cfg: BenchmarkConfig, backend: str, panel: Panel, seq_len: int,
     return cell
 
 
-def refuse_what_cannot_fit(cfg: BenchmarkConfig, panel: Panel, batch: int, seq_len: int) -> None:
+def refuse_what_cannot_fit(cfg: CompleteBenchmark, panel: Panel, batch: int, seq_len: int) -> None:
     """Raises MemoryError where eager's scores alone are beyond a good part of the machine's free memory."""
     n_head = cfg.width // panel.head_dim
     layer = Layer(batch, n_head, n_head, seq_len, panel.head_dim, getattr(torch, cfg.dtype), torch.device("cpu"))
@@ -224,7 +226,7 @@ def refuse_what_cannot_fit(cfg: BenchmarkConfig, panel: Panel, batch: int, seq_l
         raise MemoryError(f"the scores alone take {layer.score_bytes / GIB:.1f} GiB")
 
 
-def measure_host_us(cfg: BenchmarkConfig, backend: str, device: torch.device) -> float | None:
+def measure_host_us(cfg: CompleteBenchmark, backend: str, device: torch.device) -> float | None:
     """Median microseconds that the host spends on one forward call of a shape too small to keep the GPU busy; None if refused."""
     found = []
 

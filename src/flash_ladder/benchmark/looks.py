@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any, cast
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -35,7 +36,8 @@ LOOKS = {  # colour, marker
 }
 SPARE_COLOURS = ("#004488", "#bb5566", "#117733", "#aa4499", "#ddaa33", "#663333")  # of a backend that is not in the table
 SPARE_MARKERS = ("*", "d", "8", "H")
-STYLE = {
+# Any: matplotlib types each name as a literal.
+STYLE: dict[Any, Any] = {
     "font.size": 13,
     "axes.titlesize": 14,
     "axes.grid": True,
@@ -53,7 +55,8 @@ FAINT = "#555555"
 
 def ink(colour: str) -> str:
     """A line's colour for text, darker, so that it is read on white."""
-    return to_hex(tuple(0.72 * part for part in to_rgb(colour)))
+    red, green, blue = to_rgb(colour)
+    return to_hex((0.72 * red, 0.72 * green, 0.72 * blue))
 
 
 def looks(backends: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -153,7 +156,8 @@ def add_labels(axis: Axes, labels: list[Label], lines_each: int = 1) -> None:
     """
     to_fraction = axis.transData + axis.transAxes.inverted()
     points = [to_fraction.transform((label.x, label.y)) for label in labels]
-    height = axis.get_position().height * axis.figure.get_figheight()
+    figure = cast("Figure", axis.figure)  # our pictures have no subfigures
+    height = axis.get_position().height * figure.get_figheight()
     gap = LABEL_SIZE * (1.25 if lines_each == 1 else 1.45 * lines_each) / 72 / height
     places = spread([y for _, y in points], gap, gap / 3, 1 - gap / 4)
     for label, place in zip(labels, places, strict=True):

@@ -18,10 +18,10 @@ from flash_ladder.kernels import BACKENDS
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.bounds import key_bounds
 from flash_ladder.names import PEERS
-from flash_ladder.script_schema import BenchmarkConfig, split_mask
+from flash_ladder.script_schema import CompleteBenchmark, split_mask
 
 
-def measure_masks(cfg: BenchmarkConfig, device: torch.device, next_is: Callable[[str], None]) -> Iterator[Masked]:
+def measure_masks(cfg: CompleteBenchmark, device: torch.device, next_is: Callable[[str], None]) -> Iterator[Masked]:
     """Every mask of cfg.masks on every backend that takes masks, for every head_dim, each as soon as it is measured.
 
     `next_is` is told what comes next. A CPU's times would say nothing about a GPU: there nothing is measured.
@@ -82,7 +82,7 @@ class Times:
     note: str = ""
 
 
-def measure_times(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
+def measure_times(cfg: CompleteBenchmark, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
     """Forward and backward of one sequence of cfg.mask_seq_len tokens. A refusal and a lack of memory are results."""
     times = Times()
 
@@ -96,7 +96,7 @@ def measure_times(cfg: BenchmarkConfig, backend: str, head_dim: int, arguments: 
     return times
 
 
-def measure_mask(cfg: BenchmarkConfig, backend: str, head_dim: int, name: str, dense: Times, device: torch.device) -> Masked:
+def measure_mask(cfg: CompleteBenchmark, backend: str, head_dim: int, name: str, dense: Times, device: torch.device) -> Masked:
     """One backend under one mask, beside its dense times."""
     arguments = mask_arguments(name, cfg.mask_seq_len, device)
     area = visible_pairs(cfg.mask_seq_len, arguments, device) / visible_pairs(cfg.mask_seq_len, {}, device)

@@ -96,14 +96,22 @@ def sees(window_size: int | None = None, document_ids: Tensor | None = None) -> 
     return lambda batch, head, i, j: i >= j
 
 
-def flex(*, is_causal: bool, seq_len: int, device: torch.device, **mask: int | Tensor) -> Attend:
+def flex(
+    *,
+    is_causal: bool,
+    seq_len: int,
+    device: torch.device,
+    window_size: int | None = None,
+    document_ids: Tensor | None = None,
+) -> Attend:
     """Compiled FlexAttention; its block mask lets it skip the tiles that causality and the mask hide. A mask asks for is_causal."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # A graph compiled for every shape: the count of earlier ones must not reach the limit beyond which it would run uncompiled.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    block_mask = create_block_mask(sees(**mask), None, None, seq_len, seq_len, device=device) if is_causal else None
+    visible = sees(window_size, document_ids)
+    block_mask = create_block_mask(visible, None, None, seq_len, seq_len, device=device) if is_causal else None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return compiled(query, key, value, block_mask=block_mask, enable_gqa=query.shape[1] != key.shape[1])
@@ -188,4 +196,5 @@ MAKERS: dict[str, Callable[..., Attend]] = {
     "efficient": partial(sdpa, SDPBackend.EFFICIENT_ATTENTION),
     "math": partial(sdpa, SDPBackend.MATH),
     "flex": flex,
-} | {name: partial(package, tuple(entry.modules)) for name, entry in PEERS.items() if entry.modules}
+    **{name: partial(package, tuple(entry.modules)) for name, entry in PEERS.items() if entry.modules},
+}

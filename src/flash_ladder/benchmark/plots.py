@@ -116,9 +116,10 @@ def draw_speed(result: Result) -> Figure:
     speeds = [speed for cell in timed for speed in (cell.forward_tflops, cell.backward_tflops) if speed]
     ends = split(speeds)  # of the upper and the lower part, from the top
     figure, room = figure_with_labels(len(panels), labels=2.45, height=9.8, bottom=1.75)
-    rows = figure.add_gridspec(2, 1, **room, hspace=0.2)
-    for row, figure_of, name in zip(rows, ("forward_tflops", "backward_tflops"), ("forward", "backward"), strict=True):
-        grid = row.subgridspec(len(ends), len(panels), height_ratios=(3.4, 1)[: len(ends)], hspace=0.06, wspace=room["wspace"])
+    ways = figure.add_gridspec(2, 1, **room, hspace=0.2)
+    for way, name in enumerate(("forward", "backward")):
+        heights = (3.4, 1)[: len(ends)]
+        grid = ways[way].subgridspec(len(ends), len(panels), height_ratios=heights, hspace=0.06, wspace=room["wspace"])
         for column, panel in enumerate(panels):
             parts = [figure.add_subplot(grid[part, column]) for part in range(len(ends))]
             for axis, (low, high) in zip(parts, ends, strict=True):
@@ -126,7 +127,7 @@ def draw_speed(result: Result) -> Figure:
                     axis,
                     result,
                     [cell for cell in timed if cell.panel == panel],
-                    figure_of,
+                    f"{name}_tflops",
                     low,
                     high,
                     6 if axis is parts[0] else 3,
@@ -182,9 +183,9 @@ def draw_speed_lines(axis: Axes, result: Result, cells: list[Cell], figure_of: s
 def mark_break(upper: Axes, lower: Axes) -> None:
     """Two slanted strokes where the axis is broken."""
     upper.spines.bottom.set_visible(False)
-    stroke = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 9, "linestyle": "none", "color": "k", "mew": 1, "clip_on": False}
-    upper.plot([0], [0], transform=upper.transAxes, **stroke)
-    lower.plot([0], [1], transform=lower.transAxes, **stroke)
+    slanted = [(-1, -0.6), (1, 0.6)]
+    for axis, y in ((upper, 0), (lower, 1)):
+        axis.plot([0], [y], transform=axis.transAxes, marker=slanted, ms=9, linestyle="none", color="k", mew=1, clip_on=False)
 
 
 # ---- memory ----

@@ -157,8 +157,11 @@ class Result:
         The grid keeps batch x seq_len constant, so that a linear algorithm's total does not move at all: its memory is compared
         per sequence of the batch.
         """
-        cells = [c for c in self.cells if (c.panel, c.backend) == (panel, backend) and c.peak_gib is not None]
-        return {c.seq_len: c.peak_gib * GIB / batch_size(self.config["tokens"], c.seq_len) for c in cells}
+        return {
+            c.seq_len: c.peak_gib * GIB / batch_size(self.config["tokens"], c.seq_len)
+            for c in self.cells
+            if (c.panel, c.backend) == (panel, backend) and c.peak_gib is not None
+        }
 
     def out_of_memory_at(self, panel: Panel, backend: str) -> int | None:
         """The shortest seq_len at which the backend ran out of memory."""

@@ -64,8 +64,10 @@ def row_lines(row: list[Cell], result: Result) -> list[str]:
                 line += speed_columns(getattr(cell, figure), getattr(baseline, figure, None), result.peak) + "  "
             line = f"{line[:-2]}{memory:>11}"
         else:
-            known = cell.peak_gib is not None and eager is not None and eager.peak_gib
-            line += f"{memory:>10}{f'{cell.peak_gib / eager.peak_gib:.3f}' if known else '-':>11}"
+            ratio = "-"
+            if cell.peak_gib is not None and eager is not None and eager.peak_gib:
+                ratio = f"{cell.peak_gib / eager.peak_gib:.3f}"
+            line += f"{memory:>10}{ratio:>11}"
         lines.append(f"{line}  {shorten(cell.note, NOTE)}".rstrip())
     return lines
 

@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,15 +15,15 @@ from flash_ladder.benchmark.peers import Attend, NotInstalled, one_line, peer
 from flash_ladder.benchmark.result import Panel
 from flash_ladder.kernels import Unsupported, attention
 from flash_ladder.names import PEERS
-from flash_ladder.script_schema import BenchmarkConfig
+from flash_ladder.script_schema import CompleteBenchmark
 
 L2_FLUSH_BYTES = 256 * 2**20  # beyond any GPU's L2 cache
 FLUSHES = 8  # half a millisecond of an H200's, in which the host queues the call: its own time is measured apart
 
+T = TypeVar("T")
 
-def attend_with(
-    backend: str, is_causal: bool, seq_len: int, device: torch.device, mask: Mapping[str, int | Tensor] | None = None
-) -> Attend:
+
+def attend_with(backend: str, is_causal: bool, seq_len: int, device: torch.device, mask: Mapping[str, Any] | None = None) -> Attend:
     """A backend of this repository, or a peer, as a function of query, key and value. Raises NotInstalled.
 
     mask: the arguments of `attention` that a causal mask stands for, a window_size or document_ids [1, S].
@@ -33,7 +34,7 @@ def attend_with(
 
 
 def random_inputs(
-    cfg: BenchmarkConfig, panel: Panel, batch: int, seq_len: int, device: torch.device
+    cfg: CompleteBenchmark, panel: Panel, batch: int, seq_len: int, device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
     """Query, key and value, which ask for gradients, and the gradient of the output: [B, H, S, D], random normal, seeded."""
     n_head = cfg.width // panel.head_dim
@@ -99,7 +100,7 @@ def backward_milliseconds(attend: Attend, inputs: list[Tensor], grad_output: Ten
     return median_milliseconds(lambda: attend(*inputs), lambda output: gradients(output, inputs, grad_output), budget)
 
 
-def median_milliseconds(prepare: Callable[[], object], call: Callable[[object], object], budget: float) -> float:
+def median_milliseconds(prepare: Callable[[], T], call: Callable[[T], object], budget: float) -> float:
     """Median milliseconds of call(prepare()) on the GPU, `prepare` not timed, over about `budget` milliseconds of calls.
 
     A backward pass is timed on a new graph each time: compiled ones (FlexAttention) free what they saved and cannot run twice.

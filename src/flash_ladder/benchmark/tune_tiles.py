@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -59,7 +60,7 @@ def tune(cfg: TuneConfig) -> dict[int, Tiles]:
     if found == (7, 5) and cfg.dtype != "float16":
         raise UserError("Turing's tensor cores take float16 alone; dtype=float16 would work")
     device = torch.device("cuda", torch.cuda.current_device())
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in its stub
     print(f"{describe(device)}; torch {torch.__version__}, triton {version_of('triton')}; {cfg.dtype}")
     print("TFLOP/s of the pass that a kernel is part of, geometric mean over the shapes; tiles are queries, keys, warps, stages\n")
     chosen = {}
@@ -152,9 +153,11 @@ def time_all(cfg: TuneConfig, head_dim: int, kernel: str, row: Tiles, able: list
             query, key, value, grad = inputs(cfg, head_dim, seq_len, device)
             asked = Asked(head_dim**-0.5, is_causal=causal)
             output, lse = flash_v2.forward(query, key, value, asked)
-            work = forward_flops(*query.shape, is_causal=causal)
+            batch, n_head, _, _ = query.shape
+            work = forward_flops(batch, n_head, seq_len, head_dim, is_causal=causal)
             for candidate in able:
                 use = replace(row, **{kernel: candidate.tile})
+                run: Callable[[], object]
                 if kernel == "forward":
                     run = partial(flash_v2.forward, query, key, value, asked, use=use)
                 else:

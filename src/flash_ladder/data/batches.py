@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import lightning
 import numpy as np
@@ -112,7 +113,8 @@ class TrainingOrder:
         self.rank, self.world_size, self.first_batch = rank, world_size, first_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        drawn, permutation = -1, np.empty(0)
+        drawn = -1
+        permutation: np.ndarray = np.empty(0)
         for batch in itertools.count(self.first_batch):
             first = (batch * self.world_size + self.rank) * self.batch_size
             windows = []
@@ -131,13 +133,14 @@ class TextData(lightning.LightningDataModule):
     validation reads, all devices together, so that its loss does not depend on their number.
     """
 
+    # From `prepare` on.
     tokenizer: Tokenizer
     stats: DataStats
+    _corpus: Corpus
 
     def __init__(self, cfg: DataConfig, *, seed: int, accumulate: int = 1, val_batches: int) -> None:
         super().__init__()
         self.cfg, self.seed, self.accumulate, self.val_batches = cfg, seed, accumulate, val_batches
-        self._corpus: Corpus | None = None
 
     def prepare(self) -> None:
         """Makes sure that the tokens are in the cache and opens them; needs no trainer. The second time it does nothing.
@@ -145,7 +148,7 @@ class TextData(lightning.LightningDataModule):
         Every process calls it: the first to come builds, the others wait. Sets `tokenizer` and `stats`.
         Raises UserError for data that cannot be used, such as a part shorter than one window.
         """
-        if self._corpus is not None:
+        if hasattr(self, "_corpus"):
             return
         corpus = open_corpus(self.cfg, self.seed)
         window = self.cfg.seq_len + 1
@@ -213,7 +216,7 @@ class TextData(lightning.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, windows: Dataset, num_workers: int, **batching: object) -> DataLoader:
+    def _loader(self, windows: Dataset, num_workers: int, **batching: Any) -> DataLoader:
         return DataLoader(
             windows,
             num_workers=num_workers,

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -33,7 +34,7 @@ class Tokenizer:
         self._backend = backend
         self._backend.encode_special_tokens = True  # spelled-out special tokens are encoded as text
         self.vocab_size: int = backend.get_vocab_size()
-        self.eos_id: int = backend.token_to_id(END_OF_TEXT)
+        self.eos_id = cast("int", backend.token_to_id(END_OF_TEXT))  # not None: `load` refuses a tokenizer without it
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, with nothing put before or after."""

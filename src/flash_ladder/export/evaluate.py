@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,7 +29,7 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
     The loss is held against what export recorded on the same windows; with cfg.against the logits against another backend's.
     Raises UserError where the folder or the text cannot be read and where a backend cannot run here.
     """
-    folder = Path(cfg.model)
+    folder = Path(cast("str", cfg.model))  # validate() refuses a missing one
     device = pick_device(cfg.device)
     model, tokenizer, config = load_export(folder, device=device)
     recorded = recorded_by_export(folder / "parity.json")
@@ -43,7 +43,7 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
 
     parity, checks = None, []
     coarser = torch.finfo(DTYPES[precision]).eps > torch.finfo(DTYPES[recorded["precision"]]).eps
-    options = {"backend": choice.backend, "precision": precision, "batch_size": cfg.batch_size}
+    options: dict[str, Any] = {"backend": choice.backend, "precision": precision, "batch_size": cfg.batch_size}
     if cfg.against is not None:
         against = pick_backend(cfg.against, model.cfg, device, precision, documents).backend
         parity = compare(model, windows, against=against, **options)
@@ -55,7 +55,7 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
         evaluation = evaluate(model, windows, **options)
 
     losses = {choice.backend: evaluation.loss}
-    if cfg.against is not None:
+    if parity is not None and cfg.against is not None:
         losses[parity.against.backend] = parity.against.loss
     if cfg.text is None:
         name = f"export ({recorded['backend']})"

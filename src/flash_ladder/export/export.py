@@ -6,7 +6,7 @@ On the backend that the model was trained with and on eager; and the loss must b
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,7 +36,7 @@ def export_run(cfg: ExportConfig) -> int:
 
     Raises UserError where the run, its checkpoint or its text cannot be read, and where the target cannot be written.
     """
-    run = Path(cfg.run)
+    run = Path(cast("str", cfg.run))  # validate() refuses a missing one
     out = Path(cfg.out) if cfg.out else run / "export"
     config, weights, training = load_run(run, cfg.checkpoint)
     training |= training_environment(run)
@@ -121,7 +121,7 @@ def validation_windows(run: Path, config: dict[str, Any], training: dict[str, An
     validated, _ = data.validated(training["n_devices"])
     windows = data.val_windows(cfg.windows or validated)
     whole = cfg.seq_len is None or cfg.seq_len >= data_config.seq_len
-    if not whole:
+    if cfg.seq_len is not None and not whole:
         extra = {"tokens": 1, "document_ids": 0}
         windows = {name: rows[:, : cfg.seq_len + extra[name]] for name, rows in windows.items()}
     return windows, whole and len(windows["tokens"]) == validated

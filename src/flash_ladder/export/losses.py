@@ -64,7 +64,7 @@ def batches(model: GPT, windows: Windows, batch_size: int | None, label: str) ->
     """The windows, batch by batch on the model's device, behind a progress bar."""
     n, seq_len = len(windows["tokens"]), windows["tokens"].shape[1] - 1
     if batch_size is None:
-        per_window = seq_len * max(model.cfg.vocab_size, model.cfg.n_head * seq_len)
+        per_window = seq_len * max(model.embedding.num_embeddings, model.cfg.n_head * seq_len)
         batch_size = max(1, min(BATCH_WINDOWS, BATCH_ELEMENTS // per_window))
     device = model.embedding.weight.device
     model.eval()

@@ -15,10 +15,12 @@ import re
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -109,7 +111,7 @@ def ask_sdpa(call: AttentionCall) -> SdpaChoice:
             unable = [name for name in left if name in VERDICTS and not VERDICTS[name](params)]
             refused |= {name: _reasons(call, name) for name in unable}
             left = [name for name in left if name not in unable]
-        order = []
+        order: list[str] = []
         while left:
             name = _kernel_that_runs(call, left)
             if name is None:  # on a CPU, where nobody says beforehand
@@ -142,7 +144,7 @@ def _kernel_that_runs(call: AttentionCall, kernels: list[str]) -> str | None:
         torch.zeros(1, seq_len, heads, call.head_dim, dtype=call.dtype, device=call.device, requires_grad=True).transpose(1, 2)
         for heads in (call.n_head, call.n_kv_head, call.n_kv_head)
     )
-    meaning = {
+    meaning: dict[str, Any] = {
         "window_size": 1,
         "alibi_slopes": torch.ones(call.n_head, device=call.device),
         "document_ids": torch.zeros(1, seq_len, dtype=torch.int32, device=call.device),
@@ -161,7 +163,7 @@ def _kernel_that_runs(call: AttentionCall, kernels: list[str]) -> str | None:
 
 def _kernel_behind(output: Tensor) -> str:
     """The kernel that made `output`, by the names of the backward nodes that lead to it."""
-    nodes = [output.grad_fn]
+    nodes = [cast("Node", output.grad_fn)]  # not None: the inputs ask for gradients
     for node in nodes:  # grows as it is walked
         for name, beginning in NODES.items():
             if node.name().startswith(beginning):

@@ -69,7 +69,9 @@ class Probe:
     def __str__(self) -> str:
         what = "peaks at" if self.layer.device.type == "cuda" else "keeps"
         memory = f"{self.backend} {what} {size(self.bytes)}"
-        clock = None if self.seconds is None else f"{self.seconds * 1e3:.3g} ms forward and backward"
+        clock = "time not compared, as Triton's interpreter runs it here"
+        if self.seconds is not None:
+            clock = f"{self.seconds * 1e3:.3g} ms forward and backward"
         if self.backend == "eager":
             return f"one layer ({self.layer}): {memory}; {clock}"
         ratio = f"{self.eager_bytes / self.bytes:.1f} times as much"
@@ -77,9 +79,7 @@ class Probe:
             memory += f", eager at least {size(self.eager_bytes)}, {ratio}, and does not fit here"
         else:
             memory += f", eager {size(self.eager_bytes)}, {ratio}"
-        if clock is None:
-            clock = "time not compared, as Triton's interpreter runs it here"
-        elif self.eager_seconds is not None:
+        if self.seconds is not None and self.eager_seconds is not None:
             clock += f", eager {self.eager_seconds * 1e3:.3g} ms, {self.eager_seconds / self.seconds:.1f} times as long"
         return f"one layer ({self.layer}): {memory}; {clock}"
 

@@ -8,18 +8,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from flash_ladder.errors import UserError
 from flash_ladder.measure.flops import TokenFlops
 from flash_ladder.training import metrics
+from flash_ladder.training.module import GPTModule
 from flash_ladder.training.record import peak_memory_gib, seconds_since_start
+from flash_ladder.training.strategy import is_first_process
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Speed(Callback):
             self._begin_interval(self._stop_clock(module.device))
             self.first_step_seconds = seconds_since_start()
         if self.step % self.log_every == 0 or last:
-            self._log(trainer, module)
+            self._log(trainer, cast("GPTModule", module))
         if last:
             trainer.should_stop = True  # Lightning validates once more, on the final weights, before it stops
 
@@ -100,10 +101,10 @@ class Speed(Callback):
     def _begin_interval(self, now: float) -> None:
         self.interval_start, self.seconds, self.clock = self.step, 0.0, now
 
-    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+    def _log(self, trainer: Trainer, module: GPTModule) -> None:
         now = self._stop_clock(module.device)
         logged = {metrics.TRAIN_LOSS: module.step_loss, metrics.TRAIN_LR: module.step_lr}
-        if not self.latest:
+        if self.first_step_seconds is not None and not self.latest:
             logged[metrics.FIRST_STEP_SECONDS] = self.first_step_seconds
         steps = self.step - self.interval_start
         if steps:
@@ -119,9 +120,10 @@ class Speed(Callback):
 class Bar(Callback):
     """A progress bar over optimiser steps, with loss and tokens/s as `speed` logs them, and the last validation loss."""
 
+    bar: tqdm  # from the start of training on
+
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
-        self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
@@ -151,7 +153,7 @@ class Bar(Callback):
         self.bar.close()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if self.bar is not None:
+        if hasattr(self, "bar"):
             self.bar.close()
 
 
@@ -184,7 +186,7 @@ class StopOnSignal(Callback):
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
         self._restore()
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             os.write(2, b"\nstopping between two steps; once more to stop at once\n")  # print may not be called in a handler
 
     def _restore(self) -> None:

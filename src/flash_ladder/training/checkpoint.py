@@ -128,7 +128,8 @@ def _check_same_model(path: Path, model: dict[str, Any], config: Path) -> None:
     """Raises UserError where the checkpoint's model is not the one of the run's config.yaml."""
     if not config.is_file():
         raise UserError(f"{config} is missing: {config.parent} is not a folder that train.py wrote")
-    for name, value in OmegaConf.to_container(OmegaConf.load(config), resolve=True)["model"].items():
+    saved: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+    for name, value in saved["model"].items():
         if value is not None and model.get(name) != value:  # None: filled in when the run started
             raise UserError(f"{path} is from another model: its {name} is {model.get(name)}, and {value} in {config}")
 

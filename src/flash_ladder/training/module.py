@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from flash_ladder.errors import UserError
@@ -86,7 +87,7 @@ class GPTModule(L.LightningModule):
             logged = {metrics.VAL_LOSS: loss.item(), metrics.VAL_PERPLEXITY: loss.exp().item()}
             logger.log_metrics(logged, step=self.trainer.global_step)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # Fused AdamW would undo fp16's loss scaling by itself, after the gradients should have been clipped.
         scaled = self.trainer.precision == "16-mixed"
         optimizer = build_optimizer(self.net, self.optimizer_config, fused=not scaled)
@@ -131,5 +132,5 @@ class LossWatch:
         """The losses added since the last call, once they have arrived."""
         if self.copied is not None:
             self.copied.synchronize()
-        losses, self.count = self.host[: self.count].tolist(), 0
+        losses, self.count = [] if self.host is None else self.host[: self.count].tolist(), 0
         return losses

@@ -105,7 +105,7 @@ def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> wand
     )
     wandb.setup(settings)
     id_file = run_dir / "wandb" / "id"
-    about = {
+    about: dict[str, Any] = {
         "project": cfg.project,
         "name": cfg.name,
         "dir": run_dir,

@@ -15,9 +15,11 @@ import textwrap
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -37,7 +39,7 @@ from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, W
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb, peak_memory_gib
-from flash_ladder.training.strategy import devices_and_strategy
+from flash_ladder.training.strategy import devices_and_strategy, is_first_process
 from flash_ladder.units import GIB
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
@@ -57,7 +59,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     Raises UserError for what cannot run here, for data that cannot be read and for a loss that is not finite.
     """
     quiet_lightning()
-    first = rank_zero_only.rank == 0
+    first = is_first_process()
     place = decide(cfg)
     say(f"attention: {place.attention}")
     say(f"precision: {place.precision} ({place.precision_reason})")
@@ -204,10 +206,11 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[M
 
 def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[MetricsFile | WandbCopy], speed: Speed) -> L.Trainer:
     """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps."""
-    bar = [Bar(speed)] if rank_zero_only.rank == 0 else []
+    bar = [Bar(speed)] if is_first_process() else []
+    precision: Any = "32-true" if place.precision == "32" else place.precision  # in Lightning's words
     return L.Trainer(
         **devices_and_strategy(cfg.trainer, place),
-        precision="32-true" if place.precision == "32" else place.precision,
+        precision=precision,
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=cfg.trainer.accumulate,
@@ -245,7 +248,7 @@ def quiet_lightning() -> None:
 def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: Speed, sample: str) -> None:
     """Prints what the run came to."""
     loss, unigram = float(trainer.callback_metrics[metrics.VAL_LOSS]), data.stats.unigram_entropy
-    best = float(trainer.checkpoint_callback.best_model_score)
+    best = cast("ModelCheckpoint", trainer.checkpoint_callback).best_model_score  # the first of `checkpoints`
     memory = "tensors on the GPU" if place.device.type == "cuda" else "resident set of the process"
     rate = speed.tokens_per_second
     folder = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run

@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flash_ladder.machine.decide import Place
 from flash_ladder.schema import TrainerConfig
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]  # Lightning sets it on the function
 
 
 def devices_and_strategy(cfg: TrainerConfig, place: Place) -> dict[str, Any]:
