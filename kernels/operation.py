@@ -14,7 +14,7 @@ The flash rungs, in Triton (flash_v1, flash_v2) and in Gluon (flash_v3), go thro
 """
 
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,24 +24,12 @@ from .choice import BACKENDS, choose
 from .operators import Attention, attention_forward
 
 
-# For type checkers: return_lse decides what comes back.
-# fmt: off
+# For type checkers: return_lse decides what comes back. The other arguments are those of the function itself.
 @overload
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = ..., scale: float | None = ..., window_size: int | None = ...,
-    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., document_ids: Tensor | None = ...,
-    return_lse: Literal[False] = ..., deterministic: bool | None = ..., backend: str = ...,
-) -> Tensor: ...
+def attention(query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **others: Any) -> tuple[Tensor, Tensor]: ...
 @overload
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = ..., scale: float | None = ..., window_size: int | None = ...,
-    softcap: float | None = ..., alibi_slopes: Tensor | None = ..., document_ids: Tensor | None = ...,
-    return_lse: Literal[True], deterministic: bool | None = ..., backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...
-# fmt: on
-
-
-def attention(
+def attention(query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[False] = False, **others: Any) -> Tensor: ...
+def attention(  # type: ignore[misc]  # the overloads stand for these keywords without repeating them
     query: Tensor,
     key: Tensor,
     value: Tensor,
