@@ -158,6 +158,13 @@ def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, 
 FLOOR = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 5e-7}
 
 
+def probabilities(case: Case, scale: float, **meaning) -> Tensor:
+    """softmax(Q Kᵀ · scale + mask), float64 [B, Hq, Sq, Sk]: what attention makes of the unit vectors as values."""
+    seq_k = case.key.shape[2]
+    every = torch.eye(seq_k, dtype=torch.float64, device=DEVICE).expand(*case.key.shape[:2], -1, -1)
+    return eager.attend(case.query, case.key, every, Asked(scale, **meaning))[0]
+
+
 def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = None, **meaning) -> dict[str, float]:
     """What one float32 rounding of every term in the sums moves the worst element by, over the largest exact one.
 
@@ -165,11 +172,10 @@ def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = No
     nearly zero there, while whoever takes delta from rowsum(do * o) must, and whoever keeps lse instead of p rounds an exponent.
     """
     scale = case.query.shape[-1] ** -0.5 if scale is None else scale
-    group, seq_k = case.query.shape[1] // case.key.shape[1], case.key.shape[2]
+    group = case.query.shape[1] // case.key.shape[1]
     query, do = case.query.abs(), case.grad_output.abs()
     key, value = (x.abs().repeat_interleave(group, 1) for x in (case.key, case.value))
-    every = torch.eye(seq_k, dtype=torch.float64, device=DEVICE).expand(*case.key.shape[:2], -1, -1)
-    p = eager.attend(case.query, case.key, every, Asked(scale, **meaning))[0]  # as values, the unit vectors give the weights
+    p = probabilities(case, scale, **meaning)
     output, lse = exact[0].detach().abs(), exact[1].detach().abs()
     exponent = abs(scale) * query @ key.mT + lse.masked_fill(lse.isinf(), 0.0)[..., None]
     p = p * (1 + exponent)
@@ -180,20 +186,54 @@ def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = No
     return {name: 2**-24 * (terms[name].amax() / largest[name].clamp_min(1e-30)).item() for name in NAMES}
 
 
-def judge(found: dict[str, Error], eagers: dict[str, Error], floors: dict[str, Error], lse: Tensor, factor: float) -> None:
+def exponent_roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = None, **meaning) -> dict[str, float]:
+    """By how much, by root mean square, gradients are off because p = exp(s - lse) has its exponent in float32.
+
+    Three roundings reach it: of s and of lse on their way to base 2, and of the lse that the forward stored. Each is taken as
+    uniform and independent, of 2^-24 at most, relative to its number; p, and with it ds, is off by their sum. Eager attention
+    subtracts the row's maximum instead and has next to none of this, so a row with a large lse shows it.
+    """
+    scale = case.query.shape[-1] ** -0.5 if scale is None else scale
+    group = case.query.shape[1] // case.key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (case.key, case.value))
+    p = probabilities(case, scale, **meaning)
+    output, lse = exact[0].detach(), exact[1].detach()
+    lse = lse.masked_fill(lse.isinf(), 0.0)[..., None]
+    s = torch.where(p > 0, p.clamp_min(1e-300).log() + lse, 0.0)
+    squares = 2**-48 / 3 * (s.square() + 2 * lse.square())  # of p's relative error
+    delta = (case.grad_output * output).sum(-1) - case.grad_lse
+    ds = scale * p * (case.grad_output @ value.mT - delta[..., None])
+    p, ds = (x.square() * squares for x in (p, ds))
+    dk, dv = ((x.mT @ y.square()).unflatten(1, (-1, group)).sum(2) for x, y in ((ds, case.query), (p, case.grad_output)))
+    of_grads = dict(zip(("dq", "dk", "dv"), (ds @ key.square(), dk, dv), strict=True))
+    whole = dict(zip(NAMES, exact, strict=True))
+    return {
+        name: (x.mean().sqrt() / whole[name].detach().square().mean().sqrt().clamp_min(1e-30)).item()
+        for name, x in of_grads.items()
+    }
+
+
+def judge(
+    found: dict[str, Error],
+    eagers: dict[str, Error],
+    floors: dict[str, Error],
+    exponents: dict[str, float],
+    lse: Tensor,
+    factor: float,
+) -> None:
     """Asserts that errors are within `factor` of what eager attention loses in the same precision, for all five results.
 
-    By root mean square and at the worst element. On a GPU gradients may instead be off by eager's error plus what
-    p = exp(s - lse) inherits there: the hardware's exponential, taken to be right to two units in the last place (2^-22), and the
-    rounding of the stored float32 lse, which scales a whole row. Only float32 notices.
+    By root mean square and at the worst element. Gradients may instead be off by eager's error plus what p = exp(s - lse)
+    inherits. By root mean square that is `exponents`. On a GPU it is also the hardware's exponential, taken to be right to two
+    units in the last place (2^-22), and the rounding of the stored float32 lse, which scales a whole row. Only float32 notices.
     """
     lse = lse[lse.isfinite()].abs()
     inherited = 2**-22 + 2**-24 * lse.max().item() if DEVICE.type == "cuda" and lse.numel() else 0.0
     for name in NAMES:
         for kind, error, eager_error, floor in zip(Error._fields, found[name], eagers[name], floors[name], strict=True):
             allowed = factor * max(eager_error, floor)
-            if name in ("dq", "dk", "dv"):
-                allowed = max(allowed, eager_error + inherited)
+            if name in exponents:
+                allowed = max(allowed, eager_error + inherited, eager_error + exponents[name] if kind == "rms" else 0.0)
             assert error <= allowed, f"{name}: {kind} error {error:.2e}, eager has {eager_error:.2e}, and {allowed:.2e} is allowed"
 
 
@@ -219,7 +259,7 @@ def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
     if DEVICE.type == "cpu":
         sums = max(floor, two_sums(case.query.shape[-1]))
         floors |= {name: floors[name]._replace(rms=sums) for name in ("dq", "dk")}
-    judge(found, eagers, floors, exact[1], factor)
+    judge(found, eagers, floors, exponent_roundings(case, exact, **asked), exact[1], factor)
 
 
 def check_unrounded(rung: ModuleType, case: Case) -> None:
