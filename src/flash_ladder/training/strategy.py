@@ -11,7 +11,7 @@ from flash_ladder.schema import TrainerConfig
 
 
 def devices_and_strategy(cfg: TrainerConfig, place: Place) -> dict[str, Any]:
-    """What Lightning's trainer is told about them. trainer.strategy=auto: DDP where there are several devices."""
+    """The trainer's arguments for devices and strategy. trainer.strategy=auto is DDP where there are several devices."""
     alone = place.n_devices == 1 and cfg.strategy == "auto"
     return {
         "accelerator": "cuda" if place.device.type == "cuda" else "cpu",
