@@ -10,7 +10,7 @@ name. A backend is a module with
     unsupported(device, dtype, head_dim, features)                           -> None, or the reason
 
 Those made of torch operations (eager, sdpa) have `attend(query, key, value, asked)`, which torch differentiates by itself; sdpa has
-only that. The flash rungs, in Triton (flash_v1, flash_v2) and in Gluon (flash_v3), go through the operators of `kernels.operators`.
+neither forward nor backward. The flash rungs, in Triton (flash_v1, flash_v2) and Gluon (flash_v3), go through `kernels.operators`.
 """
 
 from functools import lru_cache

@@ -45,7 +45,7 @@ HOPPER = {
     256: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(128, 32, 8, 2), dkdv=Tile(64, 64, 8, 2)),
 }
 # A window or documents leave a program few tiles, so that the masked corners of large tiles cost more. At 128 this dq takes 1.41
-# times the visible area's share of the dense time; the tile above takes 1.58 times that, and is 15 % faster dense.
+# times the visible area's share of the dense time; the tile above takes 1.58 times that share, and is 15 % faster dense.
 HOPPER_CUT = {**HOPPER, 128: replace(HOPPER[128], dq=Tile(64, 64, 4, 2))}
 LARGE = {  # 160 KiB and more
     64: Tiles(forward=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
