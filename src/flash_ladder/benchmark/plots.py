@@ -36,7 +36,7 @@ WIDTH = 13.0  # inches at least, for the caption and the legend
 PANELS = 2  # side by side in a picture; speed has two rows of them
 RESULT_MARKERS = {"output": "o", "dq": "s", "dk": "^", "dv": "D"}
 BREAK = 2.0  # the axis of speed may break between two neighbouring figures if the higher is over this multiple of the lower
-LOW_SHARE = 0.15  # and only if the lower is less than this share of the highest
+LOW_SHARE = 0.15  # the lower figure at such a break is less than this share of the highest
 ALIKE = 0.02  # lines of memory that differ by less than this everywhere share a label
 
 

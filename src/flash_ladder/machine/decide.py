@@ -17,7 +17,7 @@ from flash_ladder.kernels.generations import dtype_name
 from flash_ladder.schema import Config, ModelConfig, TrainerConfig
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}  # what attention computes in, by precision
-PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # and back: "bfloat16" is "bf16-mixed"
+PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # precision by dtype: "bfloat16" is "bf16-mixed"
 
 
 @dataclass(frozen=True)
