@@ -6,7 +6,7 @@
     validation.safetensors  the validation windows that it was evaluated on
     parity.json             that evaluation, on the training's backend and on eager
 
-Nothing is pickled, so a stranger's folder is safe to open.
+Nothing is pickled, so a folder from a stranger can be opened.
 """
 
 from __future__ import annotations
