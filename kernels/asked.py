@@ -14,7 +14,7 @@ from torch import Tensor
 class Asked(NamedTuple):
     """Attention's arguments beside query, key and value; `kernels.operation.attention` says what each means.
 
-    `scale` is a number by now, never None. The flash rungs take a positive one only.
+    `scale` is a number here, never None. The flash rungs take only a positive scale.
     """
 
     scale: float
@@ -50,10 +50,10 @@ TENSORS = tuple(name for name, annotation in Asked.__annotations__.items() if an
 
 
 class Numbers(NamedTuple):
-    """The numbers that say what is asked of attention, as the kernels take them; None drops the code that would look at it.
+    """What is asked of attention, as the numbers that the kernels take. A None drops the code that would read it.
 
     A query sees the keys from `behind` before its own position to `ahead` after it. Scores stay in units of the raw product q·k,
-    so that `scale` and the change to base 2 remain one multiplication: `cap` is softcap / scale.
+    so that `scale` and the change to base 2 are one multiplication. In these units the cap is softcap / scale.
     """
 
     scale: float
@@ -70,7 +70,7 @@ def numbers_for_kernels(asked: Asked, seq_q: int, seq_k: int) -> Numbers:
 
 
 def upstream(grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The upstream gradients as the kernels read them; `.sum()` sends back an expanded one, with a last stride of 0."""
+    """The upstream gradients, made contiguous where the kernels need it: `.sum()` passes back an expanded one of last stride 0."""
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     return grad_output, None if grad_lse is None else grad_lse.contiguous()

@@ -1,8 +1,8 @@
 """Which keys a query sees, one interval per row, and how far away they are.
 
 Causality, a sliding window and packed documents are all the same idea. Query i sees the keys j with lo_i <= j <= hi_i. Eager
-attention and SDPA make their masks of these two numbers; the kernels find the same ones where they need them (`documents.py`,
-`tile_ops.interval`).
+attention and SDPA make their masks from these two numbers. The kernels compute the same numbers where they need them
+(`documents.py`, `tile_ops.interval`).
 """
 
 import torch
@@ -15,7 +15,7 @@ def key_bounds(asked: Asked, seq_q: int, seq_k: int, device: torch.device | None
     """First and last key that each query sees, int64 [1, Sq] (or [B, Sq] with documents); lo > hi means none.
 
     Positions align bottom-right: query i stands at key position i + Sk - Sq (FlashAttention 2.1 and later).
-    `asked.document_ids` is [B, S], non-decreasing, and asks for Sq == Sk.
+    `asked.document_ids` is [B, S], non-decreasing, and needs Sq == Sk.
     """
     position = torch.arange(seq_q, device=device)[None] + (seq_k - seq_q)
     lo = torch.zeros_like(position)

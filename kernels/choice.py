@@ -24,7 +24,7 @@ if find_spec("triton") is not None:  # a machine that only evaluates may have to
 
 
 class Unsupported(ValueError):
-    """A backend was asked for by name that cannot run this; the message says why and which can."""
+    """The backend asked for by name cannot run this call. The message says why, and which backends can."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What is asked of attention as tensors for the kernels: slopes, and where each position's document begins and ends.
 
-Every call with document_ids needs these bounds, forward and backward. `kernels.bounds.document_bounds` finds them by three of
-PyTorch's operations, which take 5 % of a forward pass at 16k tokens; here one kernel does.
+Every call with document_ids needs these bounds, forward and backward. `kernels.bounds.document_bounds` finds them with three
+PyTorch operations, which take 5 % of a forward pass at 16k tokens. Here one kernel finds them.
 """
 
 from functools import lru_cache
@@ -17,9 +17,9 @@ from .launch import Launch, on
 
 @triton.jit
 def bounds_kernel(IDS, FIRST, LAST, seq, n_block, steps, BLOCK: tl.constexpr):
-    """One program: the bounds of BLOCK positions of one sequence, each found by halving what lies before it and what lies after.
+    """One program: the bounds of BLOCK positions of one sequence, by a binary search before each position and one after it.
 
-    ids that decrease give bounds of no use, but within the sequence.
+    Decreasing ids give useless bounds, but bounds within the sequence.
     """
     row = (tl.program_id(0) // n_block).to(tl.int64) * seq
     position = tl.program_id(0) % n_block * BLOCK + tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def document_ends(document_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=4096)
 def prepare_ends(device: torch.device, dtype: torch.dtype, batch: int, seq: int) -> Launch:
-    """The launch of `document_ends` for all ids of one shape, remembered."""
+    """The launch of `document_ends` for all ids of one shape, cached."""
     block = 256
     n_block = triton.cdiv(seq, block)
     return Launch(bounds_kernel, (batch * n_block, 1, 1), device, (seq, n_block, seq.bit_length(), block), {"num_warps": 4})

@@ -1,8 +1,8 @@
 """Eager attention: the definition, and the reference for every other backend.
 
-softmax(Q Kᵀ · scale + mask) V with the scores stored: O(Sq·Sk) memory, four passes over it forward alone (Vaswani et al., 2017,
-section 3.2.1). Products run in the inputs' dtype, the softmax in float32 (float64 for float64 inputs): what a model file without
-a fused kernel does.
+softmax(Q Kᵀ · scale + mask) V with the scores stored: O(Sq·Sk) memory, four passes over it in the forward alone (Vaswani et al.,
+2017, section 3.2.1). Products run in the inputs' dtype and the softmax in float32 (float64 for float64 inputs), as in a model file
+without a fused kernel.
 """
 
 import torch
@@ -20,7 +20,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, feature
 def _scores(query: Tensor, key: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
     """Scores [B, Hq, Sq, Sk] in the accumulation dtype, -inf where hidden, and which rows see nothing [., 1, Sq, 1].
 
-    Rows that see nothing are left unmasked, so that no NaN arises; the caller sets what they give.
+    Rows that see nothing are left unmasked, so that no NaN arises; the caller sets their results.
     """
     seq_q, seq_k = query.shape[2], key.shape[2]
     hidden = ~visible(*key_bounds(asked, seq_q, seq_k, query.device), seq_k)

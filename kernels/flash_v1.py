@@ -2,21 +2,21 @@
 
 Dao, Fu, Ermon, Rudra, Ré, "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness" (2022), Algorithms 1 and
 4, line by line: keys and values are the outer loop, queries the inner one. Since each query meets its keys over several outer
-steps, its output, row maximum m and row sum l wait in GPU memory in between, and the output is put right at every step.
+steps, its output, row maximum m and row sum l wait in GPU memory in between, and every step rescales the output.
 
 What flash_v2 changes, and why (Dao, 2023):
 
-- *Loops swapped* (Algorithm 1, lines 5 and 7). With queries outside, output, m and l stay in registers until they are done: no
-  traffic for them, and nothing that orders one query's tiles after another's.
+- *Loops swapped* (Algorithm 1, lines 5 and 7). With queries outside, output, m and l stay in registers until they are done. They
+  cause no traffic, and no query's tiles have to wait for another's.
 - *Parallel over the sequence* (section 3.2). Here a program owns a whole head: 16 heads keep 16 of an H200's 132 multiprocessors
-  busy. There a program owns one tile of queries.
-- *One division a row* (section 3.1.1). Line 12 here divides by the new row sum and multiplies by the old one at every step; there
-  the output stays unnormalised until the end.
-- *The log-sum-exp alone* (section 3.1.1): m and l are kept apart here; the backward needs only m + log l. It is what the
-  operation returns, so Algorithm 4 is given that.
-- *delta once* (Algorithm 4, line 19): rowsum(dO ∘ O) is computed here for every tile of keys again.
+  busy. In flash_v2 a program owns one tile of queries.
+- *One division a row* (section 3.1.1). Line 12 here divides by the new row sum and multiplies by the old one at every step.
+  flash_v2 keeps the output unnormalised until the end.
+- *The log-sum-exp alone* (section 3.1.1): m and l are kept apart here, but the backward needs only m + log l. The operation
+  returns that sum, and Algorithm 4 takes it here.
+- *delta once* (Algorithm 4, line 19): every tile of keys computes rowsum(dO ∘ O) again here.
 
-The output waits in float32 (Algorithm 1 does not say in what). Algorithm 4's dQ does too, so it is rounded once.
+The output waits in float32 (Algorithm 1 names no dtype). So does Algorithm 4's dQ, which is therefore rounded once.
 """
 
 import math
@@ -65,8 +65,8 @@ def _forward_kernel(
     """Algorithm 1. One program: one query head.
 
     It loops over tiles of keys and values (in shared memory), and for each over the tiles of queries that see any of it. The
-    scores of one pair of tiles live in registers; output O, row sums L and row maxima M (base 2) are read from memory, brought up
-    to date and written back. A barrier stands between one tile of keys and the next, since other threads may read what one wrote.
+    scores of one pair of tiles live in registers; output O, row sums L and row maxima M (base 2) are read from memory, updated
+    and written back. A barrier separates one tile of keys from the next, since a thread may read what another one wrote.
     """
     batch = (tl.program_id(0) // n_head).to(tl.int64)
     head = (tl.program_id(0) % n_head).to(tl.int64)
@@ -113,8 +113,8 @@ def _forward_kernel(
             p = tl.exp2(s - finite[:, None])
             l_old = tl.exp2(m - finite) * l
             l_new = l_old + tl.sum(p, 1)
-            # Line 12. The paper shifts p by the tile's own maximum and multiplies it by the difference; shifted by m_new at once
-            # it is the same number.
+            # Line 12. The paper shifts p by the tile's own maximum and multiplies it by the difference. A shift by m_new at once
+            # gives the same number.
             o = dot(round_to(p, v.dtype), v, o * l_old[:, None], PRECISION) / tl.where(l_new > 0, l_new, 1.0)[:, None]
             store_tile(move(o_base, first_row, stride_on), o_offsets, o, rows, seq_q, HEAD_DIM, BLOCK_D)
             tl.store(L + per_head + rows, l_new, mask=inside)  # line 13

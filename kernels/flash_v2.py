@@ -74,8 +74,8 @@ def _forward_mainloop(
         if MASK != NONE and (MASK == ALL or first_col < all_from or first_col + BLOCK_K > all_to + 1):
             s = tl.where(within(cols[None, :], first, last, FROM, True), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
-        # Of the difference, which is zero where m stays: the difference of two products, one of them fused, would leave a rounding
-        # error, the same in every tile, and a thousand tiles would multiply it up.
+        # The exponent is taken of the difference, which is zero where m stays. The difference of two products, one of them fused,
+        # would leave a rounding error, the same in every tile, and a thousand tiles would multiply it up.
         rescale = tl.exp2((m - m_new) * qk_scale)
         shift = m_new * qk_scale
         p = tl.exp2(s * qk_scale - shift[:, None])
@@ -99,10 +99,10 @@ def _forward_kernel(
     """One program: a tile of BLOCK_Q queries of one head.
 
     It loops over tiles of BLOCK_K keys and values, streamed through shared memory: those that every row sees whole, then those
-    that the diagonal or the end cuts. With a window or documents, which cut at both ends, it is one loop that masks where a bound
-    cuts. Tiles that no row sees are not visited. Its queries stay in shared memory; the scores of one tile, the unnormalised
-    output, m and l live in registers. Tiles of a head are neighbours, the longest first, so that K and V are shared through L2
-    and the last wave is made of short ones.
+    that the diagonal or the end cuts. A window or documents cut at both ends; for them one loop masks where a bound cuts. The loops
+    skip tiles that no row sees. The queries stay in shared memory; the scores of one tile, the unnormalised output, m and l live in
+    registers. Tiles of a head are neighbours, the longest first, so that they share K and V through L2 and short ones make up the
+    last wave.
     """
     n_tile = tl.cdiv(seq_q, BLOCK_Q)
     tile, head, batch = own_tile(n_tile, n_head, FLAT)
@@ -209,7 +209,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtypes, in memory [B, S, H, D]; the same bits every time, asked for or not.
 
-    `output` and `lse` may come from several forwards merged (ring attention): only delta and the probabilities are made of them.
+    `output` and `lse` may come from several forwards merged (ring attention): they enter only delta and the probabilities.
     """
     batch, n_head, seq_q, head_dim = query.shape
     n_kv_head, seq_k = key.shape[1], key.shape[2]

@@ -195,7 +195,7 @@ def dkdv_kernel(
     q_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_qn, WIDE)
     do_offsets = tile_offsets(BLOCK_Q, BLOCK_D, stride_don, WIDE)
 
-    # The other way round: a key is seen from `ahead` before it to `behind` after it.
+    # `ahead` and `behind` swap places: a key is seen by the queries from `ahead` before it to `behind` after it.
     FROM: tl.constexpr = ahead is not None or FIRST is not None
     TO: tl.constexpr = behind is not None or FIRST is not None
     start, all_to = interval(first_col, seq_k, seq_q, seq_q - seq_k, ahead, behind, FIRST, LAST)

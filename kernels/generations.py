@@ -23,7 +23,7 @@ GENERATIONS = (
     Generation("Blackwell", ((10, 0), (10, 3)), "tcgen05 tensor cores", ("flash_v2", "sdpa", "eager")),
     Generation("Blackwell", ((12, 0), (12, 1)), "bf16 tensor cores and asynchronous copies", ("flash_v2", "sdpa", "eager")),
 )
-ELSEWHERE = ("sdpa", "eager")  # no GPU, an older one, one newer than the table, another vendor's
+ELSEWHERE = ("sdpa", "eager")  # without a GPU, or with one that the table lacks: older, newer, another vendor's
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
@@ -35,7 +35,7 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def generation(device: torch.device) -> Generation | None:
-    """The generation that `device` belongs to; None where there is none in the table."""
+    """The generation that `device` belongs to; None where the table has none."""
     found = capability(device)
     for entry in GENERATIONS:
         if found in entry.capabilities:

@@ -1,7 +1,8 @@
 """Compiled on a GPU, interpreted without one.
 
-Triton's interpreter runs a kernel in NumPy on the CPU, for checking. Triton must be told when it is imported, so it is told here,
-before any kernel is defined: where there is no GPU, unless TRITON_INTERPRET says otherwise.
+Triton's interpreter runs a kernel in NumPy on the CPU, for checking. Triton decides at its import whether to
+interpret, so this module sets TRITON_INTERPRET before any kernel is defined. It does so where there is no GPU, unless the user has
+set the variable.
 """
 
 import os
@@ -20,8 +21,10 @@ def installed(name: str) -> str | None:
 
 
 def numpy_trouble(triton: str | None, numpy: str | None) -> str | None:
-    """Why Triton's interpreter cannot run with this NumPy, or None. Triton 3.6's takes one-element arrays for numbers, which numpy
-    2.4 no longer allows."""
+    """Why Triton's interpreter cannot run with this NumPy, or None.
+
+    Triton 3.6's interpreter uses one-element arrays as numbers, which numpy 2.4 no longer allows.
+    """
     if numpy is None:
         return "Triton's interpreter needs numpy, which is not installed"
     if triton and triton.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
@@ -30,13 +33,13 @@ def numpy_trouble(triton: str | None, numpy: str | None) -> str | None:
 
 
 NUMPY = installed("numpy")
-NUMPY_TROUBLE = numpy_trouble(installed("triton"), NUMPY)  # asked here: torch 2.11's torch.compile cannot trace it
+NUMPY_TROUBLE = numpy_trouble(installed("triton"), NUMPY)  # computed at import: torch 2.11's torch.compile cannot trace it
 
 if "TRITON_INTERPRET" in os.environ:
     INTERPRET, TOO_LATE = os.environ["TRITON_INTERPRET"] == "1", False
 else:
-    INTERPRET = not torch.cuda.is_available() and NUMPY is not None  # Triton imports NumPy as soon as it is to interpret
-    TOO_LATE = INTERPRET and "triton" in sys.modules  # somebody else has imported Triton to compile, and it stays so
+    INTERPRET = not torch.cuda.is_available() and NUMPY is not None  # Triton's interpreter imports NumPy at once
+    TOO_LATE = INTERPRET and "triton" in sys.modules  # Triton was imported before, to compile, and cannot be switched
     if INTERPRET and not TOO_LATE:
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -1,4 +1,4 @@
-"""What the launches of the Triton rungs share: where they can run, and launching fast."""
+"""What the launches of the Triton rungs share: where a rung can run, and a fast launch."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -38,18 +38,18 @@ def refusal(rung: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 @cache
 def warn_once(rung: str) -> None:
-    """Says, the first time, that the interpreter is at work."""
+    """Warns once per rung that Triton's interpreter runs it."""
     warnings.warn(f"{rung} runs in Triton's interpreter on the CPU: for checking, far too slow to train with", stacklevel=3)
 
 
-AXIS = 65_535  # as many programs as CUDA takes along the second and third axis of a grid
+AXIS = 65_535  # CUDA's limit on programs along the second and third axis of a grid
 
 
 def grid(n_tile: int, n_head: int, batch: int) -> tuple[tuple[int, int, int], bool]:
-    """A program for each tile of each head, an axis for each; all on the first one where the others are too short (True).
+    """The grid with one program for each tile of each head, and whether it is flat.
 
-    With an axis for each a program knows its place without two divisions before its first load: 1 to 2 % on the whole
-    (docs/log.md).
+    Tiles, heads and batch have an axis each, which spares a program two divisions before its first load: 1 to 2 % on the whole
+    (docs/log.md). Where heads or batch exceed AXIS, the first axis holds all programs (True).
     """
     if max(n_head, batch) > AXIS:
         return (n_tile * n_head * batch, 1, 1), True
@@ -70,10 +70,10 @@ def launch(
     """Runs a kernel.
 
     Args:
-        kernel: its arguments are `tensors`, strides, `sizes`, those of `numbers`, and those that `Launch` compiles in.
+        kernel: takes `tensors`, their strides, `sizes`, the fields of `numbers`, and the constants that `prepare` adds.
         tile: its block sizes, warps and stages.
-        programs: how many of them run, along each axis.
-        tensors: None where one is not needed.
+        programs: how many run along each axis of the grid.
+        tensors: None for one that the call does not need.
         strided: the query and the other tensors [B, H, S, D] whose batch, head and position strides the kernel takes.
         sizes: heads, seq_q, seq_k.
         group: query heads that share a key/value head.
@@ -91,18 +91,18 @@ def launch(
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """A context in which kernels are launched on `device`: Triton takes the current GPU."""
+    """A context that makes `device` the current GPU, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 class Launch:
-    """One kernel on inputs of one kind, ready to go.
+    """One kernel, ready to launch on inputs of one kind.
 
-    At every launch Triton finds out afresh which of its compilations the arguments want: 26 µs on a GPU server's CPU for the 35
-    arguments of these kernels. All that it looks at is settled here, but for whether each pointer is a multiple of 16 bytes; so
-    what it compiled is kept for each pattern of those, and launched directly.
+    At every launch Triton looks up which of its compilations fits the arguments: 26 µs on a GPU server's CPU for the 35 arguments
+    of these kernels. Here all that this depends on is fixed, except whether each pointer is a multiple of 16 bytes. So this class
+    keeps one compilation for each pattern of alignment, and launches it directly.
     """
 
     def __init__(self, kernel: Any, programs: tuple[int, int, int], device: torch.device, values: tuple, options: dict) -> None:
@@ -137,7 +137,7 @@ def prepare(
     products: str,
     **constants: bool,
 ) -> Launch:
-    """The launch for all inputs that agree in these, remembered. Compilations depend on `dtypes` and `device`, so they are here."""
+    """The cached launch for all inputs that agree in these arguments. Compilations depend on `dtypes` and `device` too."""
     fixed = {
         "GROUP": group,
         "HEAD_DIM": head_dim,
@@ -152,10 +152,10 @@ def prepare(
 
 
 def precision(dtype: torch.dtype, head_dim: int) -> str:
-    """How tl.dot multiplies float32: as float32 unless PyTorch has been told that TensorFloat-32 will do.
+    """How tl.dot multiplies float32: as float32, unless PyTorch's setting allows TensorFloat-32.
 
-    Up to head_dim 128 three TensorFloat-32 products stand for one of float32, with the same error; beyond, they lose 2.4 times as
-    much as eager attention does, and plain multiply-adds it is.
+    Up to head_dim 128, three TensorFloat-32 products replace one of float32, with the same error. Beyond 128 their error is 2.4
+    times that of eager attention, so tl.dot uses plain multiply-adds.
     """
     if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"

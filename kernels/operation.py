@@ -9,8 +9,8 @@ name. A backend is a module with
     backward(grad_output, grad_lse, query, key, value, output, lse, asked)   -> dq, dk, dv
     unsupported(device, dtype, head_dim, features)                           -> None, or the reason
 
-and those made of torch operations (eager, sdpa) also have `attend(query, key, value, asked)`, which torch differentiates by itself.
-The flash rungs, in Triton (flash_v1, flash_v2) and in Gluon (flash_v3), go through the operators of `kernels.operators`.
+Those made of torch operations (eager, sdpa) have `attend(query, key, value, asked)`, which torch differentiates by itself; sdpa has
+neither forward nor backward. The flash rungs, in Triton (flash_v1, flash_v2) and Gluon (flash_v3), go through `kernels.operators`.
 """
 
 from functools import lru_cache
@@ -54,10 +54,10 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
         window_size: w keeps i - w < j <= i under causality and |i - j| < w without it.
         softcap: c turns the scaled score s into c * tanh(s / c).
         alibi_slopes: [Hq] float32, adds -slope * |i - j| (Press et al., 2022); not differentiated.
-        document_ids: [B, S] integers, non-decreasing; positions see their own document only (asks for Sq == Sk).
+        document_ids: [B, S] integers, non-decreasing; positions see their own document only (needs Sq == Sk).
         return_lse: also return the log-sum-exp of each row's scores, natural log, float32 [B, Hq, Sq], differentiable.
-        deterministic: the backward gives the same bits every time. None: if PyTorch's switch says so
-            (torch.use_deterministic_algorithms), which is what makes sdpa's so on a GPU.
+        deterministic: the backward gives the same bits every time. None follows PyTorch's switch
+            (torch.use_deterministic_algorithms), which is what makes sdpa deterministic on a GPU.
         backend: "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3", or "auto": the best one for this GPU (`choose` says which).
 
     Returns:
@@ -87,7 +87,7 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
     check_asked(asked, query, key)
     if alibi_slopes is not None:
         asked = asked._replace(alibi_slopes=alibi_slopes.detach())
-    compiling = torch.compiler.is_compiling()  # a compiler follows the code itself and wants no cache in its way
+    compiling = torch.compiler.is_compiling()  # torch.compile traces the choice itself; a cache would be in its way
     pick = _pick.__wrapped__ if compiling else _pick
     switched = torch.are_deterministic_algorithms_enabled()
     name = pick(query.device, query.dtype, query.shape[-1], backend, asked.used(), switched)
@@ -96,7 +96,7 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
     if hasattr(module, "attend"):
         output, lse = module.attend(query, key, value, asked)
     else:
-        if asked.scale <= 0:  # the kernels' scores keep their order under the scale: its sign goes into the query
+        if asked.scale <= 0:  # the kernels need a positive scale, so the query takes its sign
             query = query * (-1.0 if asked.scale < 0 else 0.0)
             asked = asked._replace(scale=-asked.scale or 1.0)
         differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -107,7 +107,7 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
 
 @lru_cache
 def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str, used: tuple[bool, ...], switched: bool) -> str:
-    """`choose` by which of FEATURES are used, remembered: a mere call needs no words. It may depend on PyTorch's switch."""
+    """The backend that `choose` names, cached without its reason. `used`: which of FEATURES. `switched`: PyTorch's switch."""
     features = frozenset(name for name, one in zip(FEATURES, used, strict=True) if one)
     return choose(device, dtype, head_dim, backend=backend, features=features).backend
 

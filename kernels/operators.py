@@ -1,10 +1,10 @@
-"""The flash rungs as two operators of torch.
+"""The flash rungs as two torch operators.
 
-So torch.compile, autocast, activation checkpointing and the FLOP counter know them.
+This makes them known to torch.compile, autocast, activation checkpointing and the FLOP counter.
 
 `attention_forward` and `attention_backward` run the backend that they are given by name. Their arguments are the tensors, the
 fields of `Asked` in their order, and the backend's name. They are registered through torch.library.Library:
-torch.library.custom_op does the same with 15 µs more on the host for every call.
+torch.library.custom_op does the same but costs the host 15 µs more per call.
 """
 
 from typing import Any
@@ -97,7 +97,7 @@ torch.library.register_autograd(f"{NAMESPACE}::attention_backward", _differentia
 
 
 class Attention(torch.autograd.Function):
-    """The same two operators for uncompiled code, where torch.library's own way to differentiate costs 30 µs more a call."""
+    """The same two operators for uncompiled code, where torch.library's own autograd costs 30 µs more per call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""What the Triton kernels do with one tile: which it is, where it lies, reading, writing, multiplying, masking and bending scores.
+"""What the Triton kernels do with one tile: they find, load, store and multiply it, mask its scores, and apply softcap and ALiBi.
 
-Pointers to a tile are a 64-bit scalar base, moved from tile to tile, and small offsets inside a tile. The last dimension is
+A pointer to a tile is a 64-bit scalar base, moved from tile to tile, plus small offsets inside the tile. The last dimension is
 contiguous. BLOCK_D is head_dim rounded up to a power of two: the columns beyond HEAD_DIM are read as zero and never written.
 """
 
@@ -13,17 +13,17 @@ from .jit import INTERPRET
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-# Where row maxima start: below any score, and its product with any scale in use is finite. -inf would give NaN in rows that have
-# seen nothing yet.
+# The initial row maximum. It is below any score, and its product with any scale in use is finite. -inf would give NaN in rows that
+# have seen nothing yet.
 LOWEST = tl.constexpr(-(2.0**100))
 # Which tiles of a loop are masked: none, all, or those that a bound cuts.
 NONE, ALL, SOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot takes bfloat16 for integers; the same values in float32 are right
+WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot misreads bfloat16 as integers; float32 holds the same values
 
 
 @triton.jit
 def own_tile(n_tile, n_head, FLAT: tl.constexpr):
-    """Tile, head and batch entry of this program, as `kernels.launch.grid` gives them out: tiles of a head are neighbours."""
+    """Tile, head and batch entry of this program of `kernels.launch.grid`: the tiles of a head are neighbours."""
     if FLAT:
         tile = tl.program_id(0) % n_tile
         head = tl.program_id(0) // n_tile % n_head
@@ -37,7 +37,7 @@ def own_tile(n_tile, n_head, FLAT: tl.constexpr):
 
 @triton.jit
 def tile_offsets(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, stride, WIDE: tl.constexpr):
-    """Offsets of a tile's elements from its first one; 64-bit where a stride asks for it."""
+    """Offsets of a tile's elements from its first one, in 64 bits where a stride needs them (WIDE)."""
     rows = tl.arange(0, BLOCK)
     if WIDE:
         rows = rows.to(tl.int64)
@@ -46,13 +46,13 @@ def tile_offsets(BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, stride, WIDE: tl.co
 
 @triton.jit
 def move(base, rows, stride):
-    """A pointer moved down by so many rows, in 64 bits."""
+    """`base`, moved down by `rows` rows in 64-bit arithmetic."""
     return base + tl.cast(rows, tl.int64) * stride
 
 
 @triton.jit
 def load_tile(base, offsets, rows, n_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """One tile; rows from n_rows on and columns from HEAD_DIM on come as zero."""
+    """One tile; rows from n_rows on and columns from HEAD_DIM on are read as zero."""
     if BLOCK_D > HEAD_DIM:
         inside = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
         if CHECK_ROWS:
@@ -90,10 +90,10 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def interval(index, n_own, n_other, shift, behind, ahead, FIRST, LAST):
-    """First and last partner of each position, kernels.bounds inside a kernel: the keys of a query or the queries of a key.
+    """First and last partner of each position: the keys of a query or the queries of a key (kernels.bounds, inside a kernel).
 
-    index + shift is where a position stands among its n_other partners; it sees those from `behind` before it to `ahead` after it
-    (None: no limit), of its own document only where FIRST and LAST hold each document's bounds. first > last: it sees none.
+    A position stands at index + shift among its n_other partners. It sees those from `behind` before it to `ahead` after it (None:
+    no limit). Where FIRST and LAST hold each document's bounds, it sees its own document only. first > last: it sees none.
     Positions beyond the end count as the last one. Both bounds grow with the index.
     """
     index = tl.minimum(index, n_own - 1)
@@ -111,7 +111,7 @@ def interval(index, n_own, n_other, shift, behind, ahead, FIRST, LAST):
 
 @triton.jit
 def within(partners, first, last, FROM: tl.constexpr, TO: tl.constexpr):
-    """Which partners (a row vector) lie in each interval; FROM and TO say which of its ends need looking at."""
+    """Which partners (a row vector) lie in each interval; FROM and TO say which of its ends to compare."""
     if FROM and TO:
         return (partners >= first[:, None]) & (partners <= last[:, None])
     elif FROM:

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton rungs' kernels, by GPU and head_dim.
 
-flash_v2 has four tables: GPUs with 160 KiB of shared memory for a block and more (A100, B200), those with 99 KiB (A10, L4, RTX 30
-to 50), Turing with 64 KiB, and Hopper, whose wgmma wants at least 64 rows a warpgroup. Hopper's rows were timed on an H200
-(docs/log.md); the others are held by tests to their limits: shared memory, no register spills in the inner loops.
+flash_v2 has four tables: GPUs with 160 KiB of shared memory per block or more (A100, B200), those with 99 KiB (A10, L4, RTX 30
+to 50), Turing with 64 KiB, and Hopper, whose wgmma needs at least 64 rows per warpgroup. Hopper's rows were timed on an H200
+(docs/log.md). Tests hold the others to their limits: they fit in shared memory and spill no registers in the inner loops.
 """
 
 from dataclasses import dataclass, replace
@@ -37,15 +37,15 @@ class Tiles:
     dkdv: Tile
 
 
-# The largest head_dim a row serves, and its tiles (queries, keys, warps, stages). Hopper's were the fastest of 4 to 8 on causal and
-# full, 1k to 16k, taken together; dkdv at 256 spills registers and is still 2.6 times as fast as the best that does not.
+# The largest head_dim that a row serves, and its tiles (queries, keys, warps, stages). Hopper's tiles were the fastest of 4 to 8
+# over causal and full, 1k to 16k, together. dkdv at 256 spills registers, yet is 2.6 times as fast as the best that does not.
 HOPPER = {
     64: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(64, 64, 4, 3), dkdv=Tile(32, 64, 4, 4)),
     128: Tiles(forward=Tile(64, 64, 4, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
     256: Tiles(forward=Tile(128, 64, 8, 2), dq=Tile(128, 32, 8, 2), dkdv=Tile(64, 64, 8, 2)),
 }
-# Where a window or documents leave a program few tiles, large ones' corners weigh more: dq takes 1.41 of the share of the area at
-# 128, and 1.58 with the tile above, which is 15 % faster dense.
+# A window or documents leave a program few tiles, so that the masked corners of large tiles cost more. At 128 this dq takes 1.41
+# times the visible area's share of the dense time; the tile above takes 1.58 times that share, and is 15 % faster dense.
 HOPPER_CUT = {**HOPPER, 128: replace(HOPPER[128], dq=Tile(64, 64, 4, 2))}
 LARGE = {  # 160 KiB and more
     64: Tiles(forward=Tile(128, 64, 8, 3), dq=Tile(128, 64, 8, 3), dkdv=Tile(32, 64, 4, 3)),
@@ -78,7 +78,7 @@ class TilesV1:
     backward: Tile
 
 
-# flash_v1 has one table: what fits into Turing's 64 KiB. Loads must not run ahead (one stage), since it reads what it has written.
+# flash_v1 has one table, which fits into Turing's 64 KiB. Its loads must not run ahead (one stage): it reads what it has written.
 V1 = {
     64: TilesV1(forward=Tile(64, 64, 4, 1), backward=Tile(64, 32, 4, 1)),
     128: TilesV1(forward=Tile(64, 32, 4, 1), backward=Tile(32, 32, 8, 1)),
@@ -94,10 +94,10 @@ V1_INTERPRETED = TilesV1(forward=Tile(64, 32, 4, 1), backward=Tile(32, 64, 4, 1)
 
 @cache
 def tiles(device: torch.device, dtype: torch.dtype, head_dim: int, cut: bool = False) -> Tiles:
-    """The tiles for a tensor's device, dtype and head_dim (up to 256). `cut`: by a window or documents."""
+    """The tiles for a tensor's device, dtype and head_dim (up to 256). `cut`: whether a window or documents cut it."""
     if device.type == "cpu":
         return INTERPRETED
-    found = cast("tuple[int, int]", capability(device))  # not None: `launch.refusal` lets NVIDIA's GPUs pass alone
+    found = cast("tuple[int, int]", capability(device))  # not None: `launch.refusal` lets only NVIDIA's GPUs pass
     return tiles_for(found, dtype, head_dim, cut)
 
 

@@ -1,15 +1,15 @@
-"""Tensor cores on Turing (compute capability 7.5), which Triton gave up in its version 3.3.
+"""Tensor cores on Turing (compute capability 7.5), which Triton dropped in version 3.3.
 
-Since then `tl.dot` becomes plain multiply-adds there, with kilobytes of stack. The way back is a kernel whose tiles are laid out as
-for Ampere and whose instructions are Turing's. Triton offers both halves of it in public:
+Since then Triton compiles `tl.dot` there to plain multiply-adds, with kilobytes of stack. This module gives a kernel Ampere's
+tile layouts and Turing's instructions. Triton has a public means for each:
 
-- the launch option arch="sm80" makes Triton compile the kernel as Ampere's as far as PTX, where it is assembled for the GPU that
-  is there;
-- a hook (`knobs.runtime.add_stages_inspection_hook`) may change the stages on that way. Ours keeps Ampere for the first one (TTGIR:
-  layouts, which make `tl.dot` an mma), lowers the rest for Turing, and splits the mma, of depth 16, into two of depth 8.
+- the launch option arch="sm80" makes Triton compile the kernel for Ampere as far as PTX, and assemble the PTX for the GPU that is
+  there;
+- a hook (`knobs.runtime.add_stages_inspection_hook`) may change the stages in between. Ours keeps Ampere for the first one (TTGIR,
+  whose layouts make `tl.dot` an mma), lowers the rest for Turing, and splits each mma of depth 16 into two of depth 8.
 
-Why the split is right. Of a product of depth 16, PTX gives lane 4g + t of a warp (PTX ISA, "Matrix Fragments for mma.m16n8k16 with
-floating point type" and the same of m16n8k8), two halves to a register of A and B:
+Why the split is right. PTX gives lane 4g + t of a warp these elements, two halves to a register of A and B (PTX ISA, "Matrix
+Fragments for mma.m16n8k16 with floating point type" and the same of m16n8k8):
 
                 depth 16                                            depth 8
     A   a0: row g,  k = 2t, 2t+1        a1: row g+8, same k         a0, a1 the same
@@ -17,10 +17,11 @@ floating point type" and the same of m16n8k8), two halves to a register of A and
     B   b0: k = 2t, 2t+1, column g      b1: k = 2t+8, 2t+9          b0 the same
     C,D c0, c1: row g, columns 2t, 2t+1; c2, c3: row g+8            the same
 
-So a0, a1, b0 are the product over k = 0..7 and a2, a3, b1 that over k = 8..15, each in the layout of depth 8, and
-D = A B + C is the second on top of the first. Nothing moves between lanes; the sum is rounded once more on the way.
+So a0, a1, b0 make the product over k = 0..7 and a2, a3, b1 the one over k = 8..15, each in the layout of depth 8.
+D = A B + C adds the second to the first. Nothing moves between lanes; the sum is rounded once more.
 
-float16 only: Turing's tensor cores know neither bfloat16 nor TensorFloat-32. And num_stages=1: it has no asynchronous copies.
+Only float16 works, since Turing's tensor cores have neither bfloat16 nor TensorFloat-32. Only num_stages=1 works, since Turing
+has no asynchronous copies.
 """
 
 import re
@@ -38,7 +39,7 @@ DEPTH_16 = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 DEPTH_8 = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
 
 _MMA = re.compile(re.escape(DEPTH_16) + r"\s*" + r"\s*,\s*".join([r"\{([^}]*)\}"] * 4) + r"\s*;")
-# What Ampere's layouts can leave behind that Turing lacks. ptxas has the last word on everything else.
+# Instructions that Ampere's layouts can leave behind and Turing lacks. ptxas judges all others.
 _AMPERE_ONLY = re.compile(
     r"(?:^|[;{])\s*(?:@!?%\w+\s+)?"
     r"((?:mma(?!\.sync\.aligned\.m16n8k8\.row\.col\.f32\.f16\.f16\.f32\s)|wgmma|cp\.async|createpolicy|redux|mbarrier)\.[\w.:]+"
@@ -56,7 +57,7 @@ class NotOnTuring(RuntimeError):
 
 
 def tensor_cores(capability: tuple[int, int] | None) -> AbstractContextManager[dict[str, str]]:
-    """Around a launch: on compute capability 7.5 the kernel uses tensor cores, anywhere else nothing happens.
+    """A context for a launch: on compute capability 7.5 it makes the kernel use tensor cores, elsewhere it does nothing.
 
         with tensor_cores(capability(x.device)) as options:
             kernel[grid](..., num_stages=1, **options)
@@ -75,16 +76,16 @@ def tensor_cores(capability: tuple[int, int] | None) -> AbstractContextManager[d
 
 @contextmanager
 def lowered_as_ampere(target: int) -> Iterator[dict[str, str]]:
-    """`tensor_cores` for GPUs of any compute capability (90 is 9.0): for checking the split on a GPU that is at hand.
+    """`tensor_cores` for GPUs of any compute capability (90 is 9.0), to check the split on a GPU that is at hand.
 
-    Triton's hook is one for the whole process, and other threads launch too (autograd's backward has its own). So contexts
-    take turns; the hook touches only kernels that carry their mark (`stages_hook`), and a kernel that another thread compiles
-    meanwhile comes out as it always does; a hook that was there before keeps working and is back afterwards.
+    Triton has one hook for the whole process, and other threads launch too (autograd's backward has its own). So contexts take
+    turns. The hook changes only marked kernels (`stages_hook`), not what another thread compiles meanwhile. An earlier hook keeps
+    working, and is back afterwards.
 
-    The mark also keeps the caches right. `arch` belongs to the key of every kernel, in memory and on disk, so one lowered this way
-    is never taken for one that was not. Triton 3.6 does not ask the hook for a key, and need not: marked kernels are always
-    compiled with the hook, and without it ptxas would refuse the mma of depth 16. (After an edit of this file, a Triton 3.6 wants
-    its cache cleared.)
+    The mark also keeps the caches right. `arch` belongs to the key of every kernel, in memory and on disk, so a kernel lowered
+    this way is never taken for one that was not. Triton 3.6 does not ask the hook for a key, and need not: marked kernels are
+    always compiled with the hook, and without it ptxas would refuse the mma of depth 16. (After an edit of this file, Triton 3.6's
+    cache must be cleared.)
     """
     with _ONE_AT_A_TIME:
         earlier = knobs.runtime.add_stages_inspection_hook
@@ -93,16 +94,16 @@ def lowered_as_ampere(target: int) -> Iterator[dict[str, str]]:
         try:
             yield {"arch": AMPERE}
         finally:
-            if knobs.runtime.add_stages_inspection_hook is hook:  # else somebody has put theirs on top, which is theirs to remove
+            if knobs.runtime.add_stages_inspection_hook is hook:  # else another hook lies on top, and its owner removes it
                 knobs.runtime.add_stages_inspection_hook = earlier
 
 
 def stages_hook(target: int, earlier: Callable | None = None) -> Callable:
-    """A hook for Triton that makes kernels with Ampere's layouts fit for `target`, and then does what `earlier` does.
+    """A hook for Triton that lowers kernels with Ampere's layouts for `target`, and then calls `earlier`.
 
-    It acts on kernels that are marked: compiled for `target` with the option arch="sm80". Triton calls it in two ways: with the
-    backend, the stages of the compilation, its options, ..., to let it change the stages; since 3.7 also with nothing, for
-    what to add to the cache's keys.
+    It acts on marked kernels, those compiled for `target` with the option arch="sm80". Triton calls it with the backend, the
+    stages of the compilation, its options and more, to let it change the stages. Since 3.7 Triton also calls it without arguments,
+    for what to add to the cache's keys.
     """
 
     def hook(*arguments):  # noqa: ANN002, ANN202
@@ -122,13 +123,13 @@ def stages_hook(target: int, earlier: Callable | None = None) -> Callable:
 
 
 def without_copies(llir: str) -> str:
-    """LLVM IR as it is. Raises NotOnTuring for asynchronous copies: LLVM would not raise but end the process."""
+    """The LLVM IR, unchanged. Raises NotOnTuring for asynchronous copies, on which LLVM would end the process."""
     _refuse(_COPY.search(llir))
     return llir
 
 
 def in_halves(ptx: str) -> str:
-    """PTX with every float16 mma of depth 16 split in two of depth 8. Raises NotOnTuring if that is not enough."""
+    """PTX with every float16 mma of depth 16 split in two of depth 8. Raises NotOnTuring for what Turing still lacks."""
     ptx = _MMA.sub(_split, ptx)
     _refuse(_AMPERE_ONLY.search(ptx))
     return ptx

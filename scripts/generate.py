@@ -9,7 +9,7 @@ from flash_ladder.script_schema import GenerateConfig
 
 
 def main(cfg: GenerateConfig, output_dir: Path) -> None:
-    """Prints the prompt and what follows as it is written; what else there is to say goes to stderr."""
+    """Prints the prompt and its continuation as the model writes it; all else goes to stderr."""
     from flash_ladder.export.folder import load_export
     from flash_ladder.machine.decide import pick_backend, pick_device
     from flash_ladder.model.generation import stream

@@ -1,4 +1,4 @@
-"""What a user can put right: the one error that a command ends with in a line, and the checks that raise it."""
+"""What a user can put right: the one error that ends a command with a single line, and the checks that raise it."""
 
 from __future__ import annotations
 

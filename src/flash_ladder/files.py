@@ -37,10 +37,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
-    """Yields a new folder beside `out` that takes its place when the block is done and everything is on the disk.
+    """Yields a new folder beside `out`, which takes the place of `out` when the block is done and everything is on the disk.
 
-    Until then a folder that is already there stays as it is, and after an error too. Raises UserError where it holds anything but
-    files called `names`, which would be lost, and where `out` cannot be written.
+    Until then, and after an error, a folder that is already there stays as it is. Raises UserError where that folder holds other
+    files than `names`, which would be lost, and where `out` cannot be written.
     """
     out = out.absolute()
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
@@ -87,7 +87,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path`, all of it or nothing; nan and inf, for which JSON has no word, as null. Raises UserError."""
+    """Writes `value` to `path`, all of it or nothing; nan and inf, which JSON lacks, become null. Raises UserError."""
     saving = path.with_name(f".{path.name}.saving")
     try:
         saving.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

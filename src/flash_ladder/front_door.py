@@ -1,7 +1,7 @@
 """The front door: how train.py and every script start. Hydra composes YAML and the command line on top of the schema's defaults,
-this file checks the result, and only then does `main` import torch.
+this file checks the result, and only then `main` imports torch.
 
-A mistake costs a user under a second and leaves nothing behind: one line that says what is wrong, why, and what would work.
+A mistake costs a user under a second and leaves no files behind. One line says what is wrong, why, and what would work.
 The dataclasses that a configuration is checked against are in flash_ladder.schema.
 """
 
@@ -30,7 +30,7 @@ from flash_ladder.files import make_writable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-# What a help text in YAML may say for the list of backends, and for that of the benchmark's peers.
+# Placeholders that a help text in YAML may hold: the list of backends, and the list of the benchmark's peers.
 OmegaConf.register_new_resolver("backends", lambda: names.listing(names.BACKENDS), replace=True)
 OmegaConf.register_new_resolver("peers", lambda: names.listing(names.PEERS), replace=True)
 
@@ -83,8 +83,8 @@ def _unknown_key(key: str, cfg: DictConfig) -> UserError:
 def _check(conf: Path, config_name: str, overrides: list[str], schema: type, sweep: bool) -> DictConfig:
     """Composes what the command line asks for and checks it; returns the configuration with Hydra's own part.
 
-    A sweep (`seed=1,2`) is checked at its first point here, and at every point when its turn comes.
-    Raises UserError: an unknown key or group option with the nearest right one, a wrong type, an impossible combination.
+    A sweep (`seed=1,2`) is checked here at its first point, and at every other point when that starts.
+    Raises UserError for an unknown key or group option (naming the nearest right one), a wrong type or an impossible combination.
     """
     asked = [_parse_override(argument) for argument in overrides]
     for override in asked if not sweep else ():
@@ -113,7 +113,7 @@ def _check(conf: Path, config_name: str, overrides: list[str], schema: type, swe
 
 
 def _parse_override(argument: str) -> Override:
-    """One argument of the command line as Hydra reads it; raises UserError, with what to type instead, where it cannot."""
+    """One argument of the command line as Hydra reads it. Raises UserError where Hydra cannot, saying what to type instead."""
     key, equals, value = argument.partition("=")
     if not equals and not argument.startswith("~"):
         raise UserError(f"{argument} is not KEY=VALUE; --help lists the keys")
@@ -155,13 +155,13 @@ def _run_to_resume(overrides: list[str]) -> Path | None:
 
 
 def _resumed(saved: Path, overrides: list[str]) -> list[str]:
-    """The run's own overrides, then the new ones, and its folder to go on in."""
+    """The run's own overrides, then the new ones, then the run's folder, in which it goes on."""
     before: Any = OmegaConf.to_container(OmegaConf.load(saved))
     return [*(o for o in before if not o.startswith("resume=")), *overrides, f"hydra.run.dir={_quoted(str(saved.parents[1]))}"]
 
 
 def _quoted(text: str) -> str:
-    """Any text as a quoted value for Hydra, to whom spaces, quotes, commas and ${ mean something."""
+    """Any text as a quoted value for Hydra, which gives spaces, quotes, commas and ${ a meaning."""
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
     text = re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text)
     return f"'{text}'"
@@ -174,8 +174,8 @@ def _verbatim(argument: str) -> str:
 
 
 def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int | None], conf: Path = CONF) -> None:
-    """Starts a command: composes the defaults of `schema`, `conf`/`config_name`.yaml and the command line, checks what comes of it,
-    and calls `main(cfg, output_dir)`.
+    """Starts a command: composes the defaults of `schema`, `conf`/`config_name`.yaml and the command line, checks the result, and
+    calls `main(cfg, output_dir)`.
 
     `output_dir` is Hydra's run folder (the working folder for commands that write none). The process exits with what `main`
     returns, with 2 and one line on a UserError, and with 130 on Ctrl-C.
@@ -188,7 +188,7 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
     saved, saved_text = None, ""
     sys.argv[1:] = arguments
     try:
-        # Hydra's own flags (--help, --cfg) need no check, nor do the processes that DDP starts from a checked one.
+        # Hydra's own flags (--help, --cfg) need no check. Nor do the processes that DDP starts: their parent was checked.
         if set(flags) <= {"-m", "--multirun"}:
             saved = _run_to_resume(overrides)
             if saved is not None:
@@ -196,7 +196,7 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
             cfg = _check(conf, config_name, overrides, schema, sweep=bool(flags))
             if cfg.hydra.output_subdir is not None:  # the scripts have no run folder
                 make_writable(Path(cfg.hydra.run.dir), "the output folder", "hydra.run.dir")
-                if not flags:  # Hydra would read the clock again, and a second later make another folder
+                if not flags:  # Hydra would read the clock again, and might make another folder a second later
                     overrides.append(f"hydra.run.dir={_quoted(cfg.hydra.run.dir)}")
             sys.argv[1:] = [*flags, *overrides]
     except UserError as error:
@@ -204,13 +204,13 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
     def run(cfg: DictConfig) -> None:
-        # The first heavy import: without a GPU it has to come before Lightning, which loads Triton.
+        # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
         import flash_ladder.kernels  # noqa: F401
 
         try:
             code = main(parse(cfg, schema), Path(HydraConfig.get().runtime.output_dir))
         except UserError as error:
-            if saved is not None:  # a run that could not go on stays as it was; Hydra has written the new overrides into it
+            if saved is not None:  # Hydra has written the new overrides into a run that could not go on: undo that
                 saved.write_text(saved_text)
             elif HydraConfig.get().output_subdir is not None:
                 _remove_bare(Path(HydraConfig.get().runtime.output_dir))
@@ -225,9 +225,9 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
 
 
 def _leave_script_folder() -> None:
-    """Takes the running script's folder off sys.path, where Python has put it first."""
-    # train.py lies beside the folder kernels/, scripts/ holds evaluate.py: a library that imports Hugging Face's `kernels` or
-    # `evaluate` would find ours. What we import ourselves is installed.
+    """Removes the running script's folder from sys.path, where Python has put it first."""
+    # train.py lies beside the folder kernels/, and scripts/ holds evaluate.py. A library that imports Hugging Face's `kernels` or
+    # `evaluate` would find ours instead. Our own imports are installed.
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is not None:
         folder = Path(script).resolve().parent
@@ -235,7 +235,7 @@ def _leave_script_folder() -> None:
 
 
 def _remove_bare(folder: Path) -> None:
-    """Removes the folder of a run that never began: one that holds Hydra's notes alone."""
+    """Removes the folder of a run that never began: one that holds nothing but Hydra's notes."""
     if {path.name for path in folder.iterdir()} == {".hydra"}:
         shutil.rmtree(folder)
 

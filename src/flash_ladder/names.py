@@ -1,7 +1,7 @@
 """The names of attention: this repository's backends, and other people's attention that the benchmark sets beside them.
 
-Schemas, help texts and reports read these tables. The code behind the names is in flash_ladder.kernels and benchmark/peers.py, to
-which tests/recipe/test_names.py holds them. Nothing heavy is imported here.
+Schemas, help texts and reports read these tables. The code behind the names is in flash_ladder.kernels and benchmark/peers.py;
+tests/recipe/test_names.py checks that the two agree. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Peer:
 
     purpose: str  # what it is and whose, in a line
     takes_masks: bool = False
-    on_a_cpu: bool = False  # whether it is the same algorithm there: a GPU's kernel is not
-    # Where its functions may be, the first that is there is taken, each with the packages that may bring it; {}: PyTorch's own.
+    on_a_cpu: bool = False  # whether a CPU runs the same algorithm: not so for a GPU's kernel
+    # Modules that may hold its functions, of which the first one there is taken, with their packages; {}: PyTorch's own.
     modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def packages(self) -> tuple[str, ...]:
-        """Those that may bring it, as pip names them."""
+        """The packages that may bring it, as pip names them."""
         return tuple(package for packages in self.modules.values() for package in packages)
 
 
@@ -60,12 +60,12 @@ MASKED_PEERS = tuple(name for name, peer in PEERS.items() if peer.takes_masks)
 
 
 def is_kernel(name: str) -> bool:
-    """Whether a name is that of a kernel of this repository."""
+    """Whether a name belongs to a kernel of this repository."""
     return name in BACKENDS and BACKENDS[name].is_kernel
 
 
 def listing(table: Mapping[str, Backend | Peer], indent: int = 12) -> str:
-    """The names of a table with their purposes, a line each, for a help text."""
+    """The names of a table with their purposes, one a line, for a help text."""
     lines = []
     for name, entry in table.items():
         modules = getattr(entry, "modules", ())

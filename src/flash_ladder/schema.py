@@ -1,8 +1,8 @@
-"""What a user may choose: one dataclass per group of conf/, with the defaults, the types and the refusal of what cannot work.
+"""What a user may choose: one dataclass per group of conf/, with the defaults, the types and the checks.
 
-The defaults are here and nowhere else: conf/ is composed on top of them, and an option file holds only what differs. `validate`
+Only this file holds the defaults: conf/ is composed on top of them, and an option file holds only what differs. `validate`
 refuses a combination in one line: what is wrong, why, and what would work. Nothing heavy is imported here.
-flash_ladder.front_door is the front door that reads YAML and the command line into these classes.
+flash_ladder.front_door reads YAML and the command line into these classes.
 """
 
 from __future__ import annotations
@@ -84,20 +84,20 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """conf/data: which text, how it becomes tokens, and how many of them a step sees."""
+    """conf/data: which text, how it becomes tokens, and how many tokens a step sees."""
 
     source: str = "stdlib"  # stdlib: Python's own library; files: the user's; hub: a data set by name
     files: Any = None  # files: a path, a glob or a list of them (txt, jsonl, parquet)
     hub_name: str | None = None
     hub_config: str | None = None
     hub_split: str = "train"
-    streaming: bool = False  # hub: read as training goes instead of downloading and tokenising first
+    streaming: bool = False  # hub: read while training, instead of downloading and tokenising first
     text_column: str = "text"  # jsonl, parquet and hub: the field that holds a document
     tokenizer: str = "bpe"  # bpe: trained on the corpus; bytes: every byte is a token
     vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
     seq_len: int = 128
     batch_size: int = 8  # sequences a device sees at once
-    val_fraction: float = 0.05  # share of the documents held out (streaming: the beginning is, instead)
+    val_fraction: float = 0.05  # share of the documents held out (streaming holds out the beginning instead)
     document_ids: bool = False  # keep attention inside a document
     num_proc: int = 2  # processes that tokenise
     num_workers: int = 0  # processes that load batches, per device
@@ -158,13 +158,13 @@ class TrainerConfig:
 
     max_steps: int = 800
     accelerator: str = "auto"  # auto | cpu | gpu
-    devices: int | str = 1  # how many; -1 or auto: all there are
+    devices: int | str = 1  # how many; -1 or auto: all
     strategy: str = "auto"  # auto | ddp
     precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
     accumulate: int = 1  # batches per optimiser step
     compile: bool = False  # torch.compile the network
     val_every: int = 200  # steps between validations
-    val_batches: int = 40  # batches of one validation; the last one reads as many
+    val_batches: int = 40  # batches of every validation, the last one included
     log_every: int = 10
     activation_checkpointing: bool = False
     deterministic: bool = False
@@ -202,8 +202,8 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 1337
-    resume: str | None = None  # a run's folder: same configuration, goes on from its last checkpoint
-    prompt: str = "def "  # the sample that a run ends with starts so
+    resume: str | None = None  # a run's folder: goes on from its last checkpoint, with its configuration
+    prompt: str = "def "  # the beginning of the sample that a run ends with
 
     def validate(self) -> None:
         for group in (self.attention, self.model, self.data, self.optimizer, self.trainer, self.logger):

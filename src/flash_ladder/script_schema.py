@@ -20,7 +20,7 @@ class ExportConfig:
     out: str | None = None  # None: RUN/export
     attention: str = "auto"  # auto: what the run was trained with; or a backend
     precision: str = "auto"  # PRECISIONS; auto: what the run was trained in
-    windows: int | None = None  # validation windows; None: those that the training validated on
+    windows: int | None = None  # validation windows; None: those of the training
     seq_len: int | None = (
         None  # tokens of a window, fewer than in training where eager attention does not fit; None: as in training
     )
@@ -46,7 +46,7 @@ class EvaluateConfig:
     against: str | None = None  # a second backend: the logits are compared too
     precision: str = "auto"  # PRECISIONS; auto: what export evaluated in
     text: str | None = None  # a text file of your own instead of the validation windows
-    windows: int | None = None  # the first so many windows; None: all
+    windows: int | None = None  # how many windows, from the first on; None: all
     batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     out: str | None = None  # a JSON file for the result
@@ -82,7 +82,7 @@ class GenerateConfig:
         at_least(0, temperature=self.temperature)
 
 
-# What a benchmark measures; baseline, out and plot are for looking at a run that is done, too.
+# What a benchmark measures. The other keys (baseline, out, plot) also serve to look at a finished run.
 GRID = (
     "backends", "seq_len", "memory_seq_len", "head_dim", "causal", "n_kv_head", "tokens", "width", "dtype", "error_seq_len",
     "milliseconds", "masks", "mask_seq_len",
@@ -103,10 +103,10 @@ def split_mask(name: str) -> tuple[str, int]:
 
 @dataclass
 class BenchmarkConfig:
-    """scripts/conf/benchmark_attention.yaml: grid and backends; benchmark.grid decides what None is, by machine."""
+    """scripts/conf/benchmark_attention.yaml: grid and backends; benchmark.grid decides by machine what None stands for."""
 
     backends: list[str] | None = None  # None: every rung, and the peers that are installed here
-    baseline: str | None = None  # the one that ratios of speed are taken of; None: fa2 on a GPU, eager without one
+    baseline: str | None = None  # ratios of speed are over this one; None: fa2 on a GPU, eager without one
     seq_len: list[int] | None = None  # None: [1024, 4096, 16384] on a GPU, [64, 128, 256] without one
     # Further lengths, memory only; None: [8192, 65536] on a GPU, [512, 1024, 2048] without one.
     memory_seq_len: list[int] | None = None
@@ -118,13 +118,13 @@ class BenchmarkConfig:
     dtype: str | None = None  # bfloat16 | float16 | float32; None: bfloat16 on a GPU, float32 without one
     # Errors are measured on one sequence of this length; None: 1024 on a GPU, 128 without one.
     error_seq_len: int | None = None
-    milliseconds: int = 100  # how long each time is measured for
+    milliseconds: int = 100  # spent on measuring each time
     # Causal masks, timed beside no mask on a GPU; []: none.
     masks: list[str] = field(default_factory=lambda: ["window_1024", "window_4096", "documents_2048", "ragged_2048"])
     mask_seq_len: int = 16384  # length of the one sequence that masks are timed on
     out: str | None = None  # a JSON file for the result, written after every shape
     plot: str | None = None  # NAME.png for the picture of speed; NAME_memory.png and NAME_error.png are written beside it
-    read: str | None = None  # a JSON file of an earlier run, to show it again and measure nothing
+    read: str | None = None  # a JSON file of an earlier run, which is shown again; nothing is measured
 
     def validate(self) -> None:
         for backend in self.backends or ():
@@ -186,7 +186,7 @@ class CompleteBenchmark(BenchmarkConfig):
 
 @dataclass
 class DoctorConfig:
-    """scripts/conf/doctor.yaml: the call of attention that this machine is asked about."""
+    """scripts/conf/doctor.yaml: the call of attention that doctor asks this machine about."""
 
     batch_size: int = 8
     n_head: int = 12
@@ -195,12 +195,12 @@ class DoctorConfig:
     head_dim: int = 64
     dtype: str = "auto"  # bfloat16 | float16 | float32 | float64; auto: what trainer.precision=auto takes here
     causal: bool = True
-    window_size: int | None = None  # positions that a query sees back; None: all
+    window_size: int | None = None  # how many positions back a query sees; None: all
     softcap: float | None = None  # scores become c * tanh(score / c); None: they stay
     alibi: bool = False  # scores fall with distance
     document_ids: bool = False  # attention stays inside a document
-    return_lse: bool = False  # the log-sum-exp of the scores is asked for too
-    deterministic: bool = False  # gradients to the bit the same every time
+    return_lse: bool = False  # also ask for the log-sum-exp of the scores
+    deterministic: bool = False  # gradients with the same bits every time
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     out: str | None = None  # a JSON file for the report
 
@@ -243,8 +243,8 @@ class TuneConfig:
     tokens: int = 16384  # batch * seq_len
     width: int = 2048  # heads * head_dim
     dtype: str = "bfloat16"  # bfloat16 | float16
-    milliseconds: int = 20  # how long each figure is measured for
-    processes: int | None = None  # that compile; None: a process a core, 8 at most (each takes some of the GPU's memory)
+    milliseconds: int = 20  # spent on measuring each figure
+    processes: int | None = None  # that compile; None: one per core, 8 at most (each takes some of the GPU's memory)
     out: str | None = None  # a file for the rows of kernels/tiles.py
 
     def validate(self) -> None:

@@ -1,6 +1,6 @@
-"""Compiles the rungs' kernels for a GPU that need not be here, and reads what came out.
+"""Compiles the rungs' kernels for a GPU that need not be present, and reads the machine code.
 
-`python -m tests.helpers.aot CAPABILITY DTYPE RUNG/MEANING/HEAD_DIM...` prints one JSON line for each kernel of each of these, as in
+`python -m tests.helpers.aot CAPABILITY DTYPE RUNG/MEANING/HEAD_DIM...` prints one JSON line for each of their kernels, as in
 `python -m tests.helpers.aot 90 bfloat16 flash_v2/causal/64 flash_v1/everything/128`. Run it with TRITON_INTERPRET=0: a process that
 interprets kernels cannot compile them.
 """
@@ -35,10 +35,10 @@ KERNELS = {
     "flash_v2": {"forward": flash_v2._forward_kernel, "dq": flash_v2.dq_kernel, "dkdv": flash_v2.dkdv_kernel},
 }
 SPILL = r"\b(LDL|STL)\b"
-# What does not come in the inputs' dtype, and what a kernel of flash_v1 keeps in float32 while it works.
+# Arguments in another dtype than the inputs', and those that a kernel of flash_v1 keeps in float32 while it works.
 POINTERS = {name: "*fp32" for name in ("LSE", "DLSE", "DELTA", "L", "M", "SLOPES")} | {"FIRST": "*i32", "LAST": "*i32"}
 RUNNING = {("flash_v1", "forward"): {"O": "*fp32"}, ("flash_v1", "backward"): {"DQ": "*fp32"}}
-# What each meaning leaves out: those arguments are None, as kernels.asked.numbers_for_kernels gives them.
+# The arguments that each meaning leaves out: they are None, as kernels.asked.numbers_for_kernels gives them.
 MEANINGS = {
     "full": ("behind", "ahead", "FIRST", "LAST", "cap", "SLOPES"),
     "causal": ("behind", "FIRST", "LAST", "cap", "SLOPES"),
@@ -50,7 +50,7 @@ MEANINGS = {
 
 
 def is_cut(meaning: str) -> bool:
-    """Whether more than causality cuts the scores or bends them."""
+    """Whether anything but causality masks or changes the scores."""
     return meaning not in ("full", "causal")
 
 
@@ -100,7 +100,7 @@ def inputs(dtype: torch.dtype, head_dim: int, meaning: str, seq: int, reach: int
 
 
 def compile_flash_v3(given: flash_v3.Inputs, setting: flash_v3.Forward | bool, output_dtype: torch.dtype | None = None) -> dict:
-    """The same of a kernel of flash_v3, for Hopper: of the forward with this setting, or of the backward, deterministic or not."""
+    """`compile_kernel` for flash_v3 on Hopper: the forward with this setting, or the backward, deterministic or not."""
     dtype, block_d = given.dtype, given.block_d()
 
     def descriptor(*block: int, of: torch.dtype = dtype, layout: NVMMASharedLayout | None = None) -> str:
@@ -141,7 +141,7 @@ def compile_flash_v3(given: flash_v3.Inputs, setting: flash_v3.Forward | bool, o
 
 
 def read(compiled: Any, consumers: int = 0) -> dict:
-    """What the machine code says; of the steady loops, one for each of flash_v3's consumers, the worst."""
+    """Figures of the machine code. Of the steady loops, one for each of flash_v3's consumers, the worst one counts."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -199,17 +199,17 @@ def loop_spills(loops: list[list[str]]) -> int:
 
 
 def steady_loops(loops: list[list[str]], consumers: int) -> list[list[str]]:
-    """Those that flash_v3 spends its time in, one for each consumer: the shortest of those with most products. Others mask, and
-    all consumers make the same products."""
+    """The loops that flash_v3 spends its time in, one for each consumer: the shortest of those with most products. The other loops
+    mask, and all consumers make the same products."""
     products = max((_count(r"\bHGMMA\b", body) for body in loops), default=0)
     return sorted((body for body in loops if _count(r"\bHGMMA\b", body) == products), key=len)[:consumers]
 
 
 def overwritten(loop: list[str]) -> list[str]:
-    """Instructions that write a register which a product in flight may still read; two rounds of a loop.
+    """Instructions in two rounds of a loop that write a register which a product in flight may still read.
 
     The assembler of CUDA 12.9 is known to let this happen where a product of Hopper reads its first factor from registers. Such a
-    product reads four; it has, once `WARPGROUP.DEPBAR.LE gsb0, N` leaves at most N groups of products running.
+    product reads four. It has read them once `WARPGROUP.DEPBAR.LE gsb0, N` leaves at most N groups of products running.
     """
     found, reading, groups = [], [], 0
     for instruction in (re.sub(r"^@!?U?P\w+ ", "", x) for x in loop * 2):

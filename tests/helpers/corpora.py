@@ -17,13 +17,13 @@ END = "<|endoftext|>"
 
 
 def documents(n: int, seed: int = 0, words: int = 60) -> list[str]:
-    """Texts of `words` words each, every one of which names its document."""
+    """Texts of `words` words each; every word names its document."""
     rng = random.Random(seed)
     return [" ".join(f"d{i}w{rng.randrange(10)}" for _ in range(words)) + "\n" for i in range(n)]
 
 
 def words_of(text: str) -> set[str]:
-    """Which documents a text holds words of."""
+    """The documents whose words a text holds."""
     return {word.split("w")[0] for word in text.replace(END, " ").split()}
 
 
@@ -41,7 +41,7 @@ def write_jsonl(path: Path, rows: list) -> str:
 
 
 def config(tmp_path: Path, files: str | list[str] | None, **parts) -> DataConfig:
-    """Bytes for tokens, windows of 16, batches of 4, unless `parts` say otherwise."""
+    """A configuration with bytes as tokens, windows of 16 and batches of 4, unless `parts` say otherwise."""
     source = "files" if files else "hub"
     small = {"tokenizer": "bytes", "seq_len": 16, "batch_size": 4, "num_proc": 1, "val_fraction": 0.2}
     return DataConfig(**{"source": source, "files": files, "cache_dir": str(tmp_path / "cache"), **small, **parts})

@@ -1,4 +1,4 @@
-"""A run that nobody trained, put together from its parts in a second: what export, evaluate and generate read."""
+"""A run that nobody trained, assembled in a second from the parts that export, evaluate and generate read."""
 
 import json
 from dataclasses import asdict
@@ -21,7 +21,7 @@ VOCAB = 320  # bytes and <|endoftext|>, padded
 
 
 def sharp_model(**parts: object) -> GPT:
-    """A model whose weights are large enough for attention to matter, whichever key it looks at."""
+    """A model with weights so large that it matters which key attention looks at."""
     torch.manual_seed(0)
     net = GPT(ModelConfig(**{"n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32, "vocab_size": VOCAB, **parts}))
     with torch.no_grad():
@@ -79,5 +79,5 @@ def made_up_run(folder: Path, *, attention: str = "sdpa", precision: str = "32",
 
 
 def unscaled(query, key, value, asked):
-    """In place of a backend's `attend`: attention without its scale."""
+    """Stands in for a backend's `attend`: attention without its scale."""
     return eager.attend(query, key, value, Asked(1.0, is_causal=True))

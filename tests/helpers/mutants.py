@@ -24,7 +24,7 @@ class Fault(NamedTuple):
 
 
 def planted(files: tuple[str, ...], fault: Fault | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A copy of a rung, the last of `files`, and of those before it, which it is made of, as modules of their own, with a fault.
+    """Copies a rung (the last of `files`) and the files before it, which it is made of, into modules of their own, with a fault.
 
     Returns the rung's module, which is the backend "mutant".
     """
@@ -46,12 +46,12 @@ def planted(files: tuple[str, ...], fault: Fault | None, folder: Path, monkeypat
 
 
 def mutant_name(file: str) -> str:
-    """The module that a copy of a file of kernels/ becomes: "flash_v3/forward" -> "mutant_flash_v3_forward"."""
+    """The module name of a copy of a file of kernels/: "flash_v3/forward" -> "mutant_flash_v3_forward"."""
     return f"mutant_{file.replace('/', '_')}"
 
 
 def with_absolute_imports(source: str, file: str, copied: tuple[str, ...]) -> str:
-    """The source of `file` with its relative imports spelled out: of the copies where there is one, of the package elsewhere."""
+    """The source of `file` with absolute imports: from the copy where there is one, from the package elsewhere."""
 
     def resolved(statement: re.Match) -> str:
         dots, module, names = statement.groups()

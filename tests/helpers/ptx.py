@@ -1,4 +1,4 @@
-"""Runs a block of inline PTX on a warp of numpy lanes: the few instructions that flash_v3's softmax is written in."""
+"""Runs a block of inline PTX on a warp of numpy lanes. It knows the few instructions of flash_v3's softmax."""
 
 import re
 

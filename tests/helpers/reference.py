@@ -1,4 +1,4 @@
-"""The yardstick of every kernel test: float64 attention, and how far a result lies from it."""
+"""The reference of every kernel test: float64 attention, and the error of a result against it."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,7 +13,7 @@ from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.choice import why_not
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TRITON_RUNGS = ("flash_v1", "flash_v2")  # which run without a GPU too, in Triton's interpreter
+TRITON_RUNGS = ("flash_v1", "flash_v2")  # these also run without a GPU, in Triton's interpreter
 HOPPER = why_not("flash_v3", DEVICE, torch.float16, 64, frozenset()) is None
 RUNGS = (*TRITON_RUNGS, "flash_v3") if HOPPER else TRITON_RUNGS
 NAMES = ("output", "lse", "dq", "dk", "dv")
@@ -49,7 +49,7 @@ def make_case(batch, n_head, n_kv_head, seq_q, seq_k, head_dim, dtype, *, seed=0
 
 
 def slopes(n_head: int) -> Tensor:
-    """ALiBi slopes of n_head heads, float32 [Hq], no two alike and in no order that a mixed-up head would leave unseen."""
+    """ALiBi slopes of n_head heads, float32 [Hq], all different and unordered, so that a mixed-up head shows."""
     return torch.tensor([0.5, 0.03, 0.2, 0.1], device=DEVICE)[:n_head]
 
 
@@ -62,7 +62,7 @@ def documents(seq: int, *cuts: tuple[int, ...]) -> Tensor:
     return ids
 
 
-# What attention may be asked for, with windows and slopes that matter at a hundred positions. Slopes are for two query heads.
+# Arguments of attention, with windows and slopes that matter at a hundred positions. Slopes are for two query heads.
 MEANINGS = {
     "full": {},
     "causal": {"is_causal": True},
@@ -84,12 +84,12 @@ MEANINGS = {
 
 
 def finest(backend: str) -> torch.dtype:
-    """The most precise dtype up to float32 that a backend takes: tests that are not about a dtype take it."""
+    """The most precise dtype up to float32 that a backend takes, for tests that are not about a dtype."""
     return torch.float16 if backend == "flash_v3" else torch.float32
 
 
 def skip_unless_runs(backend: str, dtype: torch.dtype, head_dim: int, **meaning) -> None:
-    """Skips the test, with the backend's own reason, where it cannot run this."""
+    """Skips the test, with the backend's own reason, where the backend cannot run this."""
     used = frozenset(name for name, value in meaning.items() if name != "scale" and value is not None and value is not False)
     reason = why_not(backend, DEVICE, dtype, head_dim, used)
     if reason is not None:
@@ -112,11 +112,10 @@ def n_unlike(
     *,
     deterministic: bool = False,
 ) -> Tensor:
-    """How many elements two runs of a backend do not share, on the device: equal bits are asked of all results but flash_v3's dq.
+    """How many elements differ between two runs of a backend, on the device. All results but flash_v3's dq must have equal bits.
 
-    Where nobody asked for `deterministic` gradients that is added up in float32 in an order that changes from run to run: after
-    rounding it may be the neighbouring value, or off by what float32 loses where large terms cancel. A term lost or added twice
-    moves it by far more.
+    Without `deterministic`, flash_v3 adds up dq in float32 in an order that changes from run to run. After rounding, dq may be the
+    neighbouring value, or off by what float32 loses where large terms cancel. A term lost or added twice moves it by far more.
     """
     unlike = torch.zeros((), dtype=torch.int64, device=found[0].device)
     for name, a, b in zip(names, found, again, strict=True):
@@ -131,7 +130,7 @@ def n_unlike(
 
 
 class Error(NamedTuple):
-    """How far a result lies from the exact one: by root mean square and at most, each over the same of the exact values."""
+    """The error of a result: its root mean square and its maximum, each over that of the exact values."""
 
     rms: float
     max: float
@@ -154,7 +153,7 @@ def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, 
     return {name: error(a, b) for name, a, b in zip(NAMES, results, exact, strict=True)}
 
 
-# One rounding of a result, and a little: what a value stored in this dtype may be off by, relative to itself, however it was found.
+# The relative error that any value stored in this dtype may have: one rounding, and a little.
 FLOOR = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 5e-7}
 
 
@@ -166,10 +165,10 @@ def probabilities(case: Case, scale: float, **meaning) -> Tensor:
 
 
 def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = None, **meaning) -> dict[str, float]:
-    """What one float32 rounding of every term in the sums moves the worst element by, over the largest exact one.
+    """How far one float32 rounding of every term in the sums moves the worst element, over the largest exact element.
 
-    Eager attention does not bound this: where a row sees one or two keys, torch's softmax loses nothing of dp - delta, which is
-    nearly zero there, while whoever takes delta from rowsum(do * o) must, and whoever keeps lse instead of p rounds an exponent.
+    Eager attention's error does not bound this. Where a row sees one or two keys, dp - delta is nearly zero, and torch's softmax
+    loses nothing of it. A kernel that takes delta from rowsum(do * o) must, and one that keeps lse instead of p rounds an exponent.
     """
     scale = case.query.shape[-1] ** -0.5 if scale is None else scale
     group = case.query.shape[1] // case.key.shape[1]
@@ -238,17 +237,17 @@ def judge(
 
 
 def two_sums(head_dim: int) -> float:
-    """By how much, by root mean square, two float32 sums of head_dim random products are off that are added one after another.
+    """The root mean square error of two float32 sums of head_dim random products that are added one after another.
 
-    The scores and dp, which dq and dk are made of, are such sums. In the interpreter they are numpy's, whose BLAS adds so on some
-    processors (OPENBLAS_CORETYPE=SkylakeX, Sandybridge) and by parts on others (Haswell, Zen); torch's adds by parts on all.
-    One sum of 32 to 256 products was measured to be off by 2^-24 sqrt(n / 11).
+    The scores and dp, which dq and dk are made of, are such sums. In the interpreter numpy computes them. Its BLAS adds one after
+    another on some processors (OPENBLAS_CORETYPE=SkylakeX, Sandybridge) and by parts on others (Haswell, Zen); torch's adds by
+    parts on all. One sum of 32 to 256 products was measured to be off by 2^-24 sqrt(n / 11).
     """
     return 2**-24 * (2 * head_dim / 11) ** 0.5
 
 
 def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
-    """Runs `backend` on a case and judges it beside eager attention; skips where it cannot run."""
+    """Runs `backend` on a case and judges it beside eager attention; skips the test where it cannot run."""
     skip_unless_runs(backend, case.dtype, case.query.shape[-1], **meaning)
     asked = {name: value for name, value in meaning.items() if name != "deterministic"}
     exact = run(case, torch.float64, backend="eager", **meaning)
@@ -263,7 +262,7 @@ def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
 
 
 def check_unrounded(rung: ModuleType, case: Case) -> None:
-    """flash_v3's float32 output is what it rounds for one in the inputs' dtype, and lse is the same."""
+    """Checks that flash_v3's float32 output rounds to its output in the inputs' dtype, and that lse is the same."""
     asked = Asked(case.query.shape[-1] ** -0.5, is_causal=True)
     output, lse = rung.forward(*case.inputs(case.dtype), asked, output_dtype=torch.float32)
     rounded, same = rung.forward(*case.inputs(case.dtype), asked)

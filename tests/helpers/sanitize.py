@@ -1,4 +1,4 @@
-"""The kernels on small shapes, to be watched: `compute-sanitizer --tool racecheck python -m tests.helpers.sanitize flash_v2`."""
+"""Kernels on small shapes, for a sanitizer: `compute-sanitizer --tool racecheck python -m tests.helpers.sanitize flash_v2`."""
 
 import itertools
 import sys
@@ -17,6 +17,6 @@ if __name__ == "__main__":
         check(make_case(1, 2, 1, seq_q, seq_k, head_dim, torch.float16), rung, **MEANINGS[name])
     check(make_case(2, 2, 1, 130, 130, 128, torch.float16), rung, document_ids=documents(130, (1, 70), (64, 129)))
     check(make_case(1, 2, 1, 130, 150, 256, torch.float16), rung, is_causal=True)
-    if rung == "flash_v3":  # its blocks stay on their multiprocessors: with more tiles than these, one is handed over to the next
+    if rung == "flash_v3":  # its blocks stay on their multiprocessors; with more tiles than those, a block takes another
         check(make_case(1, 150, 150, 130, 130, 64, torch.float16), rung, is_causal=True)
     print(f"{rung}: done")

@@ -1,4 +1,4 @@
-"""A run small enough to be trained inside a test: bytes of a made-up text, one block of width 32."""
+"""A run small enough to train inside a test: bytes of a made-up text, one block of width 32."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ LINES = [f"def f{i}(x):\n    return x + {i}\n\n" for i in range(40)]
 
 
 def tiny_config(folder: Path, **trainer: object) -> Config:
-    """A run of 6 steps on 24 small files that are written to `folder`; keywords replace values of its TrainerConfig."""
+    """A run of 6 steps on 24 small files, which it writes to `folder`; keywords replace values of its TrainerConfig."""
     text = folder / "text"
     if not text.exists():
         text.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Warpgroups as threads of which one runs at a time, barriers, and who knows of what: vector clocks."""
+"""Warpgroups as threads of which one runs at a time, barriers, and vector clocks, which say what each thread knows to be over."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from tests.hopper.values import HardwareFault
 
-OTHERS_FIRST = 0.2  # how often a thread that could go on lets another one run
-LANDS_EARLY = 0.2  # how often something that TMA was asked for is done before anybody waits for it
-LAGS = 0.3  # how many threads run only when no other one can
+OTHERS_FIRST = 0.2  # probability that a thread which could go on lets another one run
+LANDS_EARLY = 0.2  # probability that TMA does an operation before anybody waits for it
+LAGS = 0.3  # share of the threads that run only when no other one can
 ENDLESS = 1_000_000  # steps
 
-# Actors beside threads: their products, what TMA reads for their stores and additions, and has added, and what it loads for a
-# barrier.
+# Actors beside threads: the tensor cores, for a thread's products; TMA, for what it reads for a thread's stores and additions, for
+# what it has added, and for what it loads for a barrier.
 MMA, BULK, ADDED, LOAD = "the tensor cores", "TMA's store", "TMA's addition", "TMA's load"
 
 
 class Clock(dict):
-    """Of each actor, up to which of its doings somebody knows that they are over."""
+    """A vector clock: for each actor, the number of its last operation that the clock's owner knows to be over."""
 
     def learn(self, other: Clock) -> None:
         for actor, time in other.items():
@@ -33,7 +33,7 @@ class Clock(dict):
 
 
 class Abandoned(BaseException):
-    """Ends a thread after a fault in another."""
+    """Ends a thread after a fault in another one."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Block:
 
     number: int
     barriers: dict[int, NamedBarrier] = field(default_factory=dict)
-    loads: Clock = field(default_factory=Clock)  # all that TMA was asked for
+    loads: Clock = field(default_factory=Clock)  # the number of TMA's last load for each barrier
 
 
 @dataclass(eq=False)
@@ -55,8 +55,8 @@ class Thread:
     lags: bool
     clock: Clock = field(default_factory=Clock)
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    until: Callable[[], bool] | None = None  # what it waits for
-    awaits: str = ""  # the same in words
+    until: Callable[[], bool] | None = None  # the condition that it waits for
+    awaits: str = ""  # that condition in words
     products: list[Any] = field(default_factory=list)  # in flight
     n_products: int = 0
     n_bulk: int = 0  # stores and additions that TMA was asked for
@@ -64,14 +64,14 @@ class Thread:
     last_read: tuple[int, int] | None = None  # address and value of another block's number, until the fence after it
 
     def tell(self, clock: Clock) -> None:
-        """Whoever learns from that clock knows of all that this thread has done; not of what it will do."""
+        """Puts all that this thread has done so far into `clock`. What it does later is not in it."""
         clock.learn(self.clock)
         self.clock[self] += 1
 
 
 @dataclass
 class Event:
-    """Something that TMA will have done: the `number`-th of a thread's bulk operations, or a load (0)."""
+    """An operation that TMA will do: the `number`-th bulk operation of a thread, or a load (0)."""
 
     do: Callable[[], None]
     owner: Thread | None = None
@@ -79,7 +79,7 @@ class Event:
 
 
 class Machine:
-    """All threads of a launch. The one that runs calls `pause`; who goes on is drawn from the seed."""
+    """All threads of a launch. The running thread calls `pause`; the seed decides which one goes on."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -95,7 +95,7 @@ class Machine:
     # ---- threads ----
 
     def start(self, name: str, block: Block, warps: int, parent: Thread | None, body: Callable[[], None]) -> Thread:
-        """A thread, which knows what its parent knows now. It does not run yet."""
+        """Makes a thread that knows what its parent knows now. The thread does not run yet."""
         thread = Thread(name, block, warps, lags=self.chance.random() < LAGS)
         if parent:
             parent.tell(thread.clock)
@@ -125,7 +125,7 @@ class Machine:
         return thread
 
     def run(self, body: Callable[[], None], blocks: int, at_once: int) -> None:
-        """Runs `body` as so many blocks, to their ends, and then what TMA has still to do."""
+        """Runs `body` as `blocks` blocks to their ends, and then does TMA's remaining operations."""
         self.later = [lambda i=i: self.start("the first warpgroup", Block(i), 4, None, body) for i in range(blocks)]
         try:
             for _ in range(min(at_once, blocks)):
@@ -141,7 +141,7 @@ class Machine:
         self.deliver(lambda event: True)
 
     def pause(self, until: Callable[[], bool] | None = None, awaits: str = "") -> None:
-        """Lets others run; comes back when `until` holds."""
+        """Lets other threads run; returns when `until` holds."""
         me = self.me
         self.steps += 1
         if self.steps > ENDLESS:
@@ -184,7 +184,7 @@ class Machine:
     # ---- what TMA does later ----
 
     def deliver(self, which: Callable[[Event], bool]) -> None:
-        """Does now what TMA was asked for, of what `which` says, in an order drawn from the seed."""
+        """Does now TMA's pending operations that `which` selects, in an order drawn from the seed."""
         now = [event for event in self.events if which(event)]
         self.events = [event for event in self.events if not which(event)]
         self.chance.shuffle(now)
@@ -195,9 +195,10 @@ class Machine:
 class MBarrier:
     """A phase ends when `count` have arrived and all bytes that they expect are there (PTX ISA, `mbarrier`).
 
-    Whoever arrives must know that the phase before is over, or it may count in that one; whoever waits, that the one before that
-    is, or the parity may be an old one's; and no phase may end before all who wait for the last one have seen its end, or they
-    wait for the next but one. All is asked of clocks, since the order at hand may be a lucky one.
+    A thread that arrives must know that the phase before is over; otherwise it may count in that phase. A thread that waits must
+    know that the phase before that one is over; otherwise it may see an older phase's parity. No phase may end before all waiters
+    for the last phase have seen its end; otherwise they wait for the next but one. The clocks answer these questions, since the
+    order of this run may be a lucky one.
     """
 
     def __init__(self, name: str, count: int) -> None:
@@ -205,7 +206,7 @@ class MBarrier:
         self.bytes, self.phase, self.n_loads = 0, 0, 0
         self.now, self.over = Clock(), Clock()  # what is known of this phase, and of those that are over
         self.came, self.before, self.long_before = Clock(), Clock(), Clock()  # who came in this phase, and in the two before
-        self.seen = Clock()  # who has seen the end of the last one
+        self.seen = Clock()  # who has seen the end of the last phase
 
     def arrive(self, me: Thread, count: int, expected: int = 0) -> None:
         if not me.clock.knows(self.before):
@@ -218,7 +219,7 @@ class MBarrier:
         self.add_bytes(expected)
 
     def add_bytes(self, n: int) -> None:
-        """n more are expected or, if negative, have come. (A GPU lets them come first; then something else is wrong.)"""
+        """Expects n more bytes or, if n is negative, takes them in. (A GPU lets them come first; then something else is wrong.)"""
         self.bytes += n
         if self.bytes < 0:
             raise HardwareFault(f"{-self.bytes} bytes come to {self.name} that nobody expected")
@@ -231,7 +232,7 @@ class MBarrier:
             self.long_before, self.before, self.came = self.before, self.came, Clock()
 
     def wait(self, machine: Machine, parity: int) -> None:
-        """For the end of the phase of this parity."""
+        """Waits for the end of the phase of this parity."""
         if parity not in (0, 1):
             raise HardwareFault(f"{machine.me.name} waits for phase {parity} of {self.name}: there are 0 and 1")
         machine.pause(lambda: self.phase % 2 != parity, f"phase {parity} of {self.name}")
@@ -243,18 +244,18 @@ class MBarrier:
 
 @dataclass
 class Round:
-    """Of a named barrier: who has come and waits or not, and what they know."""
+    """A round of a named barrier: which threads have come, whether each waits, and what they know."""
 
     total: int
     came: dict[Thread, bool] = field(default_factory=dict)
-    times: Clock = field(default_factory=Clock)  # when they came
+    times: Clock = field(default_factory=Clock)  # the time at which each came
     clock: Clock = field(default_factory=Clock)
     over: bool = False
 
 
 @dataclass
 class NamedBarrier:
-    """PTX's `bar`: whoever arrives goes on, whoever syncs waits until all have come."""
+    """PTX's `bar`: a thread that arrives goes on, a thread that syncs waits until all have come."""
 
     round: Round | None = None
     before: Clock = field(default_factory=Clock)  # who came to the round before
@@ -272,7 +273,7 @@ def come(machine: Machine, number: int, total: int, *, waits: bool, aligned: boo
     if this.total != total:
         raise HardwareFault(f"{me.name} comes to barrier {number} for {total} threads, others for {this.total}")
     if waits and aligned and any(this.came.values()):
-        # Warps may (PTX ISA, `barrier`: of one warp all threads must be at one instruction), but synccheck calls it divergent.
+        # Warps may do so (PTX ISA, `barrier`: all threads of one warp must be at one instruction); synccheck calls it divergent.
         raise HardwareFault(f"at barrier {number} {me.name} and another one wait at two instructions: bar.sync is for one")
     this.came[me], this.times[me] = waits, me.clock[me]
     me.tell(this.clock)

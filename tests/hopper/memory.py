@@ -1,4 +1,4 @@
-"""Shared memory, compared with all accesses before; tiles that TMA reaches; pointers."""
+"""Shared memory that compares every access with those before, the tiles that TMA reaches, and pointers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tests.hopper.values import DTYPES, NAMES, HardwareFault, Value, tensor
 
 
 class Slot:
-    """One element of a buffer's first axis: what is waited for as one, and so what accesses are compared for."""
+    """One element of a buffer's first axis. The kernels wait for it as a whole, so accesses are compared per slot."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.written: tuple[Any, int] | None = None  # by which actor, and its time
-        self.read: dict[Any, int] = {}  # since then
-        self.stored: tuple[Thread, int | None] | None = None  # who has, and its time at the fence after it
+        self.written: tuple[Any, int] | None = None  # the actor of the last write, and its time
+        self.read: dict[Any, int] = {}  # the actors that have read since that write, and their times
+        self.stored: tuple[Thread, int | None] | None = None  # the thread that stored last, and its time at the fence after that
         self.barrier: MBarrier | None = None
 
     def shown(self, known: Clock, whom: str) -> None:
-        """The asynchronous proxy sees a store after a fence that its asker knows of."""
+        """Checks that the asynchronous proxy sees the last store: the actor must know of a fence after it."""
         if self.stored is not None:
             thread, fenced = self.stored
             if fenced is None or known.get(thread, 0) < fenced:
                 raise HardwareFault(f"{self.name} was stored by {thread.name} without fence_async_shared: {whom} may not see it")
 
     def access(self, actor: Any, time: int, known: Clock, *, writes: bool, by_hardware: bool) -> None:
-        """`known`: what the actor knows to be over. By hardware: by the tensor cores or TMA, in the asynchronous proxy."""
+        """`known`: what the actor knows to be over. `by_hardware`: by the tensor cores or TMA, in the asynchronous proxy."""
         if self.written is None and not writes:
             raise HardwareFault(f"{self.name} is read and has never been written")
         before = dict(self.read) if writes else {}
@@ -57,7 +57,7 @@ def _named(actor: Any) -> str:
 
 
 class Shared:
-    """A view of shared memory; `slots` are those of the buffer, `slot` the one that it lies in, if it is one."""
+    """A view of shared memory. `slots` are the buffer's slots; `slot` is the one that the view lies in, if there is one."""
 
     def __init__(self, data: Tensor, slots: list[Slot], slot: Slot | None, me: Any) -> None:
         self.data, self.slots, self.slot, self._me = data, slots, slot, me
@@ -98,14 +98,14 @@ class Shared:
 
 
 def allocate(dtype: gl.dtype, shape: list[int], me: Any) -> Shared:
-    """Shared memory that nobody has written: NaN."""
+    """Shared memory that nothing has written: NaN."""
     n_bytes = DTYPES[dtype].itemsize * torch.Size(shape).numel()
     data = torch.full((n_bytes,), 255, dtype=torch.uint8).view(DTYPES[dtype]).view(shape)
     return Shared(data, [Slot(f"{dtype} {shape}[{i}]") for i in range(shape[0])], None, me)
 
 
 def reinterpreted(memory: Shared, dtype: gl.dtype, shape: list[int], layout: Any) -> Shared:
-    """The same memory, and the same slots, with another dtype and shape."""
+    """The same memory and slots, with another dtype and shape."""
     flat = memory.data.reshape(-1).view(torch.uint8)
     n_bytes = DTYPES[dtype].itemsize * torch.Size(shape).numel()
     assert shape[0] == len(memory.slots) and n_bytes == flat.numel(), "a slot of one must be a slot of the other"
@@ -113,7 +113,7 @@ def reinterpreted(memory: Shared, dtype: gl.dtype, shape: list[int], layout: Any
 
 
 class Tiles:
-    """What a descriptor tells TMA: blocks of a tensor, outside of which it reads zeros and writes nothing."""
+    """A descriptor for TMA: blocks of a tensor, outside of which TMA reads zeros and writes nothing."""
 
     def __init__(self, base: Tensor, block: list[int]) -> None:
         self.base = base.detach()
@@ -121,7 +121,7 @@ class Tiles:
         self.dtype, self.layout = NAMES[base.dtype], "layout"
 
     def _inside(self, at: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """The block at these coordinates, as far as it lies in the tensor: where there, and where in the block."""
+        """The part of the block at these coordinates that lies in the tensor: as slices of the tensor, and of the block."""
         ends = [max(0, min(n, i + size)) for n, i, size in zip(self.base.shape, at, self.block_type.shape, strict=True)]
         there = tuple(slice(max(i, 0), end) for i, end in zip(at, ends, strict=True))
         return there, tuple(slice(s.start - i, max(s.stop, s.start) - i) for s, i in zip(there, at, strict=True))
@@ -140,7 +140,7 @@ class Tiles:
 
 
 class Pointer:
-    """A tensor in global memory and an offset, or many."""
+    """A tensor in global memory and one offset or many."""
 
     def __init__(self, base: Tensor, offset: Value | int = 0) -> None:
         self.base, self.offset = base.detach().view(-1), offset
@@ -152,11 +152,11 @@ class Pointer:
         return self + -less
 
     def to(self, dtype: gl.dtype) -> Value:
-        """The address."""
+        """The address of the element."""
         return Value(torch.tensor(self.base.data_ptr() + self.base.element_size() * int(tensor(self.offset))))
 
     def where(self, mask: Value | None) -> tuple[Tensor, Tensor]:
-        """Indices that exist (0 where the mask is off), and the mask."""
+        """The indices (0 where the mask is off), checked to lie in the tensor, and the mask."""
         index = tensor(self.offset).long()
         on = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.data.expand_as(index)
         if (on & ((index < 0) | (index >= len(self.base)))).any():

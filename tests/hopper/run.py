@@ -1,4 +1,4 @@
-"""A Gluon kernel whose words have other meanings, to be launched as the real one is."""
+"""Runs a Gluon kernel with other meanings for its words, launched as the real one is."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.hopper.words import Words
 
 
 class Simulated:
-    """In place of a Gluon kernel: `Simulated(kernel)[(programs,)](*arguments)`. `at_once` programs run, in an order of `seed`; the
-    others begin when these end."""
+    """Stands in for a Gluon kernel: `Simulated(kernel)[(programs,)](*arguments)`. `at_once` programs run at a time, in an order
+    drawn from `seed`; the others begin when these end."""
 
     def __init__(self, kernel: GluonJITFunction, seed: int, at_once: int) -> None:
         self.kernel, self.seed, self.at_once = kernel, seed, at_once
@@ -39,7 +39,7 @@ class Simulated:
 
 
 def _given(x: Any) -> Any:
-    """An argument as a kernel has it."""
+    """An argument in the form that a kernel gets it."""
     if isinstance(x, TensorDescriptor):
         return Tiles(x.base, x.block_shape)
     if isinstance(x, torch.Tensor):
@@ -48,7 +48,7 @@ def _given(x: Any) -> Any:
 
 
 def with_words(function: GluonJITFunction, words: dict[str, Any], done: dict[int, FunctionType]) -> FunctionType:
-    """A Gluon function as a Python function, with all that it calls. `done`: those that there are already."""
+    """A Gluon function as a Python function, with all that it calls. `done`: the functions made already."""
     if id(function) in done:
         return done[id(function)]
     python = function.fn
@@ -72,11 +72,11 @@ def with_words(function: GluonJITFunction, words: dict[str, Any], done: dict[int
 def on_hopper(
     rung: ModuleType, monkeypatch: pytest.MonkeyPatch, *, seed: int = 0, programs: int = 2, at_once: int | None = None
 ) -> None:
-    """Has flash_v3, or a copy of it, run on the CPU: on a GPU of `programs` multiprocessors, of which `at_once` are free (None: all
-    of them), and which go on in an order of `seed`."""
+    """Makes flash_v3, or a copy of it, run on the CPU, as on a GPU of `programs` multiprocessors of which `at_once` are free (None:
+    all). The multiprocessors go on in an order drawn from `seed`."""
     monkeypatch.setattr(rung, "unsupported", lambda device, dtype, head_dim, features: None)
     monkeypatch.setattr(rung, "multiprocessors", lambda device: programs)
-    for remembered in ("ready", "forward_plan", "backward_plan"):  # nothing is: it would outlast the test
+    for remembered in ("ready", "forward_plan", "backward_plan"):  # without their caches, which would outlast the test
         found = getattr(rung, remembered)
         monkeypatch.setattr(rung, remembered, getattr(found, "__wrapped__", found))
     for name in ("forward_kernel", "backward_kernel"):

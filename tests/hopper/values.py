@@ -1,4 +1,4 @@
-"""What registers hold: a tensor, or a number as one without dimensions, with Triton's arithmetic."""
+"""What registers hold: a tensor (for a number, one without dimensions) with Triton's arithmetic."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ Number = bool | int | float
 
 
 class HardwareFault(AssertionError):
-    """A kernel does what a GPU would punish with a wrong result, sooner or later, or with a hang."""
+    """A kernel does something that sooner or later makes a GPU give a wrong result or hang."""
 
 
 def of_both(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Value]:
-    """An operation on tensors for values and Python's numbers."""
+    """Turns an operation on tensors into one on values and Python's numbers."""
     return lambda x, y: Value(operation(*together(x, y)))
 
 
 def reflected(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Value]:
-    """The same with the number first."""
+    """`of_both` with the number as the first operand."""
     return lambda y, x: Value(operation(*together(x, y)))
 
 
 def divided(a: Tensor, b: Tensor) -> Tensor:
-    """a // b towards zero, as C has it and Python has not."""
+    """a // b rounded towards zero, as in C and not as in Python."""
     return torch.div(a, b, rounding_mode="trunc")
 
 
 class Value:
-    """A tensor in registers. Layouts are nothing here: wherever the kernels ask for one, they get a name."""
+    """A tensor in registers. Layouts mean nothing here: a kernel that asks for one gets a name."""
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
@@ -80,14 +80,14 @@ class Value:
 
 
 def tensor(x: Value | Number) -> Tensor:
-    """A value's tensor; a Python number as Triton takes it, in 32 bits."""
+    """A value's tensor; a Python number becomes one of 32 bits, as in Triton."""
     if isinstance(x, Value):
         return x.data
     return torch.tensor(x, dtype=torch.bool if isinstance(x, bool) else torch.int32 if isinstance(x, int) else torch.float32)
 
 
 def together(x: Value | Number, y: Value | Number) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that their operation has: the wider one's, whichever has dimensions; a Python number takes the other's."""
+    """Both in the dtype of their operation: the wider of the two, whichever has dimensions. A Python number takes the other's."""
     a, b = tensor(x), tensor(y)
     if not isinstance(x, Value) and (isinstance(x, int) or b.is_floating_point()):
         return a.to(b.dtype), b

@@ -20,7 +20,7 @@ from tests.hopper.values import DTYPES, HardwareFault, Number, Value, divided, o
 
 
 class Product(Value):
-    """A product in flight, which is made when it is awaited. What the wait returns has its value; it has not."""
+    """A product in flight, which is computed when it is awaited. The value is in what the wait returns, not in this object."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self.make, self.made = make, None
@@ -31,12 +31,12 @@ class Product(Value):
 
 
 class Words:
-    """What the kernels' names mean on a machine. `names` replaces their globals."""
+    """The meaning of the kernels' names on a machine. `names` replaces the kernels' globals."""
 
     def __init__(self, machine: Machine, programs: int, tensors: list[Tensor], sums_in_order: bool) -> None:
         self.machine, self.programs, self.tensors, self.sums_in_order = machine, programs, tensors, sums_in_order
-        self.released: dict[int, Clock] = {}  # by address of a number in global memory
-        self.sums: dict[tuple[int, ...], tuple[Thread, int]] = {}  # by address and place: who added last, and its n_bulk then
+        self.released: dict[int, Clock] = {}  # by the address of a number in global memory: what its releases tell
+        self.sums: dict[tuple[int, ...], tuple[Thread, int]] = {}  # by address and place: last adder, its n_bulk then
         self.names = {
             "gl": self._gl(),
             "mbarrier": SimpleNamespace(
@@ -114,7 +114,7 @@ class Words:
     # ---- barriers in shared memory ----
 
     def init(self, memory: Shared, count: int) -> None:
-        """TMA, which will come to it, sees it only after a fence."""
+        """TMA, which arrives at the barrier, sees it only after a fence."""
         memory.slot.barrier = MBarrier(memory.slot.name, count)
         memory.slot.stored = self.me(), None
         self.me().unfenced.add(memory.slot)
@@ -132,7 +132,7 @@ class Words:
     # ---- TMA ----
 
     def load_tile(self, tiles: Tiles, at: list[Value | int], full: Shared, to: Shared) -> None:
-        """Until it has come, NaN lies there."""
+        """Starts a load. Until the tile has come, its place holds NaN."""
         me, barrier, at = self.me(), _barrier(full), [int(tensor(i)) for i in at]
         full.slot.shown(me.clock, "TMA")
         barrier.n_loads += 1
@@ -166,7 +166,7 @@ class Words:
         self.machine.pause()
 
     def store_wait(self, pendings: int) -> None:
-        """Until TMA has read all but the last ones."""
+        """Waits until TMA has read all but the last `pendings` stores."""
         me = self.me()
         me.clock[me, BULK] = max(me.clock.get((me, BULK), 0), me.n_bulk - pendings)
         self.machine.pause()
@@ -227,7 +227,7 @@ class Words:
     # ---- inline PTX ----
 
     def inline_asm(self, text: str, constraints: str, arguments: list[Value], dtype: Any, is_pure: bool, pack: int) -> Any:
-        """Barriers, fences and numbers between blocks by their text; anything else lane by lane."""
+        """Recognises barriers, fences and numbers between blocks by their text; runs anything else lane by lane."""
         me, machine, first = self.me(), self.machine, arguments[0]
         barrier = re.fullmatch(r"(bar|barrier)\.(sync|arrive) (\$1|\d+), (\d+); mov\.b32 \$0, \$1;", text)
         added = re.fullmatch(r"cp\.async\.bulk\.wait_group (\d+); fence\.proxy\.async; bar\.sync 5, 128; mov\.b32 \$0, \$1;", text)
@@ -256,7 +256,7 @@ class Words:
         return first
 
     def _number_at(self, address: int) -> Tensor:
-        """The int32 that lies there."""
+        """The int32 at this address."""
         for x in self.tensors:
             i = (address - x.data_ptr()) // 4
             if x.dtype == torch.int32 and 0 <= i < x.numel():
@@ -264,7 +264,7 @@ class Words:
         raise HardwareFault("an address outside all tensors")
 
     def _acquire(self, address: int) -> Value:
-        """Whoever reads the same number again waits until it is another."""
+        """Reads a number. A thread that reads the same number again waits until it has changed."""
         me, number = self.me(), self._number_at(address)
         if me.last_read == (address, int(number)):
             before = int(number)
@@ -281,7 +281,7 @@ class Words:
 
 
 def _name(variables: dict[str, Any]) -> None:
-    """Calls shared memory as the kernel does, for faults to name it."""
+    """Names shared memory after the kernel's variables, for the messages of faults."""
     for name, x in variables.items():
         for i, slot in enumerate(x.slots if isinstance(x, Shared) else ()):
             slot.name = f"{name}[{i}]"
@@ -300,8 +300,8 @@ def _layout(*arguments: Any, **named: Any) -> str:
 
 
 def _on_lanes(text: str, constraints: str, arguments: list[Value], dtype: Any, pack: int) -> Any:
-    """Runs PTX on elements [64, columns / 8, 4, 2] as products leave them: a thread has two columns of one row, then two of the row
-    eight further on, and all of its elements are operands at once."""
+    """Runs PTX on elements [64, columns / 8, 4, 2] in the layout of products. A thread has two columns of one row, then two of the
+    row eight further on, and all of its elements are operands at once."""
     arguments = torch.broadcast_tensors(*[x.data for x in arguments])
     shape = arguments[0].shape
     held = [x.reshape(4, 2, 8, -1, 4, 2).permute(0, 3, 1, 5, 2, 4).reshape(4, -1, 32) for x in arguments]
@@ -313,7 +313,7 @@ def _on_lanes(text: str, constraints: str, arguments: list[Value], dtype: Any, p
         given = np.concatenate([_registers(x[warp]) for x in held])
         registers = [_typed(results[warp, i], kinds[i]) for i in range(n_results)]
         for kind, x in zip(kinds[n_results:], given, strict=True):
-            if kind.isdigit():  # in a result's place
+            if kind.isdigit():  # shares a result's register
                 results[warp, int(kind)] = x
                 registers.append(registers[int(kind)])
             else:
@@ -327,7 +327,7 @@ def _on_lanes(text: str, constraints: str, arguments: list[Value], dtype: Any, p
 
 
 def _registers(x: Tensor) -> np.ndarray:
-    """[elements, 32] -> [registers, 32] of 32 bits; of half precision, two elements in each."""
+    """[elements, 32] -> [registers, 32] of 32 bits, with two elements in each where they have half precision."""
     if x.element_size() == 4:
         return x.contiguous().view(torch.int32).numpy().view(np.uint32)
     bits = x.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.uint32)

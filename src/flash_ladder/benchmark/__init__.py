@@ -1,1 +1,1 @@
-"""Attention alone, measured beside its peers: speed, memory, error, masks, their tables and pictures; and tiles tuned."""
+"""The benchmark of attention beside its peers: speed, memory, error, masks, tables and pictures. Also the tuning of tiles."""

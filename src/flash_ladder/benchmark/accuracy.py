@@ -1,4 +1,4 @@
-"""How far a backend's output and gradients lie from those of float64 eager attention, on one sequence."""
+"""The error of a backend's output and gradients against float64 eager attention, on one sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flash_ladder.script_schema import CompleteBenchmark
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Inputs in the benchmark's dtype and what float64 eager attention makes of them; `note` says why it could not."""
+    """Inputs in the benchmark's dtype, and the float64 eager results for them; `note` says why there are none."""
 
     inputs: list[Tensor]
     grad_output: Tensor
@@ -25,7 +25,7 @@ class Yardstick:
 def yardstick(cfg: CompleteBenchmark, panel: Panel, device: torch.device) -> Yardstick:
     """One sequence of cfg.error_seq_len tokens in float64.
 
-    One, and of a bounded length, because the float64 scores of a long one fit nowhere.
+    One sequence of bounded length, because the float64 scores of a long one fit nowhere.
     """
     inputs, grad_output = random_inputs(cfg, panel, 1, cfg.error_seq_len, device)
     exact: list[Tensor] = []

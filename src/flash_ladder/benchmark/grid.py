@@ -1,8 +1,8 @@
-"""Attention alone, measured: speed, memory and error of every backend beside the others', in one run.
+"""The benchmark of attention alone: speed, memory and error of every backend, side by side in one run.
 
 FLOPs are those of the algorithm whatever a backend recomputes: 4·B·H·S²·D forward, half of it under causality, and 2.5 times that
 backward, the convention of the FlashAttention papers. Inputs are random normal. A time is the median of repeated calls between
-CUDA events, the L2 cache flushed before each; a CPU's would say nothing about a GPU, so there memory and error are measured alone.
+CUDA events, the L2 cache flushed before each. A CPU's times say nothing about a GPU, so there only memory and error are measured.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ ON_CPU = {
 def benchmark(cfg: BenchmarkConfig) -> Result:
     """Measures the grid, or reads cfg.read; prints the tables, writes cfg.out (JSON) and the pictures of cfg.plot (PNG).
 
-    An interrupted run leaves in cfg.out what it had measured. Raises UserError for files that cannot be read or written.
+    An interrupted run leaves in cfg.out what it has measured. Raises UserError for files that cannot be read or written.
     """
     if cfg.read:
         result = read(Path(cfg.read))
@@ -90,7 +90,7 @@ def benchmark(cfg: BenchmarkConfig) -> Result:
 
 
 def measure_grid(asked: BenchmarkConfig) -> Result:
-    """Every backend at every shape, printed as it goes and kept in asked.out after every shape; then under every mask."""
+    """Measures every backend at every shape, then under every mask. Prints as it goes, and writes asked.out after every shape."""
     for path in (asked.out, asked.plot):
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it, or name another")
@@ -142,7 +142,7 @@ def measure_grid(asked: BenchmarkConfig) -> Result:
 
 
 def complete(cfg: BenchmarkConfig, device: torch.device) -> tuple[CompleteBenchmark, dict[str, str]]:
-    """`cfg` with every None decided for this device, checked again; and the peers left out of the default, with why."""
+    """`cfg` with every None decided for this device, checked again; and the peers that the default leaves out, with reasons."""
     values = ON_GPU if device.type == "cuda" else ON_CPU
     chosen = vars(cfg) | {name: value for name, value in values.items() if getattr(cfg, name) is None}
     left_out = {}
@@ -163,7 +163,7 @@ def complete(cfg: BenchmarkConfig, device: torch.device) -> tuple[CompleteBenchm
 
 
 def surroundings(cfg: CompleteBenchmark, device: torch.device) -> dict[str, Any]:
-    """Where and on what: the fields of Result that say so. Paths are left out of the configuration."""
+    """The fields of Result that say where and on what it was measured. The configuration leaves out paths."""
     found: dict[str, Any] = {
         "device": describe(device),
         "torch": torch.__version__,
@@ -193,7 +193,7 @@ def measure_cell(cfg: CompleteBenchmark, backend: str, panel: Panel, seq_len: in
         return cell
 
     def work() -> None:
-        if device.type == "cpu" and backend in ("eager", "math"):  # where a process that runs out of memory is killed
+        if device.type == "cpu" and backend in ("eager", "math"):  # where the system kills a process that runs out of memory
             refuse_what_cannot_fit(cfg, panel, batch, seq_len)
         attend = attend_with(backend, panel.causal, seq_len, device)
         inputs, grad_output = random_inputs(cfg, panel, batch, seq_len, device)
@@ -205,7 +205,7 @@ def measure_cell(cfg: CompleteBenchmark, backend: str, panel: Panel, seq_len: in
                 cell.note = str(error)
 
         if device.type == "cuda":
-            forward_and_backward()  # compiles; sets up the matrix library's workspace
+            forward_and_backward()  # compiles, and sets up the matrix library's workspace
         peak = peak_bytes(forward_and_backward, device)
         cell.peak_gib = None if cell.note else peak / GIB
         if device.type == "cuda" and seq_len in cfg.seq_len:
@@ -219,7 +219,7 @@ def measure_cell(cfg: CompleteBenchmark, backend: str, panel: Panel, seq_len: in
 
 
 def refuse_what_cannot_fit(cfg: CompleteBenchmark, panel: Panel, batch: int, seq_len: int) -> None:
-    """Raises MemoryError where eager's scores alone are beyond a good part of the machine's free memory."""
+    """Raises MemoryError where eager's scores alone exceed a good part of the machine's free memory."""
     n_head = cfg.width // panel.head_dim
     layer = Layer(batch, n_head, n_head, seq_len, panel.head_dim, getattr(torch, cfg.dtype), torch.device("cpu"))
     if not eager_may_fit(layer):

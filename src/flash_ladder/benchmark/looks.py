@@ -1,6 +1,6 @@
-"""How a backend looks in the benchmark's pictures, and labels that stand at the ends of lines without covering each other.
+"""The look of a backend in the benchmark's pictures, and labels at the ends of lines that do not cover each other.
 
-The colours are told apart by colour-blind readers too (Okabe and Ito's palette, and Paul Tol's where it ends). This repository's
+Colour-blind readers can tell the colours apart (Okabe and Ito's palette, then Paul Tol's). This repository's
 rungs have warm colours, bold lines and filled markers; the peers have cool colours, thin lines and open markers.
 """
 
@@ -34,7 +34,7 @@ LOOKS = {  # colour, marker
     "efficient": ("#999933", "p"),
     "math": ("#bbbbbb", "h"),
 }
-SPARE_COLOURS = ("#004488", "#bb5566", "#117733", "#aa4499", "#ddaa33", "#663333")  # of a backend that is not in the table
+SPARE_COLOURS = ("#004488", "#bb5566", "#117733", "#aa4499", "#ddaa33", "#663333")  # for a backend that is not in LOOKS
 SPARE_MARKERS = ("*", "d", "8", "H")
 # Any: matplotlib types each name as a literal.
 STYLE: dict[Any, Any] = {
@@ -45,8 +45,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.dpi": 110,
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # alike in width, for a reader of the SVG who lacks the first
-    "svg.fonttype": "none",  # text stays text: small, and found by a search
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # of like width, for a reader of the SVG without the first font
+    "svg.fonttype": "none",  # text stays text: small, and a search finds it
     "svg.hashsalt": "flash-ladder",  # the same figures give the same file
 }
 LABEL_SIZE = 13  # points
@@ -54,7 +54,7 @@ FAINT = "#555555"
 
 
 def ink(colour: str) -> str:
-    """A line's colour for text, darker, so that it is read on white."""
+    """A line's colour, darker, for text that is legible on white."""
     red, green, blue = to_rgb(colour)
     return to_hex((0.72 * red, 0.72 * green, 0.72 * blue))
 
@@ -66,7 +66,7 @@ def looks(backends: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def line_style(backend: str, look: tuple[str, str]) -> dict:
-    """How a backend's line looks: a rung's is bold, and a peer's thin one goes over it, so that both are seen where they meet."""
+    """The style of a backend's line. A rung's is bold, and a peer's thin one goes over it, so that both show where they meet."""
     colour, marker = look
     ours = is_kernel(backend)
     return {
@@ -76,7 +76,7 @@ def line_style(backend: str, look: tuple[str, str]) -> dict:
         "markersize": 8,
         "markerfacecolor": colour if ours or backend == "eager" else "white",
         "markeredgewidth": 1.6,
-        "linestyle": "--" if backend == "sdpa" else "-",  # it is one of the others, so that its line covers theirs
+        "linestyle": "--" if backend == "sdpa" else "-",  # sdpa runs one of the others, and would cover that line
         "zorder": 2 if ours else 3,
     }
 
@@ -120,7 +120,7 @@ def add_legend(figure: Figure, result: Result, notes: dict[str, str], columns: i
 
 @dataclass(frozen=True)
 class Label:
-    """What is said at a point of an axis, in a line's colour."""
+    """A text at a point of an axis, in a line's colour."""
 
     text: str
     x: float
@@ -130,12 +130,12 @@ class Label:
 
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Places as near as can be to the wanted ones, `gap` or more apart and, where there is room, between `low` and `high`.
+    """Positions nearest to the wanted ones that are at least `gap` apart and, where there is room, between `low` and `high`.
 
-    Those that are too near each other form a block around the mean of where they would be (isotonic regression).
+    Those too near each other form a block around the mean of their wanted positions (isotonic regression).
     """
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    blocks: list[list[float]] = []  # of each: its places less what the gaps below take
+    blocks: list[list[float]] = []  # of each: its wanted positions less the gaps below them
     for rank, index in enumerate(order):
         blocks.append([wanted[index] - rank * gap])
         while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(blocks[-1]):
@@ -150,7 +150,7 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> list[flo
 
 
 def add_labels(axis: Axes, labels: list[Label], lines_each: int = 1) -> None:
-    """Writes labels beside an axis, on its right, each as near to its point as the others let it; a thin line leads to it.
+    """Writes labels on the right of an axis, each as near to its point as the others allow; a thin line leads to it.
 
     The axis has its limits and its place in the figure already. lines_each: lines of text in a label.
     """

@@ -1,7 +1,7 @@
 """Whether time follows the visible area: attention under a window or packed documents, beside the same call without them.
 
-One causal sequence, as many key/value heads as query heads. A kernel that skips what a mask hides takes the visible area's share of
-its dense time; one that only hides it takes all of that time.
+One causal sequence, as many key/value heads as query heads. A kernel that skips the masked tiles takes the visible area's share of
+its dense time. A kernel that computes and then hides them takes all of that time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flash_ladder.script_schema import CompleteBenchmark, split_mask
 def measure_masks(cfg: CompleteBenchmark, device: torch.device, next_is: Callable[[str], None]) -> Iterator[Masked]:
     """Every mask of cfg.masks on every backend that takes masks, for every head_dim, each as soon as it is measured.
 
-    `next_is` is told what comes next. A CPU's times would say nothing about a GPU: there nothing is measured.
+    It tells `next_is` what comes next. On a CPU it measures nothing, since a CPU's times would say nothing about a GPU.
     """
     if device.type == "cpu" or not cfg.masks:
         return
@@ -38,7 +38,7 @@ def measure_masks(cfg: CompleteBenchmark, device: torch.device, next_is: Callabl
 
 
 def with_masks(backends: list[str]) -> list[str]:
-    """Those that can be given a window and documents: this repository's, which refuse what they cannot do, and some peers."""
+    """The backends that take a window and documents: this repository's, which refuse what they cannot do, and some peers."""
     return [backend for backend in backends if backend in BACKENDS or PEERS[backend].takes_masks]
 
 
@@ -48,10 +48,10 @@ def with_masks(backends: list[str]) -> list[str]:
 def mask_arguments(name: str, seq_len: int, device: torch.device) -> dict[str, Any]:
     """The arguments of `attention` that a mask's name stands for: a window_size, or document_ids int32 [1, S].
 
-    documents_N are of N tokens each (the last of what is left); ragged_N are S / N documents, rounded, cut at random places.
+    documents_N: documents of N tokens each, the last one of the rest. ragged_N: S / N documents, rounded, cut at random.
     """
     kind, length = split_mask(name)
-    length = min(length, seq_len)  # a longer one hides no more
+    length = min(length, seq_len)  # a longer window hides no more
     if kind == "window":
         return {"window_size": length}
     position = torch.arange(seq_len, dtype=torch.int32)
@@ -65,7 +65,7 @@ def mask_arguments(name: str, seq_len: int, device: torch.device) -> dict[str, A
 
 
 def visible_pairs(seq_len: int, arguments: dict[str, Any], device: torch.device) -> int:
-    """Pairs of a query and a key that it sees, under causality and the mask."""
+    """The number of pairs of a query and a key that it sees under causality and the mask."""
     lo, hi = key_bounds(Asked(1.0, is_causal=True, **arguments), seq_len, seq_len, device)
     return int((hi - lo + 1).sum())  # under causality every query sees itself at least
 
@@ -75,7 +75,7 @@ def visible_pairs(seq_len: int, arguments: dict[str, Any], device: torch.device)
 
 @dataclass
 class Times:
-    """Median milliseconds of one backend; None where they could not be taken, `note` says why."""
+    """Median milliseconds of one backend; None where it was not timed, `note` says why."""
 
     forward: float | None = None
     backward: float | None = None
@@ -83,7 +83,7 @@ class Times:
 
 
 def measure_times(cfg: CompleteBenchmark, backend: str, head_dim: int, arguments: dict[str, Any], device: torch.device) -> Times:
-    """Forward and backward of one sequence of cfg.mask_seq_len tokens. A refusal and a lack of memory are results."""
+    """Times forward and backward of one sequence of cfg.mask_seq_len tokens. A refusal or a lack of memory is a result."""
     times = Times()
 
     def work() -> None:

@@ -1,6 +1,6 @@
-"""Other people's attention, each as a function of query, key and value [B, H, S, D]: what the rungs are measured beside.
+"""Other people's attention, which the rungs are measured beside, each as a function of query, key and value [B, H, S, D].
 
-flash_ladder.names says what each peer is: whose, from which package, what it takes. Here are the functions: fa2, cudnn, efficient
+flash_ladder.names says what each peer is: whose, from which package, what it takes. The functions are here: fa2, cudnn, efficient
 and math are PyTorch's own kernels behind F.scaled_dot_product_attention; flex is FlexAttention, compiled; flash_attn, fa3 and fa4
 are the packages of FlashAttention 2, 3 and 4, where they are installed.
 """
@@ -39,9 +39,9 @@ def peer(
     window_size: int | None = None,
     document_ids: Tensor | None = None,
 ) -> Attend:
-    """The peer `name` for inputs of length `seq_len`. What it prepares (a block mask) is prepared here, outside any timing.
+    """The peer `name` for inputs of length `seq_len`. It prepares here what it needs (a block mask), outside any timing.
 
-    window_size, document_ids [1, S]: a causal mask, one of the two, for a peer that takes masks.
+    window_size, document_ids [1, S]: at most one of the two, a causal mask for a peer that takes masks.
     Raises NotInstalled here, and Unsupported from the function where PyTorch has no such kernel for its inputs.
     """
     mask = {"window_size": window_size, "document_ids": document_ids}
@@ -71,7 +71,7 @@ def installed_package(name: str) -> str | None:
 
 
 def sdpa(kernel: SDPBackend, *, is_causal: bool, seq_len: int, device: torch.device) -> Attend:
-    """F.scaled_dot_product_attention held to one of its kernels."""
+    """F.scaled_dot_product_attention, restricted to one of its kernels."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
@@ -107,7 +107,7 @@ def flex(
     """Compiled FlexAttention; its block mask lets it skip the tiles that causality and the mask hide. A mask asks for is_causal."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # A graph compiled for every shape: the count of earlier ones must not reach the limit beyond which it would run uncompiled.
+    # Every shape compiles a graph. The count must not reach the limit beyond which torch runs the function uncompiled.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     visible = sees(window_size, document_ids)
@@ -144,7 +144,7 @@ def package(
 def packed(modules: tuple[str, ...], document_ids: Tensor) -> Attend:
     """flash_attn_varlen_func of an installed package: the documents of one sequence, ids [1, S], as causal sequences of their own.
 
-    Where each begins is found here, outside any timing; the package wants it so.
+    The package needs each document's begin, which is found here, outside any timing.
     """
     function = exported(modules, "flash_attn_varlen_func")
     lengths = document_ids[0].unique_consecutive(return_counts=True)[1]
@@ -172,7 +172,7 @@ def exported(modules: tuple[str, ...], name: str) -> Callable:
         try:
             return getattr(import_module(module), name)
         except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and something it needs is not
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # the module is there, what it needs is not
                 raise NotInstalled(f"{module} needs {error.name}, which is not installed") from None
         except Exception as error:  # a package built for another torch fails in its own way
             raise NotInstalled(f"{module} cannot be imported: {one_line(error)}") from None
@@ -180,7 +180,7 @@ def exported(modules: tuple[str, ...], name: str) -> Callable:
 
 
 def one_line(error: Exception) -> str:
-    """An error in one line: "TypeError: what it says", cut where it says too much; without places in a package's own source."""
+    """An error in one line: "TypeError: what it says", cut where it is too long, and without places in a package's source."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     text = re.sub(r"/\S+\.(cpp|cu|h):\d+,? ?", "", text)
     return text if len(text) <= 300 else text[:299] + "…"
@@ -188,8 +188,8 @@ def one_line(error: Exception) -> str:
 
 # ---- the table ----
 
-# Of each peer of flash_ladder.names the function that makes it, of is_causal, seq_len, device, and window_size or document_ids
-# where it takes masks. A package's peer has flash_attn_func on [B, S, H, D].
+# For each peer of flash_ladder.names, the function that makes it from is_causal, seq_len, device, and window_size or document_ids
+# where it takes masks. A package's peer calls flash_attn_func on [B, S, H, D].
 MAKERS: dict[str, Callable[..., Attend]] = {
     "fa2": partial(sdpa, SDPBackend.FLASH_ATTENTION),
     "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),

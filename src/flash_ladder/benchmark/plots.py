@@ -1,6 +1,6 @@
 """The attention benchmark's pictures, for a page and for a slide: speed, memory and error.
 
-A picture has four panels at most, of causal attention where it was measured: full attention has its figures in the tables.
+A picture has four panels at most. It shows causal attention where that was measured; the tables have full attention too.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from flash_ladder.names import is_kernel
 from flash_ladder.units import size
 
 WIDTH = 13.0  # inches at least, for the caption and the legend
-PANELS = 2  # in a picture; speed has two rows of them
+PANELS = 2  # side by side in a picture; speed has two rows of them
 RESULT_MARKERS = {"output": "o", "dq": "s", "dk": "^", "dv": "D"}
-BREAK = 2.0  # the axis of speed is broken where nothing lies between a figure and more than this multiple of it ...
-LOW_SHARE = 0.15  # ... and what lies below is less than this share of the highest
-ALIKE = 0.02  # lines of memory that differ by less everywhere have one label
+BREAK = 2.0  # the axis of speed may break between two neighbouring figures if the higher is over this multiple of the lower
+LOW_SHARE = 0.15  # the lower figure at such a break is less than this share of the highest
+ALIKE = 0.02  # lines of memory that differ by less than this everywhere share a label
 
 
 def plot(result: Result, path: Path) -> list[Path]:
-    """Draws what `result` has figures for: speed in NAME.png, memory in NAME_memory.png, errors in NAME_error.png.
+    """Draws the figures that `result` has: speed in NAME.png, memory in NAME_memory.png, errors in NAME_error.png.
 
-    Each also as SVG beside it. Returns the files written. Raises OSError where they cannot be.
+    Each is also written as SVG. Returns the files written. Raises OSError where one cannot be written.
     """
     drawn = {
         path: (draw_speed, any(cell.forward_tflops for cell in result.cells)),
@@ -62,12 +62,12 @@ def plot(result: Result, path: Path) -> list[Path]:
 
 
 def shown(panels: list[Panel]) -> list[Panel]:
-    """The panels of a picture: the first causal ones; of full attention where nothing causal was measured."""
+    """The panels of a picture: the first causal ones, or those of full attention where nothing causal was measured."""
     return ([panel for panel in panels if panel.causal] or panels)[:PANELS]
 
 
 def add_caption(figure: Figure, result: Result, what: str) -> None:
-    """A title: what, and in a second line where and when, and that not all is shown."""
+    """Adds a title (`what`) and a second line: where and when it was measured, and whether panels are left out."""
     versions = [f"{name} {getattr(result, name)}" for name in ("torch", "triton", "cudnn") if getattr(result, name)]
     where = " · ".join([result.device, result.config["dtype"], *versions, *([result.date] if result.date else [])])
     more = "" if len(shown(result.panels)) == len(result.panels) else " · other shapes: in the tables"
@@ -86,7 +86,7 @@ def set_lengths(axis: Axes, lengths: list[int]) -> None:
 def figure_with_labels(columns: int, *, labels: float, height: float, bottom: float) -> tuple[Figure, dict[str, float]]:
     """A figure for columns of panels with `labels` inches of room on the right of each, and where in it the panels go.
 
-    height, bottom: inches; the bottom has the legend.
+    height, bottom: inches; the legend is at the bottom.
     """
     left = 1.25
     width = max(WIDTH, columns * (left + 3.6 + labels))
@@ -106,7 +106,7 @@ def length_in_words(seq_len: float) -> str:
 def draw_speed(result: Result) -> Figure:
     """TFLOP/s over sequence length, forward above backward, a column for each panel; figures at the longest length.
 
-    The axis is broken where eager and flash_v1 are so slow beside the others that they would lie on its bottom.
+    The axis is broken where eager and flash_v1 are so slow that they would lie on its bottom.
     """
     timed = [cell for cell in result.cells if cell.forward_tflops is not None]
     panels = shown(list(dict.fromkeys(cell.panel for cell in timed)))
@@ -163,7 +163,7 @@ def split(speeds: list[float]) -> list[tuple[float, float]]:
 
 
 def draw_speed_lines(axis: Axes, result: Result, cells: list[Cell], figure_of: str, low: float, high: float, n_ticks: int) -> None:
-    """Every backend's line between `low` and `high`, and its figure at the longest length."""
+    """Draws every backend's line between `low` and `high`, and its figure at the longest length."""
     axis.set_ylim(low, high)
     axis.yaxis.set_major_locator(MaxNLocator(n_ticks))
     labels = []
@@ -181,7 +181,7 @@ def draw_speed_lines(axis: Axes, result: Result, cells: list[Cell], figure_of: s
 
 
 def mark_break(upper: Axes, lower: Axes) -> None:
-    """Two slanted strokes where the axis is broken."""
+    """Draws two slanted strokes where the axis is broken."""
     upper.spines.bottom.set_visible(False)
     slanted = [(-1, -0.6), (1, 0.6)]
     for axis, y in ((upper, 0), (lower, 1)):
@@ -227,19 +227,19 @@ def bytes_in_words(n_bytes: float) -> str:
 
 
 def memory_points(result: Result, panel: Panel, backend: str) -> dict[int, float]:
-    """Bytes of one sequence by seq_len, and where the backend ran out of memory what its line, continued, would have needed."""
+    """Bytes of one sequence by seq_len. Where the backend ran out of memory, they are what its line, continued, would need."""
     found = result.sequence_bytes(panel, backend)
     law, gone = growth(found), result.out_of_memory_at(panel, backend)
     return found | ({gone: law.bytes(gone)} if law and gone else {})
 
 
 def draw_memory_lines(axis: Axes, result: Result, panel: Panel) -> Iterator[Label]:
-    """Every backend's memory and where it ends; gives a label for each line, and one for lines that lie on each other."""
+    """Draws every backend's memory and where it ends; yields a label for each line, and one for lines that lie on each other."""
     by_name = looks(result.backends)
     for together in alike(result, panel):
         for number, backend in enumerate(together):
             found, style = result.sequence_bytes(panel, backend), line_style(backend, by_name[backend])
-            if len(together) > 1:  # dashes that leave room for each other's colours; the markers lie inside each other
+            if len(together) > 1:  # dashes leave room for each other's colours, and markers lie inside each other
                 dash = 4.0
                 style |= {"linewidth": 3.2, "linestyle": (number * dash, (dash, dash * (len(together) - 1)))}
                 style |= {"markersize": 14 - 4 * number, "zorder": 3 + number, "dash_capstyle": "butt"}
@@ -260,7 +260,7 @@ def draw_memory_lines(axis: Axes, result: Result, panel: Panel) -> Iterator[Labe
 
 
 def alike(result: Result, panel: Panel) -> list[list[str]]:
-    """The backends with figures of memory, those together whose lines lie on each other."""
+    """The backends with figures of memory, in groups whose lines lie on each other."""
     groups: list[list[str]] = []
     for backend in result.backends:
         points = memory_points(result, panel, backend)
@@ -275,7 +275,7 @@ def alike(result: Result, panel: Panel) -> list[list[str]]:
 
 
 def draw_out_of_memory(axis: Axes, found: dict[int, float], law: Growth, gone: int, colour: str) -> None:
-    """A line continued to the length at which memory ran out, and a cross there."""
+    """Continues a line to the length at which memory ran out, and draws a cross there."""
     last = max(found)
     axis.plot([last, gone], [found[last], law.bytes(gone)], color=colour, linestyle=":", linewidth=1.6)
     axis.plot([gone], [law.bytes(gone)], color=colour, marker="X", markersize=12, linestyle="", zorder=4)

@@ -1,4 +1,4 @@
-"""What the attention benchmark found: its cells, where they were measured, and what follows from them."""
+"""The attention benchmark's result: its cells, where they were measured, and what follows from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRADIENTS = ("dq", "dk", "dv")
 
 @dataclass(frozen=True)
 class Panel:
-    """What a column of a table or a panel of a picture shares."""
+    """What the figures of a table's column or a picture's panel have in common."""
 
     causal: bool
     head_dim: int
@@ -38,7 +38,7 @@ class Panel:
 
 @dataclass
 class Cell:
-    """One backend at one shape. A figure that could not be taken is None, and `note` says why."""
+    """One backend at one shape. A figure that was not measured is None, and `note` says why."""
 
     backend: str
     head_dim: int
@@ -57,7 +57,7 @@ class Cell:
 
 @dataclass
 class Error:
-    """How far one backend lies from float64: rms error over the rms of the exact values. None: not measured, `note` says why."""
+    """One backend's error against float64: its rms over the rms of the exact values. None: not measured, `note` says why."""
 
     backend: str
     head_dim: int
@@ -82,7 +82,7 @@ class Masked:
     backend: str
     head_dim: int
     seq_len: int
-    area: float  # pairs of query and key that the mask leaves visible, over those that causality alone does
+    area: float  # visible pairs of query and key under the mask, over those under causality alone
     forward_ms: float | None = None
     backward_ms: float | None = None
     dense_forward_ms: float | None = None
@@ -96,7 +96,7 @@ class Masked:
 
     @property
     def backward(self) -> float | None:
-        """The same of the backward."""
+        """The backward's time over the area's share of the dense time."""
         return over_share(self.backward_ms, self.area, self.dense_backward_ms)
 
 
@@ -107,7 +107,7 @@ def over_share(milliseconds: float | None, area: float, dense: float | None) -> 
 
 @dataclass
 class Result:
-    """A grid measured, and where. `config` is BenchmarkConfig as a dict, every value decided."""
+    """The figures of a grid, and where they were measured. `config` is BenchmarkConfig as a dict, every value decided."""
 
     device: str
     torch: str
@@ -116,8 +116,8 @@ class Result:
     errors: list[Error] = field(default_factory=list)
     masks: list[Masked] = field(default_factory=list)
     host_us: dict[str, float | None] = field(default_factory=dict)  # host time of one tiny forward call, by backend
-    packages: dict[str, str] = field(default_factory=dict)  # of the peers that come from one, "fa3-fwd 0.0.3", by backend
-    left_out: dict[str, str] = field(default_factory=dict)  # backends that the default list did not take, and why
+    packages: dict[str, str] = field(default_factory=dict)  # package of each peer that has one, "fa3-fwd 0.0.3", by backend
+    left_out: dict[str, str] = field(default_factory=dict)  # backends that the default list left out, and why
     device_gib: float | None = None
     triton: str | None = None
     cudnn: str | None = None
@@ -136,12 +136,12 @@ class Result:
 
     @property
     def backends(self) -> list[str]:
-        """Those measured, in the order of their measurement."""
+        """The measured backends, in the order of their measurement."""
         return list(dict.fromkeys(cell.backend for cell in self.cells))
 
     @property
     def panels(self) -> list[Panel]:
-        """In the order of their measurement."""
+        """The panels, in the order of their measurement."""
         return list(dict.fromkeys(cell.panel for cell in self.cells))
 
     def rows(self) -> list[list[Cell]]:
@@ -154,8 +154,8 @@ class Result:
     def sequence_bytes(self, panel: Panel, backend: str) -> dict[int, float]:
         """Peak bytes that one sequence costs, by seq_len.
 
-        The grid keeps batch x seq_len constant, so that a linear algorithm's total does not move at all: its memory is compared
-        per sequence of the batch.
+        The grid keeps batch x seq_len constant, so that a linear algorithm's total does not change with the length. So memory is
+        compared per sequence of the batch.
         """
         return {
             c.seq_len: c.peak_gib * GIB / batch_size(self.config["tokens"], c.seq_len)
@@ -175,16 +175,16 @@ class Growth:
 
     exponent: float
     factor: float
-    lengths: tuple[int, ...]  # those it was fitted to
+    lengths: tuple[int, ...]  # the lengths it was fitted to
 
     def bytes(self, seq_len: int) -> float:
         return self.factor * seq_len**self.exponent
 
 
 def growth(bytes_by_length: dict[int, float], last: int = 3) -> Growth | None:
-    """Least-squares line through log(bytes) over log(seq_len); None with fewer than two lengths.
+    """The least-squares line through log(bytes) over log(seq_len); None with fewer than two lengths.
 
-    The `last` lengths count: in short sequences the linear part (output, gradients) still hides the square of the scores.
+    Only the `last` lengths count: at short ones the linear part (output, gradients) still hides the square of the scores.
     """
     lengths = tuple(sorted(length for length, size in bytes_by_length.items() if size > 0))[-last:]
     if len(lengths) < 2:
@@ -217,7 +217,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def read(path: Path) -> Result:
-    """What an earlier run wrote with out=; raises UserError where it is not that."""
+    """Reads what an earlier run wrote with out=. Raises UserError where the file is something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         found["cells"] = [Cell(**cell) for cell in found["cells"]]

@@ -9,11 +9,11 @@ from flash_ladder.names import is_kernel
 from flash_ladder.units import size
 
 SHAPE, BACKEND, WIDTH = 31, 11, 146  # widths of a table's first columns, and of all of it
-NOTE = 38  # a longer note beside figures is cut; the JSON has all of it
+NOTE = 38  # columns of a note beside figures; the JSON has longer notes whole
 
 
 def header(result: Result) -> list[str]:
-    """Where, on what, and what is not in the table."""
+    """Lines that say where and on what it was measured, and what the table leaves out."""
     cfg = result.config
     versions = [f"{name} {getattr(result, name)}" for name in ("torch", "triton", "cudnn", "driver") if getattr(result, name)]
     lines = [
@@ -73,7 +73,7 @@ def row_lines(row: list[Cell], result: Result) -> list[str]:
 
 
 def memory_only(row: list[Cell], shape: str) -> list[str]:
-    """A shape at which no speed was measured, as a sentence."""
+    """A shape without speed, as a sentence."""
     found = (f"{cell.backend} {shorten(cell.note, NOTE) if cell.peak_gib is None else size(cell.peak_gib * GIB)}" for cell in row)
     indent = " " * SHAPE
     return wrap(f"{shape:<{SHAPE}}memory alone: {', '.join(found)}", WIDTH, subsequent_indent=indent)
@@ -87,12 +87,12 @@ def speed_columns(tflops: float | None, baseline: float | None, peak: float | No
 
 
 def shorten(note: str, width: int) -> str:
-    """A note that fits in its column."""
+    """A note, cut to the width of its column."""
     return note if len(note) <= width else note[: width - 1] + "…"
 
 
 def summary(result: Result) -> list[str]:
-    """What follows the grid: growth of memory, errors, means over the shapes, time under masks, host time."""
+    """The lines after the grid: growth of memory, errors, means over the shapes, time under masks, host time."""
     sections = (growth_lines(result), error_lines(result), mean_lines(result), mask_lines(result.masks), host_lines(result))
     return [line for lines in sections if lines for line in ("", *lines)]
 

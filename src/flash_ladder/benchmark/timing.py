@@ -1,4 +1,4 @@
-"""One call of attention as the benchmark makes it: by whom, its inputs, how long it takes, and what is said where it fails."""
+"""One call of attention as the benchmark makes it: the backend, the inputs, the time, and the note of a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flash_ladder.names import PEERS
 from flash_ladder.script_schema import CompleteBenchmark
 
 L2_FLUSH_BYTES = 256 * 2**20  # beyond any GPU's L2 cache
-FLUSHES = 8  # half a millisecond of an H200's, in which the host queues the call: its own time is measured apart
+FLUSHES = 8  # half a millisecond on an H200, in which the host queues the call; the host's own time is measured apart
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 def attend_with(backend: str, is_causal: bool, seq_len: int, device: torch.device, mask: Mapping[str, Any] | None = None) -> Attend:
     """A backend of this repository, or a peer, as a function of query, key and value. Raises NotInstalled.
 
-    mask: the arguments of `attention` that a causal mask stands for, a window_size or document_ids [1, S].
+    mask: a causal mask as an argument of `attention`, a window_size or document_ids [1, S].
     """
     if backend in PEERS:
         return peer(backend, is_causal=is_causal, seq_len=seq_len, device=device, **(mask or {}))
@@ -36,7 +36,7 @@ def attend_with(backend: str, is_causal: bool, seq_len: int, device: torch.devic
 def random_inputs(
     cfg: CompleteBenchmark, panel: Panel, batch: int, seq_len: int, device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
-    """Query, key and value, which ask for gradients, and the gradient of the output: [B, H, S, D], random normal, seeded."""
+    """Query, key and value, which require gradients, and the output's gradient: [B, H, S, D], random normal, seeded."""
     n_head = cfg.width // panel.head_dim
     generator = torch.Generator(device).manual_seed(0)
     heads = (n_head, panel.n_kv_head or n_head, panel.n_kv_head or n_head, n_head)
@@ -48,11 +48,11 @@ def random_inputs(
 
 
 class NoBackward(Exception):
-    """A backend that has the forward alone; the message says so."""
+    """The backend has only a forward; the message says so."""
 
 
 def gradients(output: Tensor, inputs: list[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Of query, key and value. Raises NoBackward; some packages say only when they are called that they have none."""
+    """The gradients of query, key and value. Raises NoBackward; some packages tell only when called that they have no backward."""
     if not output.requires_grad:
         raise NoBackward("no backward")
     try:
@@ -66,12 +66,12 @@ def gradients(output: Tensor, inputs: list[Tensor], grad_output: Tensor) -> tupl
 def failure_note(work: Callable[[], None]) -> str:
     """Does `work`; returns "" where it succeeds, and one line that says why where it fails.
 
-    Every error becomes a note: a kernel that fails on one shape must not cost the other figures. The error itself is not passed
-    on, because its traceback keeps the failed call's tensors: so their memory is free again on return.
+    Every error becomes a note, since a kernel that fails on one shape must not cost the other figures. The error itself is not
+    passed on, because its traceback would keep the failed call's tensors. So their memory is free again on return.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # PyTorch explains over many lines why it passed a kernel over
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch's many lines on why it passed over a kernel
             work()
         note = ""
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -90,7 +90,7 @@ def failure_note(work: Callable[[], None]) -> str:
 
 
 def forward_milliseconds(attend: Attend, inputs: list[Tensor], budget: float) -> float:
-    """Median milliseconds of a forward pass that keeps nothing, over about `budget` milliseconds of calls."""
+    """Median milliseconds of a forward pass that saves nothing for a backward, over about `budget` milliseconds of calls."""
     with torch.no_grad():
         return median_milliseconds(lambda: None, lambda _: attend(*inputs), budget)
 
@@ -121,7 +121,7 @@ def median_milliseconds(prepare: Callable[[], T], call: Callable[[T], object], b
 
     timed(1)  # compiles
     (first,) = timed(1)
-    if first > budget:  # so long that it hardly varies
+    if first > budget:  # a call this long hardly varies
         return median([first, *timed(2)])
     estimate = median(timed(5))
     return median(timed(max(5, min(1000, int(budget / max(estimate, 1e-3))))))

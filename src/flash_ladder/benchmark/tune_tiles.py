@@ -1,8 +1,8 @@
 """Which tiles are fastest on this GPU: the evidence behind a row of kernels/tiles.py.
 
 Every candidate that should fit the GPU is compiled (in several processes), checked against the table's own tile, and timed on every
-shape; the one with the best geometric mean wins. Nothing is tuned while training runs: what comes out here is read by a person and
-written into the table.
+shape. The one with the best geometric mean wins. Nothing is tuned while training runs: a person reads the result and writes it into
+the table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flash_ladder.measure.flops import BACKWARD, forward_flops
 from flash_ladder.script_schema import TuneConfig
 
 KERNELS = ("forward", "dq", "dkdv")
-SHOWN = 4  # candidates in a line of the table
+SHOWN = 4  # best candidates shown in a line of the ranking
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Candidate:
 
 
 def tune(cfg: TuneConfig) -> dict[int, Tiles]:
-    """Times candidates for every head_dim and kernel; prints the best of each, and the rows for kernels/tiles.py, also to `out`.
+    """Times candidates for every head_dim and kernel. Prints the best of each, and the rows for kernels/tiles.py (also to `out`).
 
     Raises UserError where there is no NVIDIA GPU of compute capability 7.5 or more.
     """
@@ -96,7 +96,7 @@ def tune(cfg: TuneConfig) -> dict[int, Tiles]:
 def candidates(kernel: str, head_dim: int, shared: int, stages: tuple[int, ...]) -> list[Tile]:
     """Tiles whose operands should fit into `shared` bytes and whose accumulators into registers.
 
-    16-bit operands; float32 accumulators. Some that pass do not compile after all, which `compiles` finds out.
+    Operands have 16 bits, accumulators are float32. Some tiles that pass do not compile after all; `compiles` finds those.
     """
     width = max(16, 1 << (head_dim - 1).bit_length())
     fitting = []
@@ -119,9 +119,9 @@ def inputs(cfg: TuneConfig, head_dim: int, seq_len: int, device: torch.device) -
 
 
 def compiles(job: tuple[TuneConfig, int, Tiles, int]) -> bool:
-    """Whether all masks of one candidate compile, fit and give what the table's tiles give; in a process of its own.
+    """Whether all masks of one candidate compile, fit and give the results of the table's tiles; runs in its own process.
 
-    A GPU error (an illegal address, say) ends that process's GPU context, and with it every later candidate it is given.
+    A GPU error (an illegal address, say) ends that process's GPU context, and so fails every later candidate of that process.
     """
     from triton.errors import TritonError
 
@@ -169,7 +169,7 @@ def time_all(cfg: TuneConfig, head_dim: int, kernel: str, row: Tiles, able: list
 
 
 def describe_ranking(head_dim: int, kernel: str, able: list[Candidate], before: Tile) -> str:
-    """`D 64  forward  64,64,4,3 380 (309-428)  128,64,8,3 371 (...)`, the table's present tile among them."""
+    """`D 64  forward  64,64,4,3 380 (309-428)  128,64,8,3 371 (...)`, including the table's present tile."""
     shown = able[:SHOWN] + [candidate for candidate in able[SHOWN:] if candidate.tile == before]
     words = [
         f"{spell(c.tile)} {c.score:.0f} ({min(c.speeds.values()):.0f}-{max(c.speeds.values()):.0f})"
@@ -185,7 +185,7 @@ def spell(tile: Tile) -> str:
 
 
 def rows(chosen: dict[int, Tiles], where: str) -> str:
-    """The rows as kernels/tiles.py has them."""
+    """The rows in the form of kernels/tiles.py."""
     lines = [f"# {where}"]
     for head_dim, row in chosen.items():
         tiles = ", ".join(f"{kernel}=Tile({spell(getattr(row, kernel)).replace(',', ', ')})" for kernel in KERNELS)

@@ -1,1 +1,1 @@
-"""Text, from where it lies to the batches that training reads: sources, tokenizer, corpus, batches."""
+"""Text, from its sources to the batches that training reads: sources, tokenizer, corpus, batches."""

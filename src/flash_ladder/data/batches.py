@@ -1,8 +1,8 @@
 """From one stream of tokens to batches: windows, their order, and Lightning's data module.
 
 A window is seq_len + 1 tokens (the inputs and, one further, the targets). The next one starts seq_len tokens later, so that in one
-pass every token but the first is predicted once. Which windows make up which batch depends on the seed, the batch's number and the
-rank alone: nothing is stored to resume exactly, and the number of loading processes changes nothing.
+pass every token but the first is predicted once. A batch's windows depend on its number, the seed and the rank alone, so
+an exact resume needs nothing stored, and the number of loading processes changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.schema import DataConfig
 
-SHUFFLE_BUFFER = 1000  # documents of a hub stream, shuffled among themselves
+SHUFFLE_BUFFER = 1000  # documents of a hub stream that are shuffled together
 
 Example = dict[str, torch.Tensor]
 
@@ -39,7 +39,7 @@ def to_example(tokens: np.ndarray, eos_id: int | None) -> Example:
 
 
 class Windows(Dataset[Example]):
-    """The windows of a token stream, in order; the last seq_len tokens at most are left over."""
+    """The windows of a token stream, in order; at most the last seq_len tokens are left over."""
 
     def __init__(self, tokens: TokenStream, seq_len: int, eos_id: int | None) -> None:
         self.tokens, self.seq_len, self.eos_id = tokens, seq_len, eos_id
@@ -53,10 +53,10 @@ class Windows(Dataset[Example]):
 
 
 class StreamedWindows(IterableDataset[Example]):
-    """Endless windows of a hub stream, read, tokenised and packed as training goes.
+    """Endless windows of a hub stream, which is read, tokenised and packed while training runs.
 
     Each pass reads the documents after the held-out ones, shuffled a buffer at a time by (seed, pass); a rank keeps every
-    world_size-th. `first` windows are made and dropped: to resume exactly, a stream has to be read from its beginning.
+    world_size-th. The `first` windows are made and dropped, because an exact resume has to read a stream from its beginning.
     """
 
     def __init__(self, cfg: DataConfig, corpus: Corpus, *, seed: int, rank: int, world_size: int, first: int) -> None:
@@ -88,7 +88,7 @@ class StreamedWindows(IterableDataset[Example]):
 
 
 def _shuffle(texts: Iterator[str], rng: np.random.Generator) -> Iterator[str]:
-    """Draws from a buffer of SHUFFLE_BUFFER texts. (`IterableDataset.shuffle` orders them otherwise in a loading process.)"""
+    """Draws from a buffer of SHUFFLE_BUFFER texts. (`IterableDataset.shuffle` has another order in a loading process.)"""
     buffer: list[str] = []
     for text in texts:
         if len(buffer) < SHUFFLE_BUFFER:
@@ -104,7 +104,7 @@ def _shuffle(texts: Iterator[str], rng: np.random.Generator) -> Iterator[str]:
 class TrainingOrder:
     """A batch sampler without end: window numbers for one rank, from batch number `first_batch` on.
 
-    The windows form one endless sequence, each pass over them a permutation drawn from (seed, pass). Batch b of rank r takes the
+    The windows form one endless sequence; each pass over them is a permutation drawn from (seed, pass). Batch b of rank r takes the
     batch_size entries from (b * world_size + r) * batch_size on, so all ranks together go through the sequence once.
     """
 
@@ -129,8 +129,8 @@ class TextData(lightning.LightningDataModule):
     """The text that `cfg` names, as batches of {"tokens": int64 [B, seq_len + 1]}.
 
     With cfg.document_ids also "document_ids": int32 [B, seq_len], non-decreasing from 0 in each row.
-    `accumulate` is batches per optimiser step, by which a resumed run finds its place. `val_batches` is how many batches a
-    validation reads, all devices together, so that its loss does not depend on their number.
+    `accumulate` is the batches per optimiser step, by which a resumed run finds its place. `val_batches` is how many batches a
+    validation reads on all devices together, so that its loss does not depend on the number of devices.
     """
 
     # From `prepare` on.
@@ -143,9 +143,9 @@ class TextData(lightning.LightningDataModule):
         self.cfg, self.seed, self.accumulate, self.val_batches = cfg, seed, accumulate, val_batches
 
     def prepare(self) -> None:
-        """Makes sure that the tokens are in the cache and opens them; needs no trainer. The second time it does nothing.
+        """Opens the tokens, and first puts them into the cache if they are not there. Needs no trainer. A second call does nothing.
 
-        Every process calls it: the first to come builds, the others wait. Sets `tokenizer` and `stats`.
+        Every process calls it: the first one builds the cache, the others wait. Sets `tokenizer` and `stats`.
         Raises UserError for data that cannot be used, such as a part shorter than one window.
         """
         if hasattr(self, "_corpus"):
@@ -169,7 +169,7 @@ class TextData(lightning.LightningDataModule):
         self.prepare()
 
     def train_dataloader(self) -> DataLoader:
-        """Returns an endless loader of this rank's batches, which starts where `trainer.global_step` says that training is."""
+        """Returns an endless loader of this rank's batches, from `trainer.global_step` on."""
         rank, world_size = self._rank()
         first_batch = self.trainer.global_step * self.accumulate if self.trainer else 0
         whose = {"seed": self.seed, "rank": rank, "world_size": world_size}
@@ -191,10 +191,10 @@ class TextData(lightning.LightningDataModule):
         return self._loader(self._windows(self._corpus.val), 0, batch_sampler=batches)
 
     def validated(self, world_size: int) -> tuple[int, int]:
-        """How many windows a validation on `world_size` devices reads, the first ones, and how many make a batch.
+        """How many windows, from the first on, a validation on `world_size` devices reads, and how many make a batch.
 
-        At most `val_batches` full batches over all devices. Every device gets equally many batches of one size, which is smaller
-        than cfg.batch_size where there are too few windows. Raises UserError where a device would get none.
+        At most `val_batches` full batches over all devices. Every device gets equally many batches of one size. That size is
+        smaller than cfg.batch_size where there are too few windows. Raises UserError where a device would get none.
         """
         n_windows = min(len(self._windows(self._corpus.val)), self.val_batches * self.cfg.batch_size)
         batch_size = min(self.cfg.batch_size, n_windows // world_size)
@@ -222,6 +222,6 @@ class TextData(lightning.LightningDataModule):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # a loader draws from the global one otherwise: dropout would shift
+            generator=torch.Generator().manual_seed(self.seed),  # else a loader draws from the global one, and dropout would shift
             **batching,
         )

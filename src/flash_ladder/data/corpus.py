@@ -1,4 +1,4 @@
-"""From rows of text to one stream of tokens on disk, built once and kept in a cache.
+"""From rows of text to one stream of tokens on disk, which is built once and kept in a cache.
 
 A cache entry is a folder: tokens*.arrow (one list of token ids a row, training documents first, then the validation ones),
 tokenizer.json and corpus.json. Its name is a fingerprint of everything that decides its content. It is built under another name and
@@ -30,13 +30,13 @@ from flash_ladder.schema import DataConfig
 
 FORMAT = 1  # of a cache entry; part of its name
 MB = 1 << 20
-BPE_BYTES_PER_TOKEN = 2048  # a BPE of V tokens is trained on about V times as many bytes: more hardly changes it, and takes time
-STREAM_VALIDATION_BYTES = 16 * MB  # of a stream's first documents, which are held out
+BPE_BYTES_PER_TOKEN = 2048  # a BPE of V tokens is trained on about V times this many bytes: more take time and hardly change it
+STREAM_VALIDATION_BYTES = 16 * MB  # size of a stream's first documents, which are held out
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """What a run trains on. Token counts include the <|endoftext|> after each document; None is what a stream cannot know."""
+    """What a run trains on. Token counts include the <|endoftext|> after each document; None: unknown of a stream."""
 
     n_documents: int | None
     n_bytes: int | None
@@ -92,7 +92,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A cache entry, opened. Of a stream, `val` is its first `n_held_out` rows, `train` only the sample that the tokenizer saw."""
+    """A cache entry, opened. Of a stream, `val` is the first `n_held_out` rows and `train` only the tokenizer's sample."""
 
     tokenizer: Tokenizer
     train: TokenStream
@@ -167,15 +167,15 @@ def _read(entry: Path) -> Corpus:
 
 
 def _token_files(entry: Path) -> list[Path]:
-    return sorted(entry.glob("tokens*.arrow"))  # one for each process that tokenised; their order is the rows'
+    return sorted(entry.glob("tokens*.arrow"))  # one per process that tokenised, in the order of the rows
 
 
-# ---- what is to become tokens ----
+# ---- the text to tokenise ----
 
 
 @dataclass(frozen=True)
 class _Text:
-    """Rows of text, the first `n_train_rows` of which are to train on and the rest to validate."""
+    """Rows of text: the first `n_train_rows` are for training, the rest for validation."""
 
     rows: datasets.Dataset
     n_train_rows: int
@@ -200,19 +200,19 @@ def _text_of_rows(rows: datasets.Dataset, cfg: DataConfig, seed: int) -> _Text:
 
 
 def _split_by_document(ends: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, int]:
-    """Returns an order of the rows, training documents first, and how many rows are theirs.
+    """Returns an order of the rows, training documents first, and how many rows those have.
 
-    Documents are shuffled: the first few held-out ones are a fair sample of them, and processes that tokenise get equal shares.
+    Documents are shuffled, so that the first few held-out ones are a fair sample and the tokenising processes get equal shares.
     """
     n = int(ends.sum())
     n_train = n - min(n - 1, max(1, round(n * val_fraction)))
-    place = np.random.default_rng(seed).permutation(n)  # of each document
+    place = np.random.default_rng(seed).permutation(n)  # one for each document
     place_of_row = place[np.cumsum(ends) - ends]
     return np.argsort(place_of_row, kind="stable"), int((place_of_row < n_train).sum())
 
 
 def _split_by_position(rows: datasets.Dataset, sizes: np.ndarray, val_fraction: float) -> tuple[datasets.Dataset, int]:
-    """Cuts a lone document in two documents; returns its rows, and how many are the first one's. `sizes` are bytes per row."""
+    """Cuts a lone document in two; returns the rows, and how many belong to the first document. `sizes` are bytes per row."""
     n, position = len(rows), (1 - val_fraction) * sizes.sum()
     row = int(np.searchsorted(np.cumsum(sizes), position))  # the row to cut
     text = rows[row]["text"]
@@ -223,7 +223,7 @@ def _split_by_position(rows: datasets.Dataset, sizes: np.ndarray, val_fraction: 
 
 
 def _text_of_stream(stream: datasets.IterableDataset, cfg: DataConfig) -> _Text:
-    """A stream's beginning: documents to hold out, and after them a sample of those to train on, for the tokenizer."""
+    """A stream's beginning: the documents to hold out, then a sample of the training documents for the tokenizer."""
     rows = iter(stream)
     held_out = _take(rows, STREAM_VALIDATION_BYTES)
     sample = _take(rows, max(STREAM_VALIDATION_BYTES, BPE_BYTES_PER_TOKEN * cfg.vocab_size))
@@ -287,7 +287,7 @@ def _trained_bpe(text: _Text, vocab_size: int, seed: int) -> Tokenizer:
 
 
 def _tokenise(folder: Path, text: _Text, tokenizer: Tokenizer, num_proc: int) -> int:
-    """Writes folder/tokens*.arrow, a row of tokens for a row of text, and returns how many of the tokens are to train on."""
+    """Writes folder/tokens*.arrow, a row of tokens for each row of text, and returns the number of training tokens."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     num_proc = min(num_proc, len(text.rows), text.n_bytes // MB)  # a process costs about as much as a megabyte
     with quiet(progress=text.n_bytes > 4 * MB):

@@ -1,8 +1,8 @@
-"""Where text comes from: Python's standard library, the user's files, or a data set on the Hugging Face hub.
+"""The sources of text: Python's standard library, the user's files, or a data set on the Hugging Face hub.
 
 Each source has a fingerprint of its content and can be read as rows of {"text": str, "ends": bool}. A document is one or more rows:
-local files are cut about every ROW_CHARS characters, so that one huge file costs no more memory than many small ones and can be
-tokenised by several processes; `ends` marks a document's last row.
+local files are cut about every ROW_CHARS characters, so that one huge file costs no more memory than many small ones and several
+processes can tokenise it. `ends` marks a document's last row.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ ENDINGS = (".txt", ".jsonl", ".parquet")
 
 
 def digest(*parts: Any) -> str:
-    """16 hex digits that name the values `parts` (by their repr)."""
+    """16 hex digits that identify the values `parts` (by their repr)."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def quiet(progress: bool) -> Iterator[None]:
-    """Within it, `datasets` and the hub's client print no warnings, and draw progress bars only with `progress`."""
+    """A context in which `datasets` and the hub's client print no warnings, and draw progress bars only with `progress`."""
     logs = (datasets.logging, huggingface_hub.utils.logging)
     before = [log.get_verbosity() for log in logs]
     hide = not progress and not datasets.are_progress_bars_disabled()
@@ -73,7 +73,7 @@ def stdlib_files() -> list[Path]:
 def user_files(patterns: list[str]) -> list[Path]:
     """The files that paths and globs name, in the order given, a glob's sorted by name.
 
-    Raises UserError for one that is missing, empty, unreadable, a folder, or of an ending other than txt, jsonl and parquet.
+    Raises UserError for a file that is missing, empty, unreadable, a folder, or ends in anything but txt, jsonl and parquet.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -96,7 +96,7 @@ def user_files(patterns: list[str]) -> list[Path]:
 
 
 def content_hash(files: list[Path]) -> str:
-    """16 hex digits that depend on every byte of `files`, on their order and endings, and not on where they lie."""
+    """16 hex digits that depend on every byte of `files`, their order and their endings, but not on their folders."""
     total = hashlib.blake2b(digest_size=8)
     with tqdm(desc="checking the files", total=_size(files), unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for path in files:
@@ -112,14 +112,14 @@ def content_hash(files: list[Path]) -> str:
 def read_files(files: list[Path], text_column: str, cache_dir: Path) -> datasets.Dataset:
     """Returns the rows of `files` (ROW), memory-mapped from an Arrow file under `cache_dir`.
 
-    txt (and py): a file is a document. jsonl and parquet: a row is one, its text in `text_column`. Rows without text (null or "")
-    are no documents. Nothing is altered: line ends stay as they are, which is why this is not `load_dataset("text")`, and for jsonl
-    only the text column matters, which is why it is not `load_dataset("json")`.
+    txt (and py): a file is a document. jsonl and parquet: a row is a document, with its text in `text_column`. Rows without text
+    (null or "") are no documents. Nothing is altered. Line ends stay as they are, unlike in `load_dataset("text")`. In jsonl only
+    the text column matters, unlike in `load_dataset("json")`.
     Raises UserError for a file that is not what its ending says; for jsonl it names the line.
     """
     arguments = {"files": tuple(map(str, files)), "text_column": text_column}
     try:
-        with quiet(progress=_size(files) > 256 << 20):  # reading is fast: a bar for what takes seconds
+        with quiet(progress=_size(files) > 256 << 20):  # reading is fast: a bar only where it takes seconds
             return datasets.Dataset.from_generator(_rows, features=ROW, gen_kwargs=arguments, cache_dir=str(cache_dir))
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
@@ -148,7 +148,7 @@ def _file_rows(path: Path, text_column: str) -> Iterator[dict]:
 
 
 def _cut(document: TextIO) -> Iterator[dict]:
-    """A document of any length as rows, cut at line ends where there are any; none for an empty one."""
+    """A document of any length as rows, cut at line ends where there are any. An empty document has no rows."""
 
     def next_row() -> str:
         return document.read(ROW_CHARS) + document.readline(ROW_CHARS)
@@ -201,7 +201,7 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
 
 
 def _checked(text: Any, where: str, column: str) -> str:
-    """A text column's value as a document: null is an empty one; raises UserError for what is no text."""
+    """A text column's value as a document; null is an empty one. Raises UserError for a value that is no text."""
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -233,11 +233,11 @@ def _is_text(path: Path) -> bool:
 def open_hub(cfg: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     """Returns the data set `cfg` names with one column, `text`: downloaded and memory-mapped, or a stream with `cfg.streaming`.
 
-    What was downloaded before is used again, also offline. Raises UserError where the hub cannot be reached and for a name,
-    configuration, split or column that is not there.
+    An earlier download is used again, also offline. Raises UserError where the hub cannot be reached and for a name,
+    configuration, split or column that does not exist.
     """
     name = f"data.hub_name={cfg.hub_name}"
-    arrow_cache = str(Path(cfg.cache_dir).expanduser() / "hub") if cfg.cache_dir else None  # None: where other programs look too
+    arrow_cache = str(Path(cfg.cache_dir).expanduser() / "hub") if cfg.cache_dir else None  # None: the shared default
     num_proc = None if cfg.streaming else cfg.num_proc
     try:
         with quiet(progress=True):
@@ -248,7 +248,7 @@ def open_hub(cfg: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
         raise UserError(f"{name}: the hub cannot be reached ({error}); data=text reads local files") from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    columns = dataset.column_names or list(next(iter(dataset.take(1)), {}))  # a stream may not know them before its first row
+    columns = dataset.column_names or list(next(iter(dataset.take(1)), {}))  # a stream may learn its columns from its first row
     if cfg.text_column not in columns:
         raise _no_column(name, cfg.text_column, columns)
     kind = dataset.features[cfg.text_column] if dataset.features else datasets.Value("string")

@@ -1,6 +1,6 @@
 """Text to token ids and back: a byte-level BPE, so that every string has an encoding and decodes to itself exactly.
 
-Training and encoding are the `tokenizers` library's; this file fixes the choices. The alphabet is the 256 bytes, and one special
+The `tokenizers` library trains and encodes; this file fixes the choices. The alphabet is the 256 bytes, and one special
 token, <|endoftext|>, closes every document.
 """
 
@@ -20,7 +20,7 @@ from flash_ladder.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
 
-# Text is tokenised by data.num_proc processes, so that each needs no threads, which do not survive the fork that makes it.
+# data.num_proc processes tokenise the text. Each does without threads, which would not survive the fork that makes it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -41,7 +41,7 @@ class Tokenizer:
         return self._backend.encode(text).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """As `encode`, for many texts at once; faster than one by one."""
+        """`encode` for many texts at once, faster than one by one."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -58,7 +58,7 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Writes folder/tokenizer.json: all of it or nothing, whenever the process may die."""
+        """Writes folder/tokenizer.json: all of it or nothing, even if the process dies."""
         partial = Path(folder) / f".{FILE}.{os.getpid()}"
         partial.write_text(self._backend.to_str(), encoding="utf-8")
         os.replace(partial, Path(folder) / FILE)
@@ -85,7 +85,7 @@ class Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
     """Trains a BPE with GPT-2's split into words on `texts`; the same texts give the same tokenizer.
 
-    `vocab_size` is an upper bound (256 bytes and <|endoftext|> among it): little text has fewer pairs worth a token of their own.
+    `vocab_size` is an upper bound, 256 bytes and <|endoftext|> included: a small text has fewer pairs worth a token.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,1 +1,1 @@
-"""A run becomes a folder that stands alone, and is evaluated again from it: on the backend it was trained with and on eager."""
+"""A run becomes a folder that stands alone. From it the model is evaluated again, on the training's backend and on eager."""

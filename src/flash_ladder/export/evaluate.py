@@ -1,6 +1,6 @@
 """What scripts/evaluate.py does: an exported model, evaluated again from its folder alone, maybe on another machine.
 
-What export recorded is what it must find again.
+The evaluation must find again what export recorded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from flash_ladder.script_schema import EvaluateConfig
 
 
 def evaluate_export(cfg: EvaluateConfig) -> int:
-    """Evaluates an exported model on a backend of this machine, prints a table; returns 1 where a figure is beyond its limit.
+    """Evaluates an exported model on a backend of this machine and prints a table; returns 1 where a figure is beyond its limit.
 
-    The loss is held against what export recorded on the same windows; with cfg.against the logits against another backend's.
+    It compares the loss with what export recorded on the same windows and, with cfg.against, the logits with another backend's.
     Raises UserError where the folder or the text cannot be read and where a backend cannot run here.
     """
     folder = Path(cast("str", cfg.model))  # validate() refuses a missing one
@@ -48,7 +48,7 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
         against = pick_backend(cfg.against, model.cfg, device, precision, documents).backend
         parity = compare(model, windows, against=against, **options)
         evaluation, checks = parity.candidate, parity.checks()
-    elif coarser and cfg.text is None:  # rounding in this precision was not measured by export
+    elif coarser and cfg.text is None:  # export measured no rounding in this precision
         parity = compare(model, windows, against=choice.backend, **options)
         evaluation = parity.candidate
     else:
@@ -75,7 +75,7 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
 def recorded_by_export(path: Path) -> dict[str, Any]:
     """Precision, backend, rounding and window losses of the training's backend, from parity.json.
 
-    Raises UserError where that is missing or not a record of finite losses.
+    Raises UserError where that file is missing or is no record of finite losses.
     """
     found = read_json(path)
     try:
@@ -88,7 +88,7 @@ def recorded_by_export(path: Path) -> dict[str, Any]:
 
 
 def text_windows(path: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Windows:
-    """A text file as windows of the length that the model was trained with; one shorter window where there is less text.
+    """A text file as windows of the training's length, or one shorter window where there is less text.
 
     Raises UserError where the file is missing, is no text, or has fewer than two tokens.
     """

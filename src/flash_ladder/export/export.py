@@ -1,6 +1,6 @@
 """What scripts/export.py does: a run's checkpoint becomes a folder, which is read back from the disk and evaluated.
 
-On the backend that the model was trained with and on eager; and the loss must be the one that training wrote down.
+The evaluation runs on the training's backend and on eager. It must find the loss that training wrote down.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DATA_KEYS = ("source", "hub_name", "hub_config", "hub_split", "tokenizer", "seq_
 
 
 def export_run(cfg: ExportConfig) -> int:
-    """Exports a run's checkpoint, evaluates what was written, prints a table; returns 1 where a figure is beyond its limit.
+    """Exports a run's checkpoint, evaluates the written folder and prints a table; returns 1 where a figure is beyond its limit.
 
     Raises UserError where the run, its checkpoint or its text cannot be read, and where the target cannot be written.
     """
@@ -56,7 +56,7 @@ def export_run(cfg: ExportConfig) -> int:
     }
     with replace_folder(out, FILES) as folder:
         write_export(folder, model, Tokenizer.load(run), windows, about)
-        del model, weights, windows  # from here on, only what was written
+        del model, weights, windows  # from here on, only the written folder counts
         model, _, written = load_export(folder, device=device)
         windows = load_windows(folder, written)
         print(f"evaluating: {describe_windows(windows)}, precision {precision}, {describe(device)}")
@@ -71,7 +71,7 @@ def export_run(cfg: ExportConfig) -> int:
 
 
 def training_environment(run: Path) -> dict[str, Any]:
-    """Where a run was trained and on what text, from its environment.json."""
+    """Where and on what text a run was trained, from its environment.json."""
     there = read_json(run / "environment.json")
     try:
         return {
@@ -88,9 +88,9 @@ def training_environment(run: Path) -> dict[str, Any]:
 def training_backend(
     cfg: ExportConfig, training: dict[str, Any], config: dict[str, Any], device: torch.device, precision: str
 ) -> str:
-    """The backend to hold against eager: the one named, or the training's, and eager itself where that cannot run here.
+    """The backend to compare with eager: the one named, or the training's, or eager itself where that one cannot run here.
 
-    What this machine cannot run is said, not replaced: the table then has eager's loss beside the one recorded in training.
+    A backend that cannot run here is reported, not replaced: the table then has eager's loss beside the training's record.
     """
     model, documents = ModelConfig(**config["model"]), config["data"]["document_ids"]
     if cfg.attention != "auto":
@@ -109,7 +109,7 @@ def training_backend(
 
 
 def validation_windows(run: Path, config: dict[str, Any], training: dict[str, Any], cfg: ExportConfig) -> tuple[Windows, bool]:
-    """The run's first validation windows, and whether they are the ones that its training validated on."""
+    """The run's first validation windows, and whether its training validated on the same ones."""
     data_config = DataConfig(**config["data"])
     data = TextData(data_config, seed=config["seed"], val_batches=config["trainer"]["val_batches"])
     data.prepare()

@@ -1,12 +1,12 @@
-"""The exported model: a folder that needs nothing else to be loaded, evaluated and asked for text.
+"""The exported model: a folder that can be loaded, evaluated and asked for text without anything else.
 
     model.safetensors       the weights, float32, tied ones once
-    config.json             the model's shape, how and on what it was trained, versions, checksums of the files beside it
+    config.json             the model's shape, how and on what it was trained, versions, checksums of the other files
     tokenizer.json          as in the `tokenizers` library
     validation.safetensors  the validation windows that it was evaluated on
-    parity.json             that evaluation: the training's backend and eager
+    parity.json             that evaluation, on the training's backend and on eager
 
-No pickle anywhere: a folder from a stranger can be opened.
+Nothing is pickled, so a folder from a stranger can be opened.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILES = ("config.json", "parity.json", *CHECKED)
 
 
 def write_export(folder: Path, model: GPT, tokenizer: Tokenizer, windows: Windows, about: dict[str, Any]) -> None:
-    """Writes all of an exported model but parity.json into `folder`, which exists.
+    """Writes an exported model, except parity.json, into the existing `folder`.
 
     windows: "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]. about: plain data that config.json adds to the
     model's shape.
@@ -77,7 +77,7 @@ def load_windows(folder: Path, config: dict[str, Any]) -> Windows:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of an exported model; raises UserError where `folder` is none, or one of a later format."""
+    """config.json of an exported model; raises UserError where `folder` is no exported model, or has a later format."""
     if not folder.is_dir():
         raise UserError(f"model={folder} does not exist; name a folder that scripts/export.py wrote, such as RUN/export")
     if not (folder / "config.json").is_file():
@@ -102,7 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check(folder: Path, name: str, config: dict[str, Any]) -> None:
-    """Raises UserError where a file of an exported model is missing or is not what was written."""
+    """Raises UserError where a file of an exported model is missing or has changed since export."""
     if not (folder / name).is_file():
         raise UserError(f"{folder / name} is missing from the exported model; copy it again, or export again")
     if checksum(folder / name) != config["sha256"].get(name):

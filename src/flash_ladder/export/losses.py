@@ -1,7 +1,7 @@
 """Loss and perplexity of a model on windows of tokens, with a given attention backend and precision.
 
-A batch at a time, whose logits stay in the precision they come in (model/loss.py takes them a piece at a time); what is added up
-over tokens is float64.
+It goes a batch at a time. Logits stay in the precision they come in, and model/loss.py takes them a piece at a time. Sums over
+tokens are float64.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flash_ladder.model.loss import token_losses
 
 Windows = dict[str, Tensor]  # "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]
 
-BATCH_WINDOWS = 32  # in a batch whose size nobody chose, or as many as keep ...
-BATCH_ELEMENTS = 2**28  # ... logits, and attention scores of a layer, under 1 GiB in float32
+BATCH_WINDOWS = 32  # windows of a batch where batch_size is None; fewer where BATCH_ELEMENTS asks for it
+BATCH_ELEMENTS = 2**28  # limit on a batch's logits, and on a layer's attention scores: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Evaluation:
     loss: float  # nats per token
     n_tokens: int
     seconds: float
-    window_losses: list[float]  # the mean of each window
+    window_losses: list[float]  # mean loss of each window
 
 
 def perplexity(loss: float) -> float:
@@ -94,6 +94,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def summarise(backend: str, precision: str, losses: list[Tensor], seconds: float) -> Evaluation:
-    """The evaluation that token losses [B, S] of every batch add up to."""
+    """The evaluation from the token losses [B, S] of every batch."""
     per_token = torch.cat(losses).double()
     return Evaluation(backend, precision, per_token.mean().item(), per_token.numel(), seconds, per_token.mean(1).tolist())

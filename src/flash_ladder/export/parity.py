@@ -1,16 +1,16 @@
-"""Whether two attention backends make the same model: their logits on the same windows, and how far apart those may be.
+"""Whether two attention backends make the same model: compares their logits on the same windows, and sets the limits.
 
-The limit is not a constant: rounding grows with a model's depth and with the size of its logits. It is measured instead. In bf16
-and fp16, eager attention also runs in float32 on the same windows; the mean KL divergence between the two is what rounding alone
-does to this model. Everything follows from that one number, "rounding":
+No constant would do as the limit, since rounding grows with a model's depth and the size of its logits. So rounding is measured.
+In bf16 and fp16, eager attention also runs in float32 on the same windows; the mean KL divergence between the two is what rounding
+alone does to this model. Every limit follows from that one number, "rounding":
 
-    mean KL        at most 3 · rounding + 1e-8. Two independent roundings of one size give 2; a backend that rounds less than
-                   eager, as the flash rungs do, gives less. The 1e-8 is for float32: logits 1e-4 apart (root mean square), some
-                   hundred times what sums in another order do to them.
+    mean KL        at most 3 · rounding + 1e-8. Two independent roundings of one size give 2. A backend that rounds less than
+                   eager, as the flash rungs do, gives less. The 1e-8 is for float32: it allows logits 1e-4 apart (root mean
+                   square), some hundred times the effect of sums in another order.
     loss           at most KL + 5 sqrt(2 KL / N) apart, over N tokens and with the limit above for KL. A token's loss moves by
-                   about sqrt(2 KL) up or down, so the mean of N by that over sqrt(N); five times that is no accident.
-    greedy tokens  the same for 99.9 % of the clear tokens, those whose two likeliest logits are at least 16 sqrt(2 KL) apart;
-                   nearer than that, rounding may decide.
+                   about sqrt(2 KL) up or down, so the mean of N moves by that over sqrt(N). Five times that is no accident.
+    greedy tokens  the same for 99.9 % of the clear tokens, those whose two likeliest logits are at least 16 sqrt(2 KL) apart.
+                   Where they are nearer, rounding may decide.
 
 A wrong mask, a missing scale or a dropped tile is far outside (a byte-level model of 4 layers after 400 steps, 16 windows of 256,
 mean KL over its limit):
@@ -23,7 +23,7 @@ mean KL over its limit):
     a tile of 32 keys dropped for the last 32 queries      9e3     26    0.5
     a scale 2 % too large                                  1e4     32    0.9
 
-The last two lines show where bf16 ends: it hides what is smaller than its own rounding. precision=32 does not.
+The last two lines show the end of what bf16 can tell: its rounding hides smaller faults. precision=32 finds them.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ CLEAR_AGREEMENT = 0.999
 
 
 def kl_limit(rounding: float) -> float:
-    """The mean KL that two backends may have, in nats per token, from rounding's."""
+    """The largest allowed mean KL between two backends, in nats per token, from rounding's mean KL."""
     return ROUNDING_FACTOR * rounding + KL_FLOOR
 
 
 def loss_limit(rounding: float, n_tokens: int) -> float:
-    """How far apart two backends' losses over `n_tokens` may be, from rounding's mean KL."""
+    """The largest allowed difference between two backends' losses over `n_tokens`, from rounding's mean KL."""
     limit = kl_limit(rounding)
     return limit + LOSS_DEVIATIONS * math.sqrt(2 * limit / n_tokens)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A figure and what it may be; `limit` None: told, not judged."""
+    """A figure and its limit; with `limit` None it is reported, not judged."""
 
     name: str
     value: float
     limit: float | None = None
-    is_share: bool = False  # a share may not be under its limit; anything else not over it
+    is_share: bool = False  # a share may not be under its limit, any other figure not over it
 
     @property
     def within(self) -> bool:
@@ -87,11 +87,11 @@ class Parity:
     candidate: Evaluation
     against: Evaluation
     mean_kl: float  # KL(against || candidate), nats per token
-    rounding: float  # the same between eager (or `against`) in float32 and in this precision; 0 where this is float32
+    rounding: float  # mean KL between eager (or `against`) in float32 and in this precision; 0 where this is float32
     max_logit_difference: float
     mean_logit_difference: float
     greedy_agreement: float  # share of tokens whose likeliest next token is the same
-    clear_greedy_agreement: float  # the same, of the tokens that `against` is clear about
+    clear_greedy_agreement: float  # that share, among the tokens that `against` is clear about
 
     @property
     def within(self) -> bool:
@@ -123,15 +123,15 @@ def compare(
 ) -> Parity:
     """Runs the model on two backends and compares the logits; arguments as in `losses.evaluate`.
 
-    Goes batch by batch, with the logits of two runs in memory at a time; sums are float64. Rounding is measured with eager
-    attention where that is one of the two, else with `against`.
+    It goes batch by batch, with the logits of two runs in memory at a time; sums are float64. It measures rounding with eager
+    attention where that is one of the two backends, else with `against`.
     """
     start = time.perf_counter()
     trusted = "eager" if backend == "eager" else against
     apart, rounding = _Difference(), _Difference()
     losses: dict[str, list[Tensor]] = {"candidate": [], "against": []}
 
-    def take_in(batch: dict[str, Tensor]) -> None:  # a function, so that its logits are gone before the next batch has any
+    def take_in(batch: dict[str, Tensor]) -> None:  # a function, so that its logits are freed before the next batch's
         targets = batch["tokens"][:, 1:]
         reference = logits(model, batch, against, precision)
         candidate = reference if backend == against else logits(model, batch, backend, precision)
@@ -160,13 +160,13 @@ def compare(
 
 
 class _Difference:
-    """What separates two sets of logits, gathered batch by batch."""
+    """The difference between two sets of logits, gathered batch by batch."""
 
     def __init__(self) -> None:
         self.n_logits = 0
         self.sums: list[Tensor] = []  # of each chunk, float64: |difference| of the logits, and KL
         self.maxima: list[Tensor] = []  # of each chunk: the largest |difference|
-        self.same: list[Tensor] = []  # of each token: whether both find the same next token likeliest
+        self.same: list[Tensor] = []  # of each token: whether both have the same likeliest next token
         self.margins: list[Tensor] = []  # of each token: how far apart the reference's two likeliest logits are
 
     def add(self, reference: Tensor, other: Tensor) -> None:
@@ -177,7 +177,7 @@ class _Difference:
             difference = (p - q).abs()
             best, second = p.topk(2, dim=-1).values.unbind(-1)
             self.margins.append(best - second)
-            self.same.append(p.argmax(-1) == q.argmax(-1))  # of equals both take the first, as topk need not
+            self.same.append(p.argmax(-1) == q.argmax(-1))  # among equals argmax takes the first, topk need not
             self.maxima.append(difference.max())
             # sum p (log p - log q), plus sum q - sum p = 0: every term is positive, and float32 keeps the small ones.
             p, q = p.log_softmax(-1), q.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""What export and evaluate say of a model: losses and checks as tables for the screen and as plain data for a JSON file."""
+"""What export and evaluate report of a model: losses and checks, as tables for the screen and as plain data for a JSON file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def describe_windows(windows: Windows) -> str:
 
 
 def same_loss(name: str, loss: float, evaluation: Evaluation, rounding: float) -> Check:
-    """Whether an evaluation found the loss that was recorded earlier on the same windows."""
+    """Checks that an evaluation found the loss recorded earlier on the same windows."""
     return Check(f"|Δ loss| to {name}", abs(evaluation.loss - loss), loss_limit(rounding, evaluation.n_tokens))
 
 
@@ -51,7 +51,7 @@ def record(parity: Parity, checks: list[Check], device: torch.device) -> dict[st
 
 
 def report(losses: dict[str, float], checks: list[Check], compared: str, where: str | None) -> int:
-    """Prints losses and checks as tables and says where the result lies; returns the exit code."""
+    """Prints losses and checks as tables, and where the result was written; returns the exit code."""
     rows = [["", *losses]]
     rows.append(["loss (nats per token)", *(f"{loss:.6f}" for loss in losses.values())])
     rows.append(["perplexity", *(f"{perplexity(loss):.4f}" for loss in losses.values())])
@@ -70,7 +70,7 @@ def report(losses: dict[str, float], checks: list[Check], compared: str, where: 
 
 
 def align(rows: list[list[str]]) -> str:
-    """Rows of cells as lines of columns, the first set to the left and the others to the right."""
+    """Rows of cells as lines of columns, the first one aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

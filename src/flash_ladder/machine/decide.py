@@ -1,7 +1,7 @@
 """Where a command runs: which device, in which precision, with which attention, each with its reason.
 
-`decide` answers for a training run, from its whole configuration; `pick_device` and `pick_backend` answer for a command that is
-told a device and a backend by name. Whatever cannot run here is refused as a UserError; nothing is silently replaced.
+`decide` answers for a training run, from its whole configuration. `pick_device` and `pick_backend` answer for a command that names
+a device and a backend. A UserError refuses whatever cannot run here; nothing is silently replaced.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flash_ladder.kernels.generations import dtype_name
 from flash_ladder.schema import Config, ModelConfig, TrainerConfig
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}  # what attention computes in, by precision
-PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # and back: "bfloat16" is "bf16-mixed"
+PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # precision by dtype: "bfloat16" is "bf16-mixed"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def decide(cfg: Config) -> Place:
     precision, reason = pick_precision(cfg.trainer.precision, device)
     deterministic = (
         cfg.trainer.deterministic and cfg.attention.backend != "sdpa"
-    )  # which follows PyTorch's switch; Lightning turns it
+    )  # sdpa follows PyTorch's switch, which Lightning sets
     choice = pick_backend(cfg.attention.backend, cfg.model, device, precision, cfg.data.document_ids, deterministic)
     return Place(device, n_devices, precision, reason, choice)
 
@@ -83,7 +83,7 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device named ("cpu", "cuda", "cuda:1"), or for "auto" a GPU where there is one. Raises UserError where it is not here."""
+    """The device named ("cpu", "cuda", "cuda:1"), or for "auto" a GPU if there is one. Raises UserError where it is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -102,7 +102,7 @@ def pick_backend(
 ) -> Choice:
     """The attention backend named, or for "auto" the best one here, and why. Raises UserError where it cannot run here.
 
-    documents, deterministic: whether the call keeps packed documents apart, and asks for gradients that repeat bit by bit.
+    documents, deterministic: whether the call keeps packed documents apart, and whether its gradients must repeat bit by bit.
     """
     used = {"is_causal": True, "document_ids": documents, "deterministic": deterministic}
     features = frozenset(name for name, is_used in used.items() if is_used)

@@ -1,7 +1,7 @@
 """scripts/doctor.py: what this machine is, which attention runs a call on it and why, and what is missing.
 
-`diagnose` asks and judges nothing by itself: the rungs say through `kernels.attention.why_not` what they refuse, PyTorch says
-which of its own kernels it takes (machine.sdpa_choice), and machine.hardware says what is installed. `report` puts the answers
+`diagnose` asks and judges nothing itself. The rungs say through `kernels.attention.why_not` what they refuse, PyTorch says which of
+its own kernels it takes (machine.sdpa_choice), and machine.hardware says what is installed. `report` puts the answers
 into words.
 """
 
@@ -32,17 +32,17 @@ from flash_ladder.script_schema import DoctorConfig
 ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD_DIMS = range(8, 513, 8)
 MALICIOUS_LIGHTNING = ("2.6.2", "2.6.3")
-EXPERIMENT_BATCH = 64  # of conf/experiment/gpt2_124m.yaml: 28.9 GiB, about 2 and 0.42 a sequence, measured on an H200 with sdpa
+EXPERIMENT_BATCH = 64  # of conf/experiment/gpt2_124m.yaml: 28.9 GiB on an H200 with sdpa, about 2 and 0.42 per sequence
 WIDTH = 100
 
 
 @dataclass(frozen=True)
 class Rung:
-    """What one backend answers here."""
+    """One backend's answers on this machine."""
 
     name: str
     refusal: str | None  # why it cannot run the call; None where it can
-    head_dims: dict[str, str]  # by dtype, "16 to 256"; a dtype that is not there is refused
+    head_dims: dict[str, str]  # by dtype, "16 to 256"; a missing dtype is refused
     lacks: list[str]  # arguments of `attention` that it refuses
 
 
@@ -64,7 +64,7 @@ class Diagnosis:
     sdpa_note: str | None
     sdpa_flash: str  # whose FlashAttention PyTorch's flash kernel is
     warnings: list[str]
-    next: list[str]  # what to type
+    next: list[str]  # commands to type
 
 
 def doctor(cfg: DoctorConfig) -> None:
@@ -121,7 +121,7 @@ def diagnose(cfg: DoctorConfig) -> Diagnosis:
 
 
 def ask_rung(name: str, call: AttentionCall) -> Rung:
-    """What a backend refuses: this call, dtypes and head_dims by themselves, and each argument at a shape that it takes."""
+    """What a backend refuses: the call, each dtype and head_dim alone, and each argument at a shape that the backend takes."""
     able = {dtype: [d for d in HEAD_DIMS if why_not(name, call.device, dtype, d, frozenset()) is None] for dtype in ALL_DTYPES}
     shapes = [(dtype, d) for dtype, head_dims in able.items() for d in head_dims]
     lacks = [f for f in FEATURES if shapes and why_not(name, call.device, *shapes[0], frozenset({f})) is not None]
@@ -134,7 +134,7 @@ def ask_rung(name: str, call: AttentionCall) -> Rung:
 
 
 def ranges(head_dims: list[int]) -> str:
-    """ "16 to 256" for what lies one step of HEAD_DIMS apart, "16 to 64, 128" where there are gaps."""
+    """ "16 to 256" where no step of HEAD_DIMS is missing, "16 to 64, 128" where there are gaps."""
     ends = [head_dims[0]]
     for before, after in pairwise(head_dims):
         if after - before > HEAD_DIMS.step:
@@ -144,7 +144,7 @@ def ranges(head_dims: list[int]) -> str:
 
 
 def find_warnings(call: AttentionCall, gpus: list[Gpu], packages: list[Package]) -> Iterator[str]:
-    """What would go wrong, or more slowly than it need, each with what to do."""
+    """What would fail or run slower than it need, each with what to do about it."""
     for package in packages:
         if package.name == "lightning" and package.version in MALICIOUS_LIGHTNING:
             yield (
@@ -176,14 +176,14 @@ def find_warnings(call: AttentionCall, gpus: list[Gpu], packages: list[Package])
 
 
 def next_commands(call: AttentionCall, gpus: list[Gpu], rungs: list[Rung]) -> list[str]:
-    """What to type next on such a machine."""
+    """The commands to type next on such a machine."""
     documents = " data.document_ids=true" if "document_ids" in call.features else ""
     if call.device.type == "cpu":
         return [f"python train.py{' trainer.accelerator=cpu' if gpus else ''}{documents}"]
     able = [rung.name for rung in rungs if is_kernel(rung.name) and rung.refusal is None]
     benchmark = [f"python scripts/benchmark_attention.py head_dim=[{call.head_dim}]"] if able else []
     found = capability(call.device)
-    if found and found < (7, 0):  # torch.compile, which the experiment uses, begins with Volta
+    if found and found < (7, 0):  # the experiment uses torch.compile, which needs Volta
         return [f"python train.py{documents}", *benchmark]
     batch_size = EXPERIMENT_BATCH
     while batch_size > 1 and 2 + 0.45 * batch_size > 0.8 * min(gpu.memory_gib for gpu in gpus):
@@ -219,7 +219,7 @@ def report(found: Diagnosis) -> str:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    """Labels in one column, what is said of them wrapped in the other."""
+    """Labels in one column, their texts wrapped in the other."""
     column = max(len(label) for label, _ in rows) + 3 if any(label for label, _ in rows) else 2
     lines = []
     for label, words in rows:

@@ -29,7 +29,7 @@ from flash_ladder.names import PEERS
 from flash_ladder.units import GIB
 
 PROJECT = "flash-ladder"  # as pip knows it
-# What a run's numbers depend on, beside Python and PyTorch.
+# The packages that a run's numbers depend on, beside Python and PyTorch.
 PACKAGES = ("triton", "lightning", "hydra-core", "datasets", "tokenizers", "safetensors", "wandb", PROJECT)
 
 
@@ -43,9 +43,9 @@ class Gpu:
     index: int
     name: str
     architecture: str  # "compute capability 9.0"; AMD's name for it on ROCm
-    generation: str  # "Hopper: wgmma tensor cores", or in which way it is not in the table
+    generation: str  # "Hopper: wgmma tensor cores", or why the table lacks it
     multiprocessors: int
-    shared_memory_kib: float | None  # that a thread block can ask for; None where PyTorch does not tell
+    shared_memory_kib: float | None  # that a thread block can get; None where PyTorch does not tell
     memory_gib: float
     free_gib: float | None  # None where it cannot be read
     peak_tflops: dict[str, float | None]  # by dtype, dense; None for a GPU that is not in the table of flash_ladder.measure.flops
@@ -63,7 +63,7 @@ def _gpu(index: int) -> Gpu:
     is_nvidia = capability(device) is not None
     try:
         free = torch.cuda.mem_get_info(device)[0] / GIB
-    except RuntimeError:  # another process holds it, or it is broken: a fact to report, no reason to stop
+    except RuntimeError:  # another process holds the GPU, or it is broken: a fact to report, not a reason to stop
         free = None
     shared = getattr(properties, "shared_memory_per_block_optin", None)  # not in ROCm's properties
     return Gpu(
@@ -98,13 +98,13 @@ def generation_in_words(device: torch.device) -> str:
 def has_code_for(arch_list: list[str], found: tuple[int, int]) -> bool:
     """Whether a build has code for a GPU of capability `found`.
 
-    "sm_86" is machine code for 8.6 and what follows in 8.x, "compute_86" is PTX for all that follows, "sm_90a" is for 9.0 alone.
+    "sm_86" is machine code for 8.6 and later in 8.x, "compute_86" is PTX for 8.6 and all later, "sm_90a" is for 9.0 alone.
     """
     for arch in arch_list:
         kind, _, digits = arch.partition("_")
         number = int(digits.rstrip("af"))
         built = (number // 10, number % 10)
-        if digits[-1] == "a" and built != found:  # for that very architecture only
+        if digits[-1] == "a" and built != found:  # for that one architecture
             continue
         if built <= found and (kind == "compute" or built[0] == found[0]):
             return True
@@ -114,7 +114,7 @@ def has_code_for(arch_list: list[str], found: tuple[int, int]) -> bool:
 def why_no_gpu(driver: str | None) -> str:
     """Why PyTorch sees no GPU, and what would help.
 
-    driver: the version of NVIDIA's, None where it is not installed.
+    driver: the version of NVIDIA's driver, None where none is installed.
     """
     if torch.version.hip is not None:
         return "PyTorch is built for ROCm and finds no AMD GPU; on an NVIDIA machine install its CUDA build"
@@ -135,7 +135,7 @@ def why_no_gpu(driver: str | None) -> str:
 
 
 def nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver, as nvidia-smi tells it; None where it does not answer."""
+    """The version of NVIDIA's driver, from nvidia-smi; None where nvidia-smi does not answer."""
     try:
         asked = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
@@ -150,7 +150,7 @@ def nvidia_driver() -> str | None:
 
 @dataclass(frozen=True)
 class Package:
-    """A package that this project needs, and whether what is installed will do."""
+    """A package that this project needs, and whether the installed version will do."""
 
     name: str
     version: str | None  # None: not installed
@@ -160,14 +160,14 @@ class Package:
 
 @dataclass(frozen=True)
 class Extra:
-    """A package that can be there or not."""
+    """An optional package."""
 
     module: str
     installed: str | None  # its version; None: not installed
     purpose: str
 
 
-# Module, the distributions that may bring it, what it would be for.
+# Module, the distributions that may bring it, what it is used for.
 EXTRAS = (
     *(
         (module, packages, f"{peer.purpose}, a peer in the benchmark")
@@ -186,7 +186,7 @@ def version_of(*names: str) -> str | None:
 
 
 def packages() -> list[Package]:
-    """What training asks for (pyproject.toml) beside what is installed; nothing where this project itself is not installed."""
+    """What training needs (pyproject.toml), with the installed versions; nothing where this project is not installed."""
     try:
         wanted_here = requires(PROJECT) or []
     except PackageNotFoundError:
@@ -206,7 +206,7 @@ def extras() -> list[Extra]:
 
 
 def _extra_version(module: str, distributions: tuple[str, ...]) -> str | None:
-    """The version of an optional module, "installed" where no distribution tells it; None where it is not there."""
+    """The version of an optional module, "installed" where no distribution tells it; None where the module is missing."""
     parent, _, child = module.partition(".")
     spec = find_spec(parent)
     if spec is None or (child and not any((Path(place) / child).exists() for place in spec.submodule_search_locations or ())):
@@ -215,22 +215,22 @@ def _extra_version(module: str, distributions: tuple[str, ...]) -> str | None:
 
 
 def cudnn_version() -> str | None:
-    """Of the cuDNN that PyTorch is built with, "9.15.1"; None where it is built without."""
+    """The version of PyTorch's cuDNN, "9.15.1"; None where PyTorch is built without cuDNN."""
     number = torch.backends.cudnn.version()  # 91501
     return number and f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def torch_build() -> str:
-    """PyTorch's version and what it is built for, "2.13.0+cpu (built for the CPU alone)"."""
+    """PyTorch's version and the platform that it is built for, "2.13.0+cpu (built for the CPU alone)"."""
     built_for = f"ROCm {torch.version.hip}" if torch.version.hip else torch.version.cuda and f"CUDA {torch.version.cuda}"
     return f"{torch.__version__} (built for {built_for or 'the CPU alone'})"
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a run's numbers depend on; None for a package that is not installed."""
+    """Versions of the packages that a run's numbers depend on; None for one that is not installed."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,  # with what it was built for
+        "torch": torch.__version__,  # includes what it was built for
         "cuda": torch.version.cuda,
         **{package: version_of(package) for package in PACKAGES},
     }
@@ -252,7 +252,7 @@ def compiler_trouble() -> str | None:
 
 
 def environment(device: torch.device, **about: Any) -> dict[str, Any]:
-    """Where a run happens: device, versions, commit and command line, and what else the run is told to add."""
+    """Where a run happens: device, versions, commit and command line, and `about`."""
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cpu_count": os.cpu_count(),

@@ -1,12 +1,12 @@
-"""Which of its own kernels PyTorch's scaled_dot_product_attention takes for a call, found by asking PyTorch.
+"""Which kernel PyTorch's scaled_dot_product_attention takes for a call, found by asking PyTorch.
 
-Everything asked is public. `can_use_*_attention` is PyTorch's verdict on a call at its full size, on a GPU. The kernels that pass
-are left switched on, the operation runs once on a short sequence, and the output's `grad_fn` names the kernel that ran; with that
-one switched off the same question gives the next, which makes the order. A kernel left alone that refuses warns with its reasons.
+The questions use public functions only. `can_use_*_attention` is PyTorch's verdict on a call at its full size, on a GPU. With the
+kernels that pass switched on, the operation runs once on a short sequence, and the output's `grad_fn` names the kernel that ran.
+With that kernel switched off, the same question names the next one; so the order is found. A kernel that is the only one switched
+on and refuses warns with its reasons.
 
-The kernel called "flash" is FlashAttention-2, built into PyTorch, unless another one has been activated in its place:
-torch.nn.attention keeps a registry of those (FA3 and FA4; they come from packages of their own), and nobody activates one but the
-user. `flash_in_words` reads that registry.
+The kernel called "flash" is FlashAttention-2, built into PyTorch, unless the user has activated another one in its place.
+torch.nn.attention keeps a registry of those (FA3 and FA4, from packages of their own), which `flash_in_words` reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-VERDICTS = {  # PyTorch has these for a GPU only
+VERDICTS = {  # PyTorch has these functions for a GPU only
     "cudnn": cuda.can_use_cudnn_attention,
     "flash": cuda.can_use_flash_attention,
     "efficient": cuda.can_use_efficient_attention,
@@ -43,19 +43,19 @@ SWITCHES = {
     "efficient": cuda.mem_efficient_sdp_enabled,
     "math": cuda.math_sdp_enabled,
 }
-NODES = {  # how the name of their backward begins; math is made of other operations
+NODES = {  # how the name of a kernel's backward begins; math consists of other operations
     "cudnn": "ScaledDotProductCudnnAttention",
     "flash": "ScaledDotProductFlashAttention",
     "efficient": "ScaledDotProductEfficientAttention",
 }
 HEADINGS = {"cudnn": "cudnn attention kernel", "flash": "flash attention kernel", "efficient": "memory efficient kernel"}
 BUILT_IN_FLASH = "FlashAttention-2 (built in)"
-FLASH_NAMES = {"FA3": "FlashAttention-3", "FA4": "FlashAttention-4"}  # of PyTorch's registry
-NOT_FLASH = "CUDNN"  # stands in the same registry, and takes the place of the cuDNN kernel
+FLASH_NAMES = {"FA3": "FlashAttention-3", "FA4": "FlashAttention-4"}  # by the names in PyTorch's registry
+NOT_FLASH = "CUDNN"  # is in the same registry, but replaces the cuDNN kernel
 MASKS = frozenset({"window_size", "alibi_slopes", "document_ids"})  # kernels.sdpa passes these as an explicit mask
-SHORT = 128  # positions of the sequence that is run; no kernel tells apart longer ones
+SHORT = 128  # positions of the sequence that is run; no kernel treats longer ones differently
 
-# PyTorch's reasons in plain words; one that is not here is shown as PyTorch words it.
+# PyTorch's reasons in plain words. A reason that is missing here is shown in PyTorch's own words.
 PLAIN = (
     (r"dtype: \{(.*?)\}", "takes {} only"),
     (r"last dimension and to be less than or equal to (\d+)", "takes head_dim up to {}"),
@@ -74,7 +74,7 @@ DTYPE_NAMES = (("BFloat16", "bfloat16"), ("Half", "float16"), ("Float", "float32
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """A call of `kernels.attention`, by its shape and meaning."""
+    """A call of `kernels.attention`: its shape and the arguments that it uses."""
 
     device: torch.device
     dtype: torch.dtype
@@ -90,14 +90,14 @@ class AttentionCall:
 class SdpaChoice:
     """PyTorch's kernels for a call."""
 
-    order: list[str]  # those that can run it, in the order in which PyTorch tries them: the first one runs
-    refused: dict[str, str]  # the others, and PyTorch's reasons
+    order: list[str]  # the kernels that can run it, in the order in which PyTorch tries them: the first one runs
+    refused: dict[str, str]  # the other kernels, with PyTorch's reasons
 
 
 def ask_sdpa(call: AttentionCall) -> SdpaChoice:
     """Which kernel `attention(backend="sdpa")` runs for a call that asks for gradients.
 
-    softcap, return_lse and deterministic, which PyTorch's operation has no argument for, are left out of the question.
+    The question leaves out softcap, return_lse and deterministic, for which PyTorch's operation has no argument.
     Raises RuntimeError where the device cannot run anything.
     """
     with torch.cuda.device(call.device) if call.device.type == "cuda" else nullcontext():
@@ -114,7 +114,7 @@ def ask_sdpa(call: AttentionCall) -> SdpaChoice:
         order: list[str] = []
         while left:
             name = _kernel_that_runs(call, left)
-            if name is None:  # on a CPU, where nobody says beforehand
+            if name is None:  # on a CPU, where PyTorch does not say beforehand
                 return SdpaChoice(order, refused | {name: _reasons(call, name) for name in left})
             order.append(name)
             left.remove(name)
@@ -122,7 +122,7 @@ def ask_sdpa(call: AttentionCall) -> SdpaChoice:
 
 
 def flash_in_words(device: torch.device) -> str:
-    """Whose FlashAttention PyTorch's flash kernel is on `device`, and which others it could be.
+    """Which FlashAttention PyTorch's flash kernel is on `device`, and which others are registered.
 
     "FlashAttention-2 (built in); FA3, FA4 registered, not activated" on an NVIDIA GPU where the user activated none.
     """
@@ -138,7 +138,7 @@ def flash_in_words(device: torch.device) -> str:
 
 
 def _kernel_that_runs(call: AttentionCall, kernels: list[str]) -> str | None:
-    """The kernel that PyTorch takes where only `kernels` are switched on, by running a short sequence; None where none can."""
+    """The kernel that PyTorch takes with only `kernels` switched on, found by running a short sequence; None where none can run."""
     seq_len = min(call.seq_len, SHORT)
     query, key, value = (
         torch.zeros(1, seq_len, heads, call.head_dim, dtype=call.dtype, device=call.device, requires_grad=True).transpose(1, 2)
@@ -173,7 +173,7 @@ def _kernel_behind(output: Tensor) -> str:
 
 
 def _at_full_size(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Query, key, value and mask in their real shapes, on the memory of one position: for questions, not for running."""
+    """Query, key, value and mask in their real shapes, in the memory of one position: to ask about, not to run."""
     query, key, value = (
         torch.zeros(1, 1, heads, call.head_dim, dtype=call.dtype, device=call.device, requires_grad=True)
         .expand(call.batch_size, call.seq_len, heads, call.head_dim)
@@ -189,7 +189,7 @@ def _at_full_size(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor, Tensor |
 
 
 def _reasons(call: AttentionCall, kernel: str) -> str:
-    """Why PyTorch refuses `kernel`, which it does before it runs anything: its warnings where that kernel is left alone."""
+    """Why PyTorch refuses `kernel`, from its warnings with only that kernel switched on. It refuses before it runs anything."""
     query, key, value, mask = _at_full_size(call)
     causal = "is_causal" in call.features and mask is None
     with sdpa_kernel(KERNELS[kernel]), warnings.catch_warnings(record=True) as caught:
@@ -206,7 +206,7 @@ def _reasons(call: AttentionCall, kernel: str) -> str:
 
 
 def is_a_refusal(error: RuntimeError) -> bool:
-    """Whether PyTorch says with this error that none of the kernels it may use takes the call."""
+    """Whether this error says that none of the kernels that PyTorch may use takes the call."""
     return "No available kernel" in str(error) or "No viable backend" in str(error)
 
 
@@ -225,7 +225,7 @@ def reasons_under(heading: str, said: list[str]) -> list[str]:
 
 
 def plain(reason: str) -> str:
-    """One of PyTorch's reasons in plain words, without where in its source it arose."""
+    """One of PyTorch's reasons in plain words, without its place in PyTorch's source."""
     for pattern, words in PLAIN:
         match = re.search(pattern, reason)
         if match:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 # Dense peaks in TFLOP/s from NVIDIA's datasheets and architecture whitepapers: (bf16, fp16, fp32). Products of bf16 and fp16 are
 # summed in float32, which GeForce cards do at half rate; fp32 is without TF32. Sparse figures, twice as high, are not used.
-# Boost clocks of the reference design: a card that is set to another clock has another peak.
+# The peaks hold at the boost clock of the reference design: a card with another clock has another peak.
 PEAKS: dict[str, tuple[float | None, float | None, float]] = {
     # Blackwell
     "GB200": (2500, 2500, 80),
@@ -74,7 +74,7 @@ PEAKS: dict[str, tuple[float | None, float | None, float]] = {
 }
 COLUMN = {"bf16-mixed": 0, "16-mixed": 1, "32": 2}
 
-# What follows a model's name on another, slower chip or on a slice of this one.
+# What follows the model's name if the GPU is another, slower chip, or a slice of this one.
 ANOTHER_CHIP = {"ti", "super", "d", "v2", "laptop", "mobile", "max", "mig"}
 
 
@@ -83,7 +83,7 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
     device_name: as torch.cuda.get_device_name gives it, "NVIDIA H100 PCIe".
     """
-    for model in sorted(PEAKS, key=len, reverse=True):  # the longest first: an H100 PCIe is not an H100
+    for model in sorted(PEAKS, key=len, reverse=True):  # the longest name first: an H100 PCIe is not an H100
         found = re.search(rf"\b{re.escape(model)}\b(.*)", device_name, re.IGNORECASE)
         if found:
             rest = re.split(r"[^a-z0-9]+", found[1].lower())
@@ -102,7 +102,7 @@ class TokenFlops:
 def flops_per_token(n_params_matmul: int, n_layer: int, d_model: int, seq_len: int) -> TokenFlops:
     """FLOPs per token of training.
 
-    n_params_matmul: N, the parameters that multiply; tables that are only looked up do no work, a tied embedding is also the head.
+    n_params_matmul: N, the parameters that multiply. Tables that are only looked up do not; a tied embedding does, as the head.
     """
     matmul = 6.0 * n_params_matmul
     per_key = 12.0 * n_layer * d_model  # Q Kᵀ and P V are 4 d FLOPs a key and layer, and the backward is twice the forward
@@ -113,7 +113,7 @@ BACKWARD = 2.5  # times the forward's FLOPs: five matrix products to two
 
 
 def forward_flops(batch_size: int, n_head: int, seq_len: int, head_dim: int, is_causal: bool) -> float:
-    """FLOPs of attention's forward, how kernels are compared: 4·B·H·S²·D, half of it under causality, whatever they recompute."""
+    """FLOPs of attention's forward, by which kernels are compared: 4·B·H·S²·D, half of it if causal, whatever they recompute."""
     return 4.0 * batch_size * n_head * seq_len**2 * head_dim * (0.5 if is_causal else 1.0)
 
 

@@ -1,10 +1,10 @@
 """The most memory that torch holds at once during a call: from the allocator on a GPU, from the profiler on a CPU.
 
-A CPU's allocator keeps no peak, and a process's resident set is no measure either: it is rounded to pages, and memory that was
-freed stays in it. torch.profiler records every allocation and release of torch's CPU allocator, those inside an operation (the
-scratch space of a fused kernel, the scores of one that is not) included; their running sum has a peak that is right to the byte.
-NumPy's arrays are not in it, and should not be: in Triton's interpreter they are the registers and shared memory of a simulated
-GPU, and no GPU keeps those in its memory.
+A CPU's allocator keeps no peak. A process's resident set is no measure either: it is rounded to pages, and holds freed memory.
+torch.profiler records every allocation and release of torch's CPU allocator, also inside an operation (the scratch space of a
+fused kernel, the scores of an unfused one). The peak of their running sum is right to the byte. NumPy's arrays are not in it, and
+should not be: in Triton's interpreter they are the registers and shared memory of a simulated GPU, and no GPU keeps those in its
+memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes held at once while `call` runs, above what was held before; what it returns is counted.
+    """Most bytes held at once while `call` runs, above those held before. The tensors that `call` returns count.
 
-    On a GPU, call it once before: what is compiled, tuned or set up for good the first time is not the call's own.
+    On a GPU, run `call` once before: what the first run compiles, tunes or sets up for good is not the call's own.
     """
     if device.type != "cuda":
         return _peak_of_trace(_trace(call))
@@ -37,11 +37,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 def _trace(call: Callable[[], object]) -> list[dict]:
     """The profiler's events while `call` runs, in the order of time."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else some builds of the profiler announce on the screen that they start
-    gc.collect()  # torch warns of a release during the trace whose allocation it never saw
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else some builds of the profiler announce their start on the screen
+    gc.collect()  # torch warns if the trace has a release without its allocation
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    # The exported trace has every allocation by itself; `events()` adds up those inside an operation, and their peak is lost.
+    # The exported trace has every single allocation. `events()` adds up those inside an operation, which loses their peak.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -50,7 +50,7 @@ def _trace(call: Callable[[], object]) -> list[dict]:
 
 
 def _peak_of_trace(events: list[dict]) -> int:
-    """Peak of the running sum of allocations; a release of what was allocated before the trace began does not count."""
+    """Peak of the running sum of allocations. A release of memory allocated before the trace does not count."""
     held: dict[int, int] = {}
     now = peak = 0
     for event in events:

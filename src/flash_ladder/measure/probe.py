@@ -1,8 +1,8 @@
-"""What the chosen attention saves: one layer at the run's real shape, beside eager attention, once before training.
+"""What the chosen attention saves: measures one layer at the run's real shape, beside eager attention, once before training.
 
 Eager attention stores a score for every pair of positions, so its memory grows with the square of seq_len; every other backend
 grows with seq_len. On a GPU the memory is the allocator's peak over a forward and a backward pass, less the inputs. A CPU keeps
-no such count; there it is what autograd holds between the two passes, which is where eager's scores lie.
+no such count; there the memory is what autograd holds between the two passes, which includes eager's scores.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Layer:
     document_ids: bool = False
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random query, key and value that ask for gradients."""
+        """Random query, key and value that require gradients."""
         shapes = ((self.batch_size, self.seq_len, heads, self.head_dim) for heads in (self.n_head, self.n_kv_head, self.n_kv_head))
         q, k, v = (torch.randn(s, dtype=self.dtype, device=self.device).transpose(1, 2).requires_grad_() for s in shapes)
         return q, k, v
 
     @property
     def score_bytes(self) -> int:
-        """The least that eager attention keeps for its backward: its softmax in float32 and, where narrower, in `dtype`."""
+        """The fewest bytes that eager attention keeps for its backward: its softmax in float32 and, where narrower, in `dtype`."""
         wide = 4 + (self.dtype.itemsize if self.dtype.itemsize < 4 else 0)
         return self.batch_size * self.n_head * self.seq_len**2 * wide
 
@@ -56,7 +56,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Probe:
-    """One layer with the chosen backend and with eager: bytes, and seconds for forward and backward (None: not measured)."""
+    """One layer on the chosen backend and on eager: bytes, and seconds for forward and backward (None: not measured)."""
 
     layer: Layer
     backend: str
@@ -96,7 +96,7 @@ def probe_attention(layer: Layer, backend: str) -> Probe:
             eager_bytes, eager_seconds = measure(layer, "eager")
             analytic = False
         except torch.cuda.OutOfMemoryError:
-            pass  # outside the handler, whose traceback holds the tensors, the memory is given back
+            pass  # the memory is freed outside the handler, whose traceback holds the tensors
     if layer.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(layer.device)
@@ -106,7 +106,7 @@ def probe_attention(layer: Layer, backend: str) -> Probe:
 def eager_may_fit(layer: Layer) -> bool:
     """Whether trying eager is reasonable: its scores alone take at most 80 % of a GPU's free memory.
 
-    A CPU's limit is a fifth of what is free, as its passes hold several such arrays and a process that runs out is killed.
+    On a CPU the limit is a fifth of the free memory: its passes hold several such arrays, and a process that runs out is killed.
     """
     if layer.device.type == "cuda":
         return layer.score_bytes < 0.8 * torch.cuda.mem_get_info(layer.device)[0]

@@ -11,7 +11,7 @@ from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError, at_least
 from flash_ladder.model.gpt import GPT, KVCache
 
-PREFILL = 512  # prompt tokens a forward pass takes: bounds the memory of logits and scores
+PREFILL = 512  # prompt tokens per forward pass; this bounds the memory of logits and scores
 
 
 def generate(
@@ -38,19 +38,19 @@ def stream(
     top_k: int | None = 50,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields the prompt, then pieces of text as the model writes them, until it ends the document or `max_new_tokens` are there.
+    """Yields the prompt, then pieces of text as the model writes them, until the document ends or `max_new_tokens` are there.
 
-    temperature: 0 always takes the likeliest token. top_k: sample among that many of the likeliest; None for all.
-    seed: with the same logits it gives the same text on every device. An empty prompt begins a new document.
-    A character whose bytes lie in several tokens comes when it is complete; bytes that are no UTF-8 come as U+FFFD.
-    A space that ends the prompt is left to the model, whose first token must begin with it: in training text a space is part of
-    the word after it, and after a space of its own comes hardly ever a word.
+    temperature: 0 always takes the likeliest token. top_k: sample among that many of the likeliest tokens; None for all.
+    seed: the same seed and logits give the same text on every device. An empty prompt begins a new document.
+    A character whose bytes lie in several tokens is yielded when it is complete; bytes that are no UTF-8 become U+FFFD.
+    A space that ends the prompt is left to the model, whose first token must then begin with a space. In training text a space is
+    part of the token of the next word, so that a word hardly ever follows a token that is a space alone.
     Raises UserError for arguments out of range, and for a text longer than a learned position table.
     """
     at_least(0, max_new_tokens=max_new_tokens, temperature=temperature)
     at_least(1, top_k=top_k)
     first = tokenizer.starting_with(" ") if len(prompt) > 1 and prompt.endswith(" ") else []
-    held = " " if len(first) > 1 else ""  # among single bytes a space is a token like any other
+    held = " " if len(first) > 1 else ""  # where tokens are single bytes, a space is a token like any other
     ids = tokenizer.encode(prompt.removesuffix(held)) or [tokenizer.eos_id]
     room = model.cfg.max_seq_len - len(ids)
     if model.cfg.position == "learned" and max_new_tokens > room:
@@ -83,9 +83,9 @@ def _sample(
     pieces = torch.tensor([ids], device=weight.device).split(PREFILL, dim=1)
     for _ in range(max_new_tokens):
         for piece in pieces:
-            # forward itself: a compiled model would compile again for every length.
+            # Calls forward itself: a compiled model would compile again for every length.
             logits = model.forward(piece, cache=cache)
-        # The model's vocabulary is padded; what lies past the tokenizer's is no text.
+        # The model's vocabulary is padded; ids past the tokenizer's vocabulary have no text.
         choices = logits[0, -1, : tokenizer.vocab_size].float().cpu()
         if first is not None:
             choices = torch.full_like(choices, -torch.inf).index_copy(0, torch.tensor(first), choices[first])
@@ -114,7 +114,7 @@ def _text(prompt: str, held: str, tokenizer: Tokenizer, tokens: Iterator[int]) -
     """
     yield prompt
     pending: list[int] = []  # tokens since the last clean end of a character
-    shown = len(held)  # characters of theirs that are out
+    shown = len(held)  # characters of their text that were yielded
     for token in tokens:
         pending.append(token)
         text = tokenizer.decode(pending)

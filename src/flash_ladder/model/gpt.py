@@ -26,8 +26,8 @@ from flash_ladder.schema import ModelConfig
 class GPT(nn.Module):
     """A decoder-only transformer with GPT-2's initialisation.
 
-    `backend` names the attention backend that every block calls and `activation_checkpointing` makes a block keep nothing but its
-    input for the backward pass; both may be set at any time. `torch.compile(net, fullgraph=True)` compiles it, loss included.
+    `backend` names the attention backend that every block calls. `activation_checkpointing` makes a block keep only its input for
+    the backward pass. Both may be set at any time. `torch.compile(net, fullgraph=True)` compiles it, loss included.
     """
 
     def __init__(self, cfg: ModelConfig, *, backend: str = "eager") -> None:
@@ -66,8 +66,8 @@ class GPT(nn.Module):
         """Returns the logits [B, S, V], or with `targets` the mean cross-entropy in nats as a float32 scalar.
 
         tokens: int64 [B, S]. targets: int64 [B, S], the token that follows each position; -100 is left out of the mean, which is
-        nan when nothing else is there. document_ids: int32 [B, S], non-decreasing in a row; attention stays inside a document.
-        cache: keys and values of the positions before `tokens`, which come next; theirs are appended. For use without gradients.
+        nan when every target is -100. document_ids: int32 [B, S], non-decreasing in a row; attention stays inside a document.
+        cache: keys and values of the positions before `tokens`; the call appends those of `tokens`. For use without gradients.
         Raises UserError where the positions pass a learned position table or the cache's end.
         """
         start = 0 if cache is None else cache.length
@@ -103,12 +103,12 @@ class GPT(nn.Module):
 
     @property
     def n_params(self) -> int:
-        """All parameters, shared ones once."""
+        """The number of parameters, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
     @property
     def n_params_matmul(self) -> int:
-        """The N of 6 N FLOPs per token: all parameters but tables that are only looked up. A tied embedding is also the head."""
+        """The N of 6 N FLOPs per token: all parameters but tables that are only looked up. A tied embedding counts, as the head."""
         looked_up = [self.position] if self.head is None else [self.position, self.embedding]
         return self.n_params - sum(table.weight.numel() for table in looked_up if table is not None)
 
@@ -131,11 +131,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, grouped where K < H. One matrix gives queries, keys and values, which stay views of its result."""
+    """Causal self-attention, grouped where K < H. One product gives queries, keys and values, which are views of it."""
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer  # where its keys and values lie in a cache
+        self.layer = layer  # index of its keys and values in a cache
         self.head_dim = cfg.head_dim
         self.heads = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)
         self.qkv = nn.Linear(cfg.d_model, sum(self.heads) * cfg.head_dim, bias=cfg.bias)
@@ -182,8 +182,8 @@ def _norm(cfg: ModelConfig) -> nn.Module:
 # ---- rotary positions (Su et al., 2021: https://arxiv.org/abs/2104.09864) ----
 
 
-# Derived from the positions at each call: no buffer to outgrow, to round in `.to(bfloat16)` or to lose on the meta device.
-# As an operator of its own it is computed once; else torch.compile would fuse the cosines into every layer's kernel.
+# Computed from the positions at each call: no buffer that is outgrown, rounded by `.to(bfloat16)` or lost on the meta device.
+# As a torch operator it is computed once; otherwise torch.compile would fuse the cosines into every layer's kernel.
 @torch.library.custom_op("flash_ladder::rotary_angles", mutates_args=())
 def rotary_angles(tokens: Tensor, start: int, head_dim: int, theta: float) -> Tensor:
     """Cosine and sine of position · theta^(−2i / D), float32 [2, S, 1, D / 2]; tokens [B, S] lie at positions start + 0 … S − 1."""
@@ -209,7 +209,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the positions a model has seen, for decoding: `length` of `max_len`, kept as [L, B, K, max_len, D].
 
-    `dtype` is the one attention runs in: autocast's where it is on, else the weights'.
+    `dtype` is the one that attention runs in: autocast's where autocast is on, else the weights'.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v [B, K, S, D] of `layer` after the first `length` positions and returns views of all [B, K, length + S, D].
 
-        `length` itself moves when every layer has written.
+        The caller moves `length` when every layer has written.
         """
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k

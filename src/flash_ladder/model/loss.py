@@ -1,8 +1,8 @@
 """The loss: cross-entropy in nats of the token that follows each position, computed in float32.
 
-`mean_loss` is what training minimises. `token_losses` are the same token by token, for evaluation: logits stay in the precision
-they come in and turn into float32 probabilities a chunk at a time, so that a window of 32k tokens and a vocabulary of 50k need
-little more than its logits.
+`mean_loss` is what training minimises. `token_losses` gives the same loss token by token, for evaluation. The logits stay in
+the precision they come in and become float32 probabilities a chunk at a time, so that a window of 32k tokens with a vocabulary of
+50k needs little more memory than its logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a target that is left out of the mean
-CHUNK_ELEMENTS = 2**24  # logits that become probabilities at once: 64 MiB in float32 (malloc would keep, and scatter, 16 MiB ones)
+CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MiB of float32 probabilities (malloc would keep, and scatter, blocks of 16 MiB)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -29,6 +29,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [B, S, ...] cut along B · S, into pieces of the first of at most CHUNK_ELEMENTS."""
+    """Tensors [B, S, ...] cut along B · S, so that pieces of the first one have at most CHUNK_ELEMENTS."""
     size = max(1, CHUNK_ELEMENTS // rows[0].shape[-1])
     return zip(*(r.flatten(0, 1).split(size) for r in rows), strict=True)

@@ -1,4 +1,4 @@
-"""Tensors in files and in models: read and written without pickle, and only where they fit."""
+"""Tensors in files and in models: read and written without pickle, and loaded only into a model that they fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flash_ladder.errors import UserError
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """Copies `weights` into `model`; raises UserError, naming the first tensor that differs, where they are another model's."""
+    """Copies `weights` into `model`; raises UserError, naming the first tensor that differs, where they belong to another model."""
     expected = model.state_dict()
     for name in [*expected, *weights]:
         there = tuple(weights[name].shape) if name in weights else "missing"
@@ -28,7 +28,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be written ({error})") from None
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes it readable by its owner alone
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes the file readable by its owner alone
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

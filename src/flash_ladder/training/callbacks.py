@@ -25,18 +25,18 @@ from flash_ladder.training.strategy import is_first_process
 
 @dataclass(frozen=True)
 class Work:
-    """What one optimiser step does on all devices together, and the most they could do."""
+    """The work of one optimiser step on all devices together, and the peak of those devices."""
 
     tokens: int
     flops: TokenFlops  # of one token
-    peak_tflops: float | None  # dense; None where it is not known, and then no MFU is logged
+    peak_tflops: float | None  # dense; None where it is unknown: then no MFU is logged
 
 
 class Speed(Callback):
-    """Every `log_every` optimiser steps: loss, learning rate, speed and memory, sent to the loggers.
+    """Sends loss, learning rate, speed and memory to the loggers, every `log_every` optimiser steps.
 
-    The clock is read after a synchronise. Validation and checkpoints stop it; the first step, which compiles and tunes, comes
-    before it. Nothing here waits for the GPU on other steps.
+    The clock is read after a synchronise. It stands still during validation and checkpoints, and starts after the first step,
+    which compiles and tunes. On other steps nothing here waits for the GPU.
     """
 
     def __init__(self, work: Work, log_every: int) -> None:
@@ -45,14 +45,14 @@ class Speed(Callback):
         self.first_step_seconds: float | None = None  # from the start of the process to the end of the first step
         self.latest: dict[str, float] = {}  # what was logged last
         self.step = 0
-        self.clock: float | None = None  # when timing last began; None while it stands still
+        self.clock: float | None = None  # when timing last began; None while the clock stands still
         self.seconds = 0.0  # of the interval so far
         self.interval_start = 0
         self.intervals: list[tuple[int, float]] = []  # steps and seconds of each full interval
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the whole run but its first interval, in which clocks and caches warm up; None for a run of one step."""
+        """Tokens per second of the run less its first interval, in which clocks and caches warm up; None for a run of one step."""
         counted = self.intervals[1:] or self.intervals
         seconds = sum(s for _, s in counted)
         return self.work.tokens * sum(n for n, _ in counted) / seconds if seconds else None
@@ -89,7 +89,7 @@ class Speed(Callback):
         self._stop_clock(module.device)
 
     def _stop_clock(self, device: torch.device) -> float:
-        """Returns the time it is."""
+        """Adds the time since the clock started; returns the time now."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         now = time.perf_counter()
@@ -158,7 +158,7 @@ class Bar(Callback):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; it did so between two optimiser steps."""
+    """A signal asked the run to stop, and the run stopped between two optimiser steps."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -166,10 +166,10 @@ class Stopped(Exception):
 
 
 class StopOnSignal(Callback):
-    """On the first Ctrl-C or SIGTERM, raises Stopped at the end of an optimiser step; the second acts at once.
+    """On the first Ctrl-C or SIGTERM, raises Stopped at the end of an optimiser step; the second one acts at once.
 
-    Several processes must stop at the same step, or one would wait for the others for ever: they compare notes every `log_every`
-    steps, where they synchronise anyway.
+    Several processes must stop at the same step, or one would wait for the others for ever. So they ask each other every
+    `log_every` steps, where they synchronise anyway.
     """
 
     def __init__(self, log_every: int) -> None:
@@ -218,8 +218,8 @@ class StopOnSignal(Callback):
 class LastCheckpoint(ModelCheckpoint):
     """checkpoints/last.ckpt: written after every validation, and where an exception ends the run between two steps.
 
-    Not on a UserError, which a loss that is not finite raises: the checkpoint before it is the good one. Nor, with several
-    processes, on anything but Stopped: the others may never come to help write it.
+    A UserError, which a loss that is not finite raises, leaves the good checkpoint before it. With several processes only Stopped
+    makes one be written: after any other exception the other processes may never come to help.
     """
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
@@ -229,7 +229,7 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def checkpoints(folder: Path) -> tuple[ModelCheckpoint, LastCheckpoint]:
-    """The two that a run keeps in `folder`: best.ckpt, of the lowest validation loss, and last.ckpt."""
+    """The two checkpoints that a run keeps in `folder`: best.ckpt, of the lowest validation loss, and last.ckpt."""
     best = ModelCheckpoint(folder, "best", monitor=metrics.VAL_LOSS, mode="min", enable_version_counter=False)
     last = LastCheckpoint(folder, "last", save_on_exception=True, enable_version_counter=False)
     return best, last

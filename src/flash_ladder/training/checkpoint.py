@@ -1,6 +1,6 @@
 """A run's checkpoints: written whole or not at all, read only as plain data.
 
-Lightning's own writer goes through the system's temporary folder and never syncs: a kill in the wrong moment can leave a torn file
+Lightning's own writer goes through the system's temporary folder and never syncs: a kill at the wrong moment can leave a torn file
 over a good one. Here the bytes reach the disk beside their target before they take its name.
 """
 
@@ -32,7 +32,7 @@ class AtomicCheckpointIO(CheckpointIO):
     """Saves through a hidden file in the target's folder, synced before it is renamed; loads with weights_only=True."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes `path`; until that is done a file already there stays as it is. Raises UserError where it cannot be written."""
+        """Writes `path`. Until that is done, a file already there stays as it is. Raises UserError where it cannot be written."""
         path = Path(path)
         saving = path.with_name(f".{path.name}{SAVING}")
         try:
@@ -72,7 +72,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
         raise UserError(f"{path} is empty; take another checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()  # torch.load reads past flipped bits without a word; the archive's checksums do not
+            changed = archive.testzip()  # torch.load does not notice flipped bits; the archive's checksums do
         checkpoint = None if changed else torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: it was cut short, or is not a checkpoint; take another one") from error
@@ -88,12 +88,12 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
 
     run: the folder that train.py wrote. which: "best", "last" or the path of a .ckpt file.
 
-    Returns the run's configuration as plain dicts (schema.Config), the weights under GPT's own names, and what is known of the
+    Returns the run's configuration as plain dicts (schema.Config), the weights under GPT's own names, and facts about the
     training: {"checkpoint": path, "step": optimiser steps taken, "val_loss": nats per token, as validated at that step, or None}.
     Raises UserError for a folder that is no run, and for a checkpoint that is missing, damaged or from another model.
     """
     path = find_checkpoint(run, which)
-    checkpoint = read_checkpoint(path, mmap=True)  # the optimiser's state, twice the weights, is not wanted
+    checkpoint = read_checkpoint(path, mmap=True)  # mmap skips the optimiser's state, twice the size of the weights
     try:
         config = checkpoint["hyper_parameters"]["config"]
         weights = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name.startswith("net.")}

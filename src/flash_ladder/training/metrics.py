@@ -1,7 +1,7 @@
-"""The name of every metric that a run logs, with what it is of. metrics.jsonl, wandb and the closing report use no other.
+"""The name of every metric that a run logs, and what it measures. metrics.jsonl, wandb and the closing report use no others.
 
-Where the device is not named it is the run's first one, rank 0's. "One layer" is one attention layer on one device at the run's
-shape, forward and backward, as measure/probe.py measures it once before training, beside eager attention.
+Where no device is named, the metric is of the run's first one, rank 0's. "One layer" is one attention layer on one device at the
+run's shape, forward and backward. measure/probe.py measures it once before training, beside eager attention.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ VAL_PERPLEXITY = "val/perplexity"  # exp(val/loss)
 TOKENS_PER_SECOND = "speed/tokens_per_second"  # all devices together
 MODEL_TFLOPS = "speed/model_tflops"  # TFLOP/s of the whole model, all devices together, every pair of positions counted
 MFU = "speed/mfu"  # speed/model_tflops as a share of all devices' dense peak; absent where the peak is not known
-MFU_CAUSAL = "speed/mfu_causal"  # the same, counting of attention the half that a causal model needs
+MFU_CAUSAL = "speed/mfu_causal"  # the same, but only the half of attention that a causal model needs is counted
 FIRST_STEP_SECONDS = "speed/first_step_seconds"  # from the start of the process to the end of the first step, logged once
-PEAK_GIB = "memory/peak_gib"  # GiB, one device, the most so far: a GPU's tensors, or on a CPU the process's resident set
+PEAK_GIB = "memory/peak_gib"  # GiB, one device, peak so far: of a GPU's tensors, or on a CPU of the process's resident set
 
 # ---- of one layer, logged once ----
 
-ATTENTION_GIB = "memory/attention_gib"  # GiB that the chosen backend takes: the peak on a GPU, on a CPU what it keeps for backward
+ATTENTION_GIB = "memory/attention_gib"  # GiB that the chosen backend takes: on a GPU the peak, on a CPU what it keeps for backward
 ATTENTION_EAGER_GIB = "memory/attention_eager_gib"  # GiB that eager attention takes
 ATTENTION_EAGER_IS_ANALYTIC = (
     "memory/attention_eager_is_analytic"  # 1: eager does not fit, and its GiB are a lower bound; 0: measured
@@ -43,7 +43,7 @@ ATTENTION_SPEEDUP = "speed/attention_speedup_vs_eager"  # eager's time over the 
 
 
 def attention_metrics(probe: Probe) -> dict[str, float]:
-    """What the probe of one layer found, under the names above."""
+    """The probe's figures for one layer, under the names above."""
     logged = {
         ATTENTION_GIB: probe.bytes / GIB,
         ATTENTION_EAGER_GIB: probe.eager_bytes / GIB,

@@ -24,7 +24,7 @@ class NotFinite(UserError):
 class GPTModule(L.LightningModule):
     """Trains `net`, a GPT, on batches {"tokens": int64 [B, S + 1], and maybe "document_ids": int32 [B, S]}.
 
-    config: a schema.Config as plain dicts (a checkpoint can be read with weights_only=True), model.vocab_size filled in.
+    config: a schema.Config as plain dicts (so that weights_only=True reads a checkpoint), with model.vocab_size filled in.
     backend: the attention backend that kernels.choose named.
     """
 
@@ -81,14 +81,14 @@ class GPTModule(L.LightningModule):
                 f"the validation loss is {loss.item()} after step {self.trainer.global_step}; no checkpoint of these weights was "
                 f"written; a smaller optimizer.lr (now {self.optimizer_config.lr:g}) may help"
             )
-        # For ModelCheckpoint; Lightning itself would send it to the loggers under the step before.
+        # For ModelCheckpoint. Lightning itself would send the loss to the loggers under the step before.
         self.log(metrics.VAL_LOSS, loss, logger=False, sync_dist=True)
         for logger in self.trainer.loggers:
             logged = {metrics.VAL_LOSS: loss.item(), metrics.VAL_PERPLEXITY: loss.exp().item()}
             logger.log_metrics(logged, step=self.trainer.global_step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        # Fused AdamW would undo fp16's loss scaling by itself, after the gradients should have been clipped.
+        # Fused AdamW undoes fp16's loss scaling by itself, which is too late for clipping the gradients.
         scaled = self.trainer.precision == "16-mixed"
         optimizer = build_optimizer(self.net, self.optimizer_config, fused=not scaled)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer_config.max_steps)
@@ -107,9 +107,9 @@ def mean_over_devices(loss: Tensor) -> Tensor:
 class LossWatch:
     """Brings the losses of one optimiser step to the CPU without making the GPU wait.
 
-    Reading a loss (`loss.item()`) waits for all work in flight and leaves the GPU idle until the next is launched. Here each
-    forward pass is followed by a copy into pinned memory and an event; waiting for that event leaves the backward pass behind it
-    running, and in that time the optimiser step is launched.
+    Reading a loss (`loss.item()`) waits for all work in flight, and leaves the GPU idle until more work is launched. Here a copy
+    into pinned memory and an event follow each forward pass. The host waits for that event alone, and launches the optimiser step
+    while the backward pass still runs.
     """
 
     def __init__(self, accumulate: int) -> None:

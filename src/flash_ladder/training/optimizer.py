@@ -31,7 +31,7 @@ def weight_decay_groups(net: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def lr_factor(step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:
-    """What optimizer.lr is multiplied by at optimiser step `step`, counted from 0.
+    """The factor of optimizer.lr at optimiser step `step`, counted from 0.
 
     Rises in a straight line to 1 at step `warmup_steps`, then falls along half a cosine to `min_lr_ratio` at the last step.
     """

@@ -1,7 +1,7 @@
 """What a run leaves behind about itself: metrics.jsonl, wandb's copy, and how much memory and time it took.
 
-metrics.jsonl is the record: one JSON object a line, written and flushed at once, whatever the tracker does. wandb is a copy for
-looking at; a server that is down costs a bounded wait at the start (INIT_TIMEOUT) and at the end (FINISH_TIMEOUT), no more.
+metrics.jsonl is the record: one JSON object a line, written and flushed at once, whatever wandb does. wandb holds a copy to
+look at. A server that is down costs no more than a bounded wait at the start (INIT_TIMEOUT) and at the end (FINISH_TIMEOUT).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FINISH_TIMEOUT = 30  # seconds that it may take at the end to send what is left
 class MetricsFile(Logger):
     """Appends to metrics.jsonl: {"step": optimiser steps taken, "time": Unix seconds, NAME: number, ...}.
 
-    A number that JSON has no word for (nan, inf) is written as null. A line torn by an earlier kill is dropped.
+    A number that JSON lacks (nan, inf) is written as null. A line torn by an earlier kill is dropped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +66,7 @@ class MetricsFile(Logger):
 
 
 class WandbCopy(WandbLogger):
-    """Lightning's wandb logger on a run that is open already. Should wandb fail on the way, training goes on without it."""
+    """Lightning's wandb logger on a run that is already open. If wandb fails later, training goes on without it."""
 
     def __init__(self, run: wandb.Run) -> None:
         super().__init__(experiment=run)
@@ -86,19 +86,19 @@ class WandbCopy(WandbLogger):
             warn(f"wandb stopped working ({_one_line(error)}); metrics.jsonl goes on")
 
     def close(self, *, failed: bool = False) -> None:
-        """Sends what is left, for FINISH_TIMEOUT at most."""
+        """Sends what is left, within FINISH_TIMEOUT seconds."""
         self.run.finish(exit_code=int(failed))
 
 
 def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> wandb.Run | None:
-    """Starts wandb as `cfg.mode` says, in `run_dir`/wandb; None for mode=disabled. `config` is what the run is, as plain data.
+    """Starts wandb as `cfg.mode` says, in `run_dir`/wandb; None for mode=disabled. `config`: the run's, as plain data.
 
-    A resumed run goes on under the same wandb id. Where the server cannot be reached the run is kept offline, for `wandb sync` to
-    upload; where wandb cannot start at all, None. Either gives one warning.
+    A resumed run goes on under the same wandb id. Where the server cannot be reached, the run is kept offline for
+    `wandb sync` to upload. Where wandb cannot start at all, the result is None. Either case gives one warning.
     """
     if cfg.mode == "disabled":
         return None
-    import wandb  # takes a second, which a run without it need not spend
+    import wandb  # takes a second, which a run without wandb need not spend
 
     settings = wandb.Settings(
         silent=True, console="off", init_timeout=INIT_TIMEOUT, login_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT
@@ -142,7 +142,7 @@ def _one_line(error: Exception) -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory taken so far: of a GPU, what tensors held; on a CPU, what this process held of the machine's (its RSS)."""
+    """Peak memory so far: on a GPU, of the tensors; on a CPU, of this process's resident set (RSS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB

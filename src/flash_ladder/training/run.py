@@ -54,9 +54,9 @@ def say(*words: object) -> None:
 def train(cfg: Config, run_dir: Path) -> None:
     """Trains what `cfg` asks for and leaves everything in `run_dir`.
 
-    config.yaml, metrics.jsonl, environment.json, tokenizer.json, checkpoints/best.ckpt and last.ckpt, wandb/. With cfg.resume,
-    `run_dir` is that run's folder and training goes on from its last checkpoint.
-    Raises UserError for what cannot run here, for data that cannot be read and for a loss that is not finite.
+    It writes config.yaml, metrics.jsonl, environment.json, tokenizer.json, checkpoints/best.ckpt and last.ckpt, wandb/. With
+    cfg.resume, `run_dir` is that run's folder and training goes on from its last checkpoint.
+    Raises UserError for a choice that cannot run here, for unreadable data and for a loss that is not finite.
     """
     quiet_lightning()
     first = is_first_process()
@@ -89,14 +89,14 @@ def train(cfg: Config, run_dir: Path) -> None:
             report(run_dir, trainer, data, place, speed, write_sample(module.net, data, place, cfg.prompt, sample_tokens))
     except Stopped as stop:
         say(f"stopped by {stop} after step {trainer.global_step}; to go on: python train.py resume={shlex.quote(str(run_dir))}")
-        if first:  # from another process, Lightning would take a code other than 0 for a crash and kill this one
+        if first:  # elsewhere Lightning would take an exit code other than 0 for a crash and kill this process
             sys.exit(128 + stop.signum)
     except NotFinite:  # raised by all processes together
         if first:
             raise
     except BaseException as error:
         if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # the others would wait for this process for ever
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # the other processes would wait for this one for ever
         if isinstance(error, torch.OutOfMemoryError) and place.device.type == "cuda":
             raise UserError(out_of_memory(cfg, place, trainer)) from error
         raise
@@ -118,7 +118,7 @@ def describe_data(data: TextData) -> str:
 
 
 def vocab_size(cfg: Config, tokenizer: Tokenizer) -> int:
-    """The model's: as configured, or the tokenizer's rounded up to 64, which suits tensor cores."""
+    """The model's vocabulary size: as configured, or the tokenizer's rounded up to 64, which suits tensor cores."""
     if cfg.model.vocab_size is None:
         return math.ceil(tokenizer.vocab_size / 64) * 64
     if cfg.model.vocab_size < tokenizer.vocab_size:
@@ -130,7 +130,7 @@ def vocab_size(cfg: Config, tokenizer: Tokenizer) -> int:
 
 
 def fitting_sample(cfg: Config, tokenizer: Tokenizer) -> int:
-    """How many tokens the closing sample may have, so that it ends inside a context as long as the training's."""
+    """How many tokens the closing sample may have, so that it fits in a context of the training's length."""
     prompt = max(1, len(tokenizer.encode(cfg.prompt)))
     if prompt > cfg.data.seq_len:
         raise UserError(f"prompt: {prompt} tokens are more than data.seq_len={cfg.data.seq_len}; a shorter one would work")
@@ -138,7 +138,7 @@ def fitting_sample(cfg: Config, tokenizer: Tokenizer) -> int:
 
 
 def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Tokenizer) -> tuple[Path, int]:
-    """The checkpoint to go on from and its step; raises UserError where it is missing, damaged, another model's or complete."""
+    """The checkpoint to resume from, and its step. Raises UserError where it is missing, damaged, another model's or complete."""
     saved, weights, info = load_run(run_dir, "last")
     for name, value in asdict(cfg.model).items():
         if saved["model"].get(name) != value:
@@ -160,7 +160,7 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Token
 
 
 def attention_layer(cfg: Config, place: Place) -> Layer:
-    """One attention layer of the run, as its probe measures it."""
+    """One attention layer of the run, for the probe to measure."""
     return Layer(
         batch_size=cfg.data.batch_size,
         n_head=cfg.model.n_head,
@@ -174,7 +174,7 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
 
 
 def work(cfg: Config, place: Place, module: GPTModule) -> Work:
-    """What an optimiser step does, and the most that the devices could."""
+    """The work of one optimiser step, and the peak of the devices."""
     peak = peak_tflops(torch.cuda.get_device_name(place.device), place.precision) if place.device.type == "cuda" else None
     return Work(
         tokens=cfg.data.batch_size * cfg.data.seq_len * cfg.trainer.accumulate * place.n_devices,
@@ -230,7 +230,7 @@ def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[Metrics
 
 
 def quiet_lightning() -> None:
-    """Keeps Lightning's notes off the screen, and those of its warnings that have no bearing here."""
+    """Keeps Lightning's notes off the screen, and its warnings that do not apply here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for about in (
@@ -246,7 +246,7 @@ def quiet_lightning() -> None:
 
 @rank_zero_only
 def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: Speed, sample: str) -> None:
-    """Prints what the run came to."""
+    """Prints the results of the run."""
     loss, unigram = float(trainer.callback_metrics[metrics.VAL_LOSS]), data.stats.unigram_entropy
     best = cast("ModelCheckpoint", trainer.checkpoint_callback).best_model_score  # the first of `checkpoints`
     memory = "tensors on the GPU" if place.device.type == "cuda" else "resident set of the process"
@@ -282,7 +282,7 @@ def in_words(rates: dict[str, float]) -> str:
 
 
 def out_of_memory(cfg: Config, place: Place, trainer: L.Trainer) -> str:
-    """What to say where a GPU's memory did not suffice."""
+    """The message for a GPU that ran out of memory."""
     total = torch.cuda.get_device_properties(place.device).total_memory / GIB
     return (
         f"{torch.cuda.get_device_name(place.device)} ran out of memory ({total:.0f} GiB) at step {trainer.global_step + 1} with "

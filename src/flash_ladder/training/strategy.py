@@ -17,7 +17,7 @@ def is_first_process() -> bool:
 
 
 def devices_and_strategy(cfg: TrainerConfig, place: Place) -> dict[str, Any]:
-    """What Lightning's trainer is told about them. trainer.strategy=auto: DDP where there are several devices."""
+    """The trainer's arguments for devices and strategy. trainer.strategy=auto is DDP where there are several devices."""
     alone = place.n_devices == 1 and cfg.strategy == "auto"
     return {
         "accelerator": "cuda" if place.device.type == "cuda" else "cpu",
