@@ -26,6 +26,34 @@ from flash_ladder.kernels.jit import interpreter_trouble  # before Lightning, wh
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT] + [str(ROOT)]
 
+# What `-m fast` leaves out: files that compile kernels, interpret large ones, simulate a Hopper GPU, or start processes.
+SLOW = {
+    "hopper/test_flash_v3.py",
+    "hopper/test_flash_v3_faults.py",
+    "kernels/test_compile.py",
+    "kernels/test_flash.py",
+    "kernels/test_flash_memory.py",
+    "kernels/test_flash_v2.py",
+    "kernels/test_mutations.py",
+    "kernels/test_package.py",
+    "kernels/test_turing.py",
+    "recipe/benchmark/test_grid.py",
+    "recipe/test_earlier_runs.py",
+    "recipe/test_end_to_end.py",
+    "recipe/test_other_packages.py",
+    "recipe/test_scripts.py",
+    "recipe/training/test_distributed.py",
+    "recipe/training/test_run.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as fast what runs anywhere and is in no slow file."""
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        if path not in SLOW and not path.startswith("gpu/"):
+            item.add_marker(pytest.mark.fast)
+
 
 def pytest_configure() -> None:
     """Without Triton's interpreter a third of the tests would fail, each for the same reason: said once instead."""
