@@ -30,23 +30,26 @@ class Asked(NamedTuple):
         """Which of FEATURES the call uses, in their order."""
         return tuple([argument is not None and argument is not False for argument in self[1:]])
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The arguments that are tensors, in the order of TENSORS: autograd saves them apart from the numbers."""
-        return tuple([getattr(self, name) for name in TENSORS])
-
-    def without_tensors(self) -> "Asked":
-        """The same call with None for every tensor."""
-        none: dict[str, Any] = dict.fromkeys(TENSORS)
-        return self._replace(**none)
-
-    def with_tensors(self, tensors: Sequence[Tensor | None]) -> "Asked":
-        """The same call with these tensors, in the order of TENSORS."""
-        named: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
-        return self._replace(**named)
-
 
 FEATURES = Asked._fields[1:]  # what a backend may refuse; every backend has a scale
-TENSORS = tuple(name for name, annotation in Asked.__annotations__.items() if annotation == Tensor | None)
+# Where tensors stand among the fields: autograd saves them apart from the numbers.
+TENSORS = tuple(i for i, annotation in enumerate(Asked.__annotations__.values()) if annotation == Tensor | None)
+
+
+def without_tensors(fields: Sequence[Any]) -> tuple[list[Any], list[Tensor | None]]:
+    """The fields of an `Asked` with None for each tensor, and the tensors, in the order of TENSORS."""
+    numbers, tensors = list(fields), [fields[i] for i in TENSORS]
+    for i in TENSORS:
+        numbers[i] = None
+    return numbers, tensors
+
+
+def with_tensors(fields: Sequence[Any], tensors: Sequence[Tensor | None]) -> list[Any]:
+    """The fields from which `without_tensors` took these tensors."""
+    whole = list(fields)
+    for i, tensor in zip(TENSORS, tensors, strict=True):
+        whole[i] = tensor
+    return whole
 
 
 class Numbers(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .asked import Asked
+from .asked import Asked, with_tensors, without_tensors
 from .choice import BACKENDS
 from .layout import heads_last
 
@@ -73,9 +73,9 @@ def _(grad_output: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     query, key, value, *fields, backend = inputs
-    asked = Asked(*fields)
-    ctx.save_for_backward(query, key, value, *output, *asked.tensors())
-    ctx.asked, ctx.backend = asked.without_tensors(), backend
+    ctx.asked, tensors = without_tensors(fields)
+    ctx.save_for_backward(query, key, value, *output, *tensors)
+    ctx.backend = backend
     ctx.set_materialize_grads(False)
 
 
@@ -83,7 +83,7 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
     query, key, value, output, lse, *tensors = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    asked = ctx.asked.with_tensors(tensors)
+    asked = with_tensors(ctx.asked, tensors)
     grads = attention_backward(grad_output, grad_lse, query, key, value, output, lse, *asked, ctx.backend)
     return *grads, *[None] * len(asked), None
 
