@@ -157,24 +157,23 @@ def errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, 
 FLOOR = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 5e-7}
 
 
-def probabilities(case: Case, scale: float, **meaning) -> Tensor:
+def probabilities(case: Case, **meaning) -> Tensor:
     """softmax(Q Kᵀ · scale + mask), float64 [B, Hq, Sq, Sk]: what attention makes of the unit vectors as values."""
     seq_k = case.key.shape[2]
     every = torch.eye(seq_k, dtype=torch.float64, device=DEVICE).expand(*case.key.shape[:2], -1, -1)
-    return eager.attend(case.query, case.key, every, Asked(scale, **meaning))[0]
+    return eager.attend(case.query, case.key, every, Asked(**meaning))[0]
 
 
-def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = None, **meaning) -> dict[str, float]:
+def roundings(case: Case, exact: tuple[Tensor, ...], p: Tensor, scale: float) -> dict[str, float]:
     """How far one float32 rounding of every term in the sums moves the worst element, over the largest exact element.
 
     Eager attention's error does not bound this. Where a row sees one or two keys, dp - delta is nearly zero, and torch's softmax
     loses nothing of it. A kernel that takes delta from rowsum(do * o) must, and one that keeps lse instead of p rounds an exponent.
+    `p` are the `probabilities`, at this scale.
     """
-    scale = case.query.shape[-1] ** -0.5 if scale is None else scale
     group = case.query.shape[1] // case.key.shape[1]
     query, do = case.query.abs(), case.grad_output.abs()
     key, value = (x.abs().repeat_interleave(group, 1) for x in (case.key, case.value))
-    p = probabilities(case, scale, **meaning)
     output, lse = exact[0].detach().abs(), exact[1].detach().abs()
     exponent = abs(scale) * query @ key.mT + lse.masked_fill(lse.isinf(), 0.0)[..., None]
     p = p * (1 + exponent)
@@ -185,17 +184,15 @@ def roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = No
     return {name: 2**-24 * (terms[name].amax() / largest[name].clamp_min(1e-30)).item() for name in NAMES}
 
 
-def exponent_roundings(case: Case, exact: tuple[Tensor, ...], *, scale: float | None = None, **meaning) -> dict[str, float]:
+def exponent_roundings(case: Case, exact: tuple[Tensor, ...], p: Tensor, scale: float) -> dict[str, float]:
     """By how much, by root mean square, gradients are off because p = exp(s - lse) has its exponent in float32.
 
     Three roundings reach it: of s and of lse on their way to base 2, and of the lse that the forward stored. Each is taken as
     uniform and independent, of 2^-24 at most, relative to its number; p, and with it ds, is off by their sum. Eager attention
     subtracts the row's maximum instead and has next to none of this, so a row with a large lse shows it.
     """
-    scale = case.query.shape[-1] ** -0.5 if scale is None else scale
     group = case.query.shape[1] // case.key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (case.key, case.value))
-    p = probabilities(case, scale, **meaning)
     output, lse = exact[0].detach(), exact[1].detach()
     lse = lse.masked_fill(lse.isinf(), 0.0)[..., None]
     s = torch.where(p > 0, p.clamp_min(1e-300).log() + lse, 0.0)
@@ -249,16 +246,17 @@ def two_sums(head_dim: int) -> float:
 def check(case: Case, backend: str, *, factor: float = 2.0, **meaning) -> None:
     """Runs `backend` on a case and judges it beside eager attention; skips the test where it cannot run."""
     skip_unless_runs(backend, case.dtype, case.query.shape[-1], **meaning)
-    asked = {name: value for name, value in meaning.items() if name != "deterministic"}
+    scale = case.query.shape[-1] ** -0.5 if meaning.get("scale") is None else meaning["scale"]
+    p = probabilities(case, **{**meaning, "scale": scale})
     exact = run(case, torch.float64, backend="eager", **meaning)
     eagers = errors(run(case, case.dtype, backend="eager", **meaning), exact)
     found = errors(run(case, case.dtype, backend=backend, **meaning), exact)
     floor = FLOOR[case.dtype] / 2
-    floors = {name: Error(floor, max(floor, moved)) for name, moved in roundings(case, exact, **asked).items()}
+    floors = {name: Error(floor, max(floor, moved)) for name, moved in roundings(case, exact, p, scale).items()}
     if DEVICE.type == "cpu":
         sums = max(floor, two_sums(case.query.shape[-1]))
         floors |= {name: floors[name]._replace(rms=sums) for name in ("dq", "dk")}
-    judge(found, eagers, floors, exponent_roundings(case, exact, **asked), exact[1], factor)
+    judge(found, eagers, floors, exponent_roundings(case, exact, p, scale), exact[1], factor)
 
 
 def check_unrounded(rung: ModuleType, case: Case) -> None:
