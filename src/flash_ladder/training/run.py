@@ -6,21 +6,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shlex
 import signal
 import sys
-import textwrap
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
@@ -28,27 +21,19 @@ from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
-from flash_ladder.measure.flops import flops_per_token, peak_tflops
 from flash_ladder.measure.probe import Layer, probe_attention
-from flash_ladder.model.generation import generate
-from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
 from flash_ladder.schema import Config
 from flash_ladder.training import metrics
-from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, Work, checkpoints
-from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
+from flash_ladder.training.callbacks import Speed, Stopped
+from flash_ladder.training.checkpoint import load_run
 from flash_ladder.training.module import GPTModule, NotFinite
-from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb, peak_memory_gib
-from flash_ladder.training.strategy import devices_and_strategy, is_first_process
-from flash_ladder.units import GIB
+from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb
+from flash_ladder.training.report import out_of_memory, report, say, write_sample
+from flash_ladder.training.strategy import is_first_process
+from flash_ladder.training.trainer import make_trainer, quiet_lightning, work
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
-
-
-@rank_zero_only
-def say(*words: object) -> None:
-    """Prints on the first process."""
-    print(*words, flush=True)
 
 
 def train(cfg: Config, run_dir: Path) -> None:
@@ -173,17 +158,7 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
     )
 
 
-def work(cfg: Config, place: Place, module: GPTModule) -> Work:
-    """The work of one optimiser step, and the peak of the devices."""
-    peak = peak_tflops(torch.cuda.get_device_name(place.device), place.precision) if place.device.type == "cuda" else None
-    return Work(
-        tokens=cfg.data.batch_size * cfg.data.seq_len * cfg.trainer.accumulate * place.n_devices,
-        flops=flops_per_token(module.net.n_params_matmul, cfg.model.n_layer, cfg.model.d_model, cfg.data.seq_len),
-        peak_tflops=None if peak is None else peak * place.n_devices,
-    )
-
-
-# ---- the run's folder and Lightning's trainer ----
+# ---- the run's folder ----
 
 
 def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[MetricsFile | WandbCopy]:
@@ -202,97 +177,3 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[M
     data.tokenizer.save(run_dir)
     run = open_wandb(cfg.logger, run_dir, config | {"environment": about})
     return [MetricsFile(run_dir / "metrics.jsonl"), *([] if run is None else [WandbCopy(run)])]
-
-
-def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[MetricsFile | WandbCopy], speed: Speed) -> L.Trainer:
-    """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps."""
-    bar = [Bar(speed)] if is_first_process() else []
-    precision: Any = "32-true" if place.precision == "32" else place.precision  # in Lightning's words
-    return L.Trainer(
-        **devices_and_strategy(cfg.trainer, place),
-        precision=precision,
-        max_steps=cfg.trainer.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=cfg.trainer.accumulate,
-        val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,  # in batches
-        check_val_every_n_epoch=None,
-        limit_val_batches=cfg.trainer.val_batches,
-        num_sanity_val_steps=0,
-        deterministic=cfg.trainer.deterministic or None,
-        logger=loggers,
-        callbacks=[speed, *bar, StopOnSignal(cfg.trainer.log_every), *checkpoints(run_dir / "checkpoints")],
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=run_dir,
-        use_distributed_sampler=False,  # TextData gives each device its share
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def quiet_lightning() -> None:
-    """Keeps Lightning's notes off the screen, and its warnings that do not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for about in (
-        ".*does not have many workers.*",  # windows are read from a memory map; data.num_workers adds some
-        ".*isinstance.treespec, LeafSpec.*",  # Lightning on a torch newer than itself
-        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
-    ):
-        warnings.filterwarnings("ignore", about)
-
-
-# ---- the report at the end ----
-
-
-@rank_zero_only
-def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: Speed, sample: str) -> None:
-    """Prints the results of the run."""
-    loss, unigram = float(trainer.callback_metrics[metrics.VAL_LOSS]), data.stats.unigram_entropy
-    best = cast("ModelCheckpoint", trainer.checkpoint_callback).best_model_score  # the first of `checkpoints`
-    memory = "tensors on the GPU" if place.device.type == "cuda" else "resident set of the process"
-    rate = speed.tokens_per_second
-    folder = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    lines = {
-        "validation": f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
-        "baseline": f"loss {unigram:.4f}, perplexity {math.exp(unigram):.2f} from token frequencies alone (unigram entropy)",
-        "sample": textwrap.indent(printable(sample), " " * 13 + "| ", lambda line: True).lstrip(" "),
-        "speed": "not measured in a run of one step" if rate is None else in_words(speed.rates(rate)),
-        "first step": f"{speed.first_step_seconds:.1f} s after the start",
-        "peak memory": f"{peak_memory_gib(place.device):.2f} GiB ({memory})",
-        "attention": place.attention,
-        "run": f"{folder}: checkpoints/best.ckpt (validation loss {best:.4f}) and last.ckpt, metrics.jsonl, environment.json",
-        "next": f"python scripts/export.py run={shlex.quote(str(folder))}",
-    }
-    print()
-    for name, value in lines.items():
-        print(f"{name:12} {value}", flush=True)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters, which a terminal would obey, shown as U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def in_words(rates: dict[str, float]) -> str:
-    """Speed in one line."""
-    line = f"{rates[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s, {rates[metrics.MODEL_TFLOPS]:.3g} TFLOP/s"
-    if metrics.MFU in rates:
-        line += f", MFU {rates[metrics.MFU]:.1%} (causal: {rates[metrics.MFU_CAUSAL]:.1%})"
-    return line
-
-
-def out_of_memory(cfg: Config, place: Place, trainer: L.Trainer) -> str:
-    """The message for a GPU that ran out of memory."""
-    total = torch.cuda.get_device_properties(place.device).total_memory / GIB
-    return (
-        f"{torch.cuda.get_device_name(place.device)} ran out of memory ({total:.0f} GiB) at step {trainer.global_step + 1} with "
-        f"attention={place.attention.backend}, data.seq_len={cfg.data.seq_len}, data.batch_size={cfg.data.batch_size}; a smaller "
-        f"batch_size with a larger trainer.accumulate, or trainer.activation_checkpointing=true, takes less"
-    )
-
-
-def write_sample(net: GPT, data: TextData, place: Place, prompt: str, n_tokens: int) -> str:
-    """Text that the trained network continues `prompt` with, in the training's precision."""
-    net = net.to(place.device).eval()  # Lightning leaves it on the CPU
-    with torch.autocast(place.device.type, dtype=place.dtype, enabled=place.precision != "32"):
-        return generate(net, data.tokenizer, prompt, max_new_tokens=n_tokens)

@@ -14,7 +14,8 @@ import torch
 from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import decide
 from flash_ladder.schema import AttentionConfig
-from flash_ladder.training.run import printable, train
+from flash_ladder.training.report import printable
+from flash_ladder.training.run import train
 from tests.helpers.tiny import metrics, overrides, tiny_config, values
 
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,67 @@
+"""Lightning's trainer for a run: one endless epoch of trainer.max_steps optimiser steps, with everything around the loop."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from flash_ladder.machine.decide import Place
+from flash_ladder.measure.flops import flops_per_token, peak_tflops
+from flash_ladder.schema import Config
+from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Work, checkpoints
+from flash_ladder.training.checkpoint import AtomicCheckpointIO
+from flash_ladder.training.module import GPTModule
+from flash_ladder.training.record import MetricsFile, WandbCopy
+from flash_ladder.training.strategy import devices_and_strategy, is_first_process
+
+
+def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[MetricsFile | WandbCopy], speed: Speed) -> L.Trainer:
+    """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps."""
+    bar = [Bar(speed)] if is_first_process() else []
+    precision: Any = "32-true" if place.precision == "32" else place.precision  # in Lightning's words
+    return L.Trainer(
+        **devices_and_strategy(cfg.trainer, place),
+        precision=precision,
+        max_steps=cfg.trainer.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=cfg.trainer.accumulate,
+        val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,  # in batches
+        check_val_every_n_epoch=None,
+        limit_val_batches=cfg.trainer.val_batches,
+        num_sanity_val_steps=0,
+        deterministic=cfg.trainer.deterministic or None,
+        logger=loggers,
+        callbacks=[speed, *bar, StopOnSignal(cfg.trainer.log_every), *checkpoints(run_dir / "checkpoints")],
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=run_dir,
+        use_distributed_sampler=False,  # TextData gives each device its share
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def quiet_lightning() -> None:
+    """Keeps Lightning's notes off the screen, and its warnings that do not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for about in (
+        ".*does not have many workers.*",  # windows are read from a memory map; data.num_workers adds some
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning on a torch newer than itself
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run's own
+    ):
+        warnings.filterwarnings("ignore", about)
+
+
+def work(cfg: Config, place: Place, module: GPTModule) -> Work:
+    """The work of one optimiser step, and the peak of the devices."""
+    peak = peak_tflops(torch.cuda.get_device_name(place.device), place.precision) if place.device.type == "cuda" else None
+    return Work(
+        tokens=cfg.data.batch_size * cfg.data.seq_len * cfg.trainer.accumulate * place.n_devices,
+        flops=flops_per_token(module.net.n_params_matmul, cfg.model.n_layer, cfg.model.d_model, cfg.data.seq_len),
+        peak_tflops=None if peak is None else peak * place.n_devices,
+    )
