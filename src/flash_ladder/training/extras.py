@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
-from flash_ladder.errors import UserError, one_of
+from flash_ladder.errors import UserError, nearest, one_of
 from flash_ladder.schema import Config
 from flash_ladder.training.profiler import Profile
 
@@ -23,8 +23,14 @@ def extra_arguments(further: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 
     Raises UserError for an argument that Lightning does not have.
     """
-    for name in further:
-        one_of("trainer.lightning", name, inspect.signature(L.Trainer).parameters)
+    known = inspect.signature(L.Trainer).parameters
+    for name, value in further.items():
+        if name not in known:
+            raise UserError(f"trainer.lightning.{name}: Lightning's Trainer has no such argument{nearest(name, known)}")
+        taken = get_args(known[name].annotation) or (known[name].annotation,)
+        if {*taken} <= {bool, int, float, str, type(None)} and type(value) not in taken:
+            kinds = " or ".join("null" if kind is type(None) else kind.__name__ for kind in taken)
+            raise UserError(f"trainer.lightning.{name}={value} must be {kinds}")
     profiler = further.get("profiler")
     if profiler is None:
         return dict(further)

@@ -21,7 +21,8 @@ def say(*words: object) -> None:
     """Prints on the first process."""
     text = " ".join(map(str, words))
     print(text, flush=True)
-    SAID.info(text)
+    if text:
+        SAID.info(text)
 
 
 def warn(text: str) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning as L
 import torch
@@ -55,13 +55,14 @@ def train(cfg: Config, run_dir: Path) -> float:
     started = time.perf_counter()
     quiet_lightning()
     with run_log() as write_log_to:
+        first = is_first_process()
+        if first and not cfg.resume:
+            refuse_taken(run_dir)
         place = decide(cfg)
         say(f"attention: {place.attention}")
         say(f"precision: {place.precision} ({place.precision_reason})")
-        extras: dict[str, Any] = {
-            "arguments": extra_arguments(cfg.trainer.lightning, run_dir),
-            "callbacks": extra_callbacks(cfg, run_dir),
-        }
+        arguments = extra_arguments(cfg.trainer.lightning, run_dir)
+        callbacks = extra_callbacks(cfg, run_dir)
 
         data = TextData(cfg.data, seed=cfg.seed, accumulate=cfg.trainer.accumulate, val_batches=cfg.trainer.val_batches)
         data.prepare()
@@ -74,7 +75,6 @@ def train(cfg: Config, run_dir: Path) -> float:
         say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
         checkpoint, start = check_resume(cfg, run_dir, module, data.tokenizer) if cfg.resume else (None, 0)
 
-        first = is_first_process()
         record: MetricsFile | None = None
         loggers: list[MetricsFile | WandbCopy] = []
         if first:
@@ -82,7 +82,7 @@ def train(cfg: Config, run_dir: Path) -> float:
             write_log_to(run_dir / "train.log")
         of_a_step = work(cfg, place, module)
         speed = Speed(of_a_step, cfg.trainer.log_every, started)
-        trainer = make_trainer(cfg, run_dir, place, loggers=loggers, speed=speed, **extras)
+        trainer = make_trainer(cfg, run_dir, place, loggers=loggers, speed=speed, arguments=arguments, callbacks=callbacks)
         result = Result(setting(cfg, place, module.net.n_params, of_a_step.tokens), cfg.trainer.max_steps)
         try:
             if first:
@@ -106,7 +106,7 @@ def train(cfg: Config, run_dir: Path) -> float:
         except BaseException as error:
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGKILL)  # the other processes would wait for this one for ever
-            told = out_of_memory(cfg, place, trainer.global_step + 1) if is_out_of_memory(error) else error
+            told = in_our_words(error, cfg, place, trainer.global_step + 1)
             result.ended_by(told)
             if told is not error:
                 raise told from error
@@ -123,11 +123,25 @@ def train(cfg: Config, run_dir: Path) -> float:
         return result.metrics.get(metrics.VAL_LOSS, math.nan)
 
 
+def in_our_words(error: BaseException, cfg: Config, place: Place, step: int) -> BaseException:
+    """What ended optimiser step `step`, as the rest of this program knows it; `error` itself where that is the right word."""
+    if is_out_of_memory(error):
+        return out_of_memory(cfg, place, step)
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way with a second Ctrl-C
+        return error.__context__
+    return error
+
+
 def came_to(record: MetricsFile, speed: Speed, trainer: L.Trainer) -> dict[str, float]:
     """The run's metrics at its end: the last value of each, but speed and energy of the run less its beginning."""
+    found = record.latest | speed.summary()
+    validated = trainer.callback_metrics.get(metrics.VAL_LOSS)  # also where +trainer.lightning.fast_dev_run takes the loggers away
+    if validated is not None:
+        found[metrics.VAL_LOSS] = float(validated)
     best = cast("ModelCheckpoint | None", trainer.checkpoint_callback)  # the first of `checkpoints`
-    score = None if best is None else best.best_model_score
-    return record.latest | speed.summary() | ({} if score is None else {metrics.VAL_BEST: float(score)})
+    if best is not None and best.best_model_score is not None:
+        found[metrics.VAL_BEST] = float(best.best_model_score)
+    return found
 
 
 # ---- data and model ----
@@ -211,8 +225,9 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[
         precision={"precision": place.precision, "reason": place.precision_reason},
         data=asdict(data.stats),
     )
+    run_dir.mkdir(parents=True, exist_ok=True)
     if not cfg.resume:
-        claim(run_dir)
+        refuse_taken(run_dir)
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
     (run_dir / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
     data.tokenizer.save(run_dir)
@@ -221,14 +236,9 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[
     return record, [record, *([] if run is None else [WandbCopy(run)])]
 
 
-def claim(run_dir: Path) -> None:
-    """Makes the folder of a new run. Raises UserError where it holds a run: that one would be destroyed."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        (run_dir / "train.log").touch(exist_ok=False)  # of two runs that come at once, one gets it
-        there = [name for name in ("config.yaml", "metrics.jsonl", "checkpoints") if (run_dir / name).exists()]
-    except FileExistsError:
-        there = ["train.log"]
+def refuse_taken(run_dir: Path) -> None:
+    """Raises UserError where `run_dir` holds a run, which a new one would destroy."""
+    there = [name for name in ("config.yaml", "metrics.jsonl", "train.log", "checkpoints") if (run_dir / name).exists()]
     if there:
         raise UserError(
             f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and resume={run_dir} goes on"

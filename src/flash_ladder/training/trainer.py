@@ -48,6 +48,7 @@ def make_trainer(
         "accumulate_grad_batches": cfg.trainer.accumulate,
         "val_check_interval": cfg.trainer.val_every * cfg.trainer.accumulate,  # in batches
         "check_val_every_n_epoch": None,
+        "log_every_n_steps": cfg.trainer.log_every,
         "limit_val_batches": cfg.trainer.val_batches,
         "num_sanity_val_steps": 0,
         "deterministic": cfg.trainer.deterministic or None,
