@@ -28,6 +28,7 @@ MFU = "speed/mfu"  # speed/model_tflops as a share of all devices' dense peak; a
 MFU_CAUSAL = "speed/mfu_causal"  # the same, but only the half of attention that a causal model needs is counted
 FIRST_STEP_SECONDS = "speed/first_step_seconds"  # from the start of the process to the end of the first step, logged once
 PEAK_GIB = "memory/peak_gib"  # GiB, one device, peak so far: of a GPU's tensors, or on a CPU of the process's resident set
+JOULES_PER_TOKEN = "energy/joules_per_token"  # all devices together
 
 # ---- of one layer, logged once ----
 
@@ -39,6 +40,7 @@ ATTENTION_EAGER_IS_ANALYTIC = (
 ATTENTION_SAVED_GIB = "memory/attention_saved_gib_vs_eager"  # GiB: eager's less the backend's
 ATTENTION_SAVED_RATIO = "memory/attention_saved_ratio_vs_eager"  # eager's GiB over the backend's
 ATTENTION_TFLOPS = "speed/attention_tflops"  # TFLOP/s of the chosen backend, the causal half counted
+ATTENTION_SECONDS = "speed/attention_seconds"  # seconds of the chosen backend, forward and backward
 ATTENTION_SPEEDUP = "speed/attention_speedup_vs_eager"  # eager's time over the backend's
 
 
@@ -54,6 +56,7 @@ def attention_metrics(probe: Probe) -> dict[str, float]:
     if probe.seconds is not None:
         layer = probe.layer
         flops = attention_flops(layer.batch_size, layer.n_head, layer.seq_len, layer.head_dim)
+        logged[ATTENTION_SECONDS] = probe.seconds
         logged[ATTENTION_TFLOPS] = flops / probe.seconds / 1e12
         if probe.eager_seconds is not None:
             logged[ATTENTION_SPEEDUP] = probe.eager_seconds / probe.seconds
