@@ -23,7 +23,8 @@ def write_run(folder: Path, *, setting: dict, measured: dict, status: str = "fin
     lines = [f"attention:\n  backend: {setting['backend']}", "data:", *(f"  {k}: {setting[k]}" for k in keys if k in setting)]
     (folder / "config.yaml").write_text("\n".join([*lines, "trainer:", "  max_steps: 4", ""]))
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- '{o}'\n" for o in more.get("overrides", ())))
-    curve = [{"step": step, "time": 100.0 + step, "train/loss": 6.0 - step / 2} for step in range(1, 5)]
+    end = measured.get("val/loss", 4.0)
+    curve = [{"step": step, "time": 100.0 + step, "train/loss": end + 4 / step - 1} for step in range(1, 5)]
     curve.append({"step": 4, "time": 105.0, "val/loss": measured.get("val/loss")})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
     about = {
@@ -62,7 +63,7 @@ def made_up_sweep(folder: Path, backends=BACKENDS, lengths=LENGTHS, gpu: str | N
                     "speed/mfu": 0.1 * FASTER[backend],
                     "memory/peak_gib": 2 + 12 * batch * gib,
                     "energy/joules_per_token": 0.004,
-                    "val/loss": 3.25,
+                    "val/loss": 3.25 - seq_len / 16384 + 0.03 * BACKENDS.index(backend),
                 }
             setting = {"backend": backend, "seq_len": seq_len, "batch_size": batch, "accumulate": 1, "n_devices": 1, "n_nodes": 1}
             setting |= {"strategy": "auto", "precision": "bf16-mixed", "compile": False, "n_params": 123, "gpu": gpu}

@@ -35,7 +35,8 @@ from flash_ladder.sweep.rows import Sweep
 from flash_ladder.sweep.series import Line, Panel, Picture
 
 HEIGHT = 6.6  # inches
-LABEL_WIDTH = 32  # characters of a label's line
+LABEL_WIDTH = 28  # characters of a label's line
+ONE_LINE = 20  # characters of a name that leave room for a figure on the same line
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 SINGLE = ("#0072b2", "#d55e00", "#009e73", "#882255", "#e69f00", "#56b4e9", *SPARE_COLOURS)  # for the lines of one backend
 
@@ -134,8 +135,10 @@ def draw_panel(axis: Axes, panel: Panel, styles: dict[str, dict]) -> None:
         axis.margins(y=0.06)
     else:
         axis.set_ylim(0, 1.08 * highest)
+    if panel.x == "step":
+        axis.set_xlim(0, 1.05 * max(x for line in panel.lines for x in line.points))
     axis.margins(x=0.07)
-    axis.autoscale_view(scaley=False)
+    axis.autoscale_view(scalex=panel.x != "step", scaley=False)
     if panel.unit == "times" or (panel.unit == "share" and panel.x == "devices"):
         axis.axhline(1, color=FAINT, linewidth=1, linestyle=":", zorder=1)
     labels = end_labels(panel, styles, highest)
@@ -205,6 +208,7 @@ def count_in_words(n: float) -> str:
 def end_labels(panel: Panel, styles: dict[str, dict], highest: float) -> list[Label]:
     """A label for each line, at its last point or its first cross."""
     found = []
+    apart_by = "\n" if panel.unit == "bytes" or max(len(line.name) for line in panel.lines) > ONE_LINE else "  "
     for line in panel.lines:
         colour, bold = ink(styles[line.name]["color"]), is_kernel(line.backend or "")
         name = shortened(line.name)
@@ -213,14 +217,14 @@ def end_labels(panel: Panel, styles: dict[str, dict], highest: float) -> list[La
         if crosses:
             x = min(crosses)
             needed = crosses[x]
-            need = "" if needed is None else f": needs {bytes_in_words(needed)}"
-            text = f"{name}{power}\nno memory at {length_in_words(x)}{need}"
+            need = "" if needed is None else f", needs {bytes_in_words(needed)}"
+            text = f"{name}{power}\nout at {length_in_words(x)}{need}"
             found.append(Label(text, x, highest if needed is None else needed, colour, bold))
         elif line.points:
             x = max(line.points)
             y = line.points[x]
-            text = f"{name}\n{value_in_words(y, panel.unit)}{power}" if panel.unit == "bytes" or line.variant else ""
-            found.append(Label(text or f"{name}  {value_in_words(y, panel.unit)}", x, y, colour, bold))
+            text = f"{name}{apart_by}{value_in_words(y, panel.unit)}{power}"
+            found.append(Label(text, x, y, colour, bold))
     if len(found) <= room_for(found):
         return found
     by_height = sorted(found, key=lambda label: label.y)

@@ -33,7 +33,7 @@ from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_weights
-from flash_ladder.schema import Config
+from flash_ladder.schema import Config, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Stopped, Work, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run
@@ -61,6 +61,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     quiet_lightning()
     first = is_first_process()
     place = decide(cfg)
+    cfg = with_batch_size(cfg, place.n_devices)
     say(f"attention: {place.attention}")
     say(f"precision: {place.precision} ({place.precision_reason})")
 
