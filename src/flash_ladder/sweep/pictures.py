@@ -35,8 +35,8 @@ from flash_ladder.sweep.rows import Sweep
 from flash_ladder.sweep.series import Line, Panel, Picture
 
 HEIGHT = 6.6  # inches
-LABEL_WIDTH = 28  # characters of a label's line
-ONE_LINE = 20  # characters of a name that leave room for a figure on the same line
+LABEL_WIDTH = 25  # characters of a label's line
+ONE_LINE = 18  # characters of a name that leave room for a figure on the same line
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 SINGLE = ("#0072b2", "#d55e00", "#009e73", "#882255", "#e69f00", "#56b4e9", *SPARE_COLOURS)  # for the lines of one backend
 
@@ -79,13 +79,15 @@ def draw(picture: Picture, sweep: Sweep) -> Figure:
     """Panels side by side, each with labels at the ends of its lines."""
     figure, room = figure_with_labels(len(picture.panels), labels=3.1, height=HEIGHT, bottom=0.95)
     axes = figure.subplots(1, len(picture.panels), squeeze=False, gridspec_kw=room)[0]
+    where = [*sweep.machines[:2], *(line.split(", triton")[0] for line in sweep.versions[:1]), *sweep.dates[-1:]]
     styles = line_styles([line for panel in picture.panels for line in panel.lines])
     for axis, panel in zip(axes, picture.panels, strict=True):
         draw_panel(axis, panel, styles)
         axis.set_title(panel.title, loc="left", fontweight="bold")
         axis.set_ylabel(panel.y)
-    where = " · ".join([*sweep.machines[:2], *(v.split(", triton")[0] for v in sweep.versions[:1]), *sweep.dates[-1:]])
-    figure.suptitle(f"{picture.title}\n{where}", x=0.02, ha="left", fontsize=14)
+    if any(len(axis.texts) < len(panel.lines) for axis, panel in zip(axes, picture.panels, strict=True)):
+        where.append("lines without a label: in the CSV")
+    figure.suptitle(f"{picture.title}\n{' · '.join(where)}", x=0.02, ha="left", fontsize=14)
     return figure
 
 
@@ -130,7 +132,8 @@ def draw_panel(axis: Axes, panel: Panel, styles: dict[str, dict]) -> None:
                 axis.plot([last, x], [line.points[last], y], color=style["color"], linestyle=":", linewidth=1.6)
             axis.plot([x], [y], color=style["color"], marker="X", markersize=12, linestyle="", zorder=5)
     if panel.unit == "bytes":
-        axis.set_ylim(lowest / 1.6, highest * 1.6)
+        margin = 1.6 if highest > 4 * lowest else 4
+        axis.set_ylim(lowest / margin, highest * margin)
     elif panel.unit == "nats":
         axis.margins(y=0.06)
     else:
@@ -185,7 +188,7 @@ def set_y(axis: Axes, panel: Panel) -> None:
     if panel.unit == "bytes":
         low, high = extent(panel)
         axis.set_yscale("log", base=2)
-        doublings = math.log2(high / low) + 1.4
+        doublings = math.log2(high / low) + (1.4 if high > 4 * low else 4)
         axis.yaxis.set_major_locator(LogLocator(base=2.0 ** max(1, round(doublings / 7)), numticks=20))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda n, _: bytes_in_words(n)))
@@ -208,10 +211,12 @@ def count_in_words(n: float) -> str:
 def end_labels(panel: Panel, styles: dict[str, dict], highest: float) -> list[Label]:
     """A label for each line, at its last point or its first cross."""
     found = []
-    apart_by = "\n" if panel.unit == "bytes" or max(len(line.name) for line in panel.lines) > ONE_LINE else "  "
+    alone = len({line.backend for line in panel.lines}) == 1  # then what differs is name enough
+    longest = max(len(line.variant if alone and line.variant else line.name) for line in panel.lines)
+    apart_by = "\n" if panel.unit == "bytes" or longest > ONE_LINE else "  "
     for line in panel.lines:
         colour, bold = ink(styles[line.name]["color"]), is_kernel(line.backend or "")
-        name = shortened(line.name)
+        name = shortened(line.variant if alone and line.variant else line.name)
         power = "" if line.law is None else f"  $S^{{{line.law.exponent:.2f}}}$"
         crosses = line.crosses()
         if crosses:

@@ -107,8 +107,10 @@ class Sweep:
 
 
 def in_words(differs: dict[str, str]) -> list[str]:
-    """What differs, with the last parts of the keys: "n_head=8"."""
-    return [f"{key.rpartition('.')[2]}={value}" for key, value in differs.items()]
+    """What differs, with the last parts of the keys: "n_head=8". A strategy, a precision and a GPU need no name."""
+    return [
+        value if key in ("strategy", "precision", "gpu") else f"{key.rpartition('.')[2]}={value}" for key, value in differs.items()
+    ]
 
 
 # ---- a folder ----

@@ -13,6 +13,7 @@ from flash_ladder.sweep.rows import OUT_OF_MEMORY, Row, Sweep, curve, in_words
 from flash_ladder.training import metrics
 from flash_ladder.units import GIB
 
+AT_ONE_LENGTH = 8  # lines of one point each that a picture over the length still shows
 FITTED = 3  # an exponent is fitted to so many of the longest lengths
 
 
@@ -103,8 +104,11 @@ def pictures(sweep: Sweep) -> list[Picture]:
 
 
 def has_points(panel: Panel) -> bool:
-    """Whether a panel has anything to show; crosses alone have no place."""
-    return any(line.points for line in panel.lines)
+    """Whether a panel has anything to show: crosses alone have no place, and many runs of one length no line."""
+    lengths = {x for line in panel.lines for x in line.points}
+    if panel.x == "seq_len" and len(lengths) == 1 and len(panel.lines) > AT_ONE_LENGTH:
+        return False
+    return bool(lengths)
 
 
 # ---- from rows to lines ----
