@@ -23,7 +23,7 @@ def write_run(folder: Path, *, setting: dict, measured: dict, status: str = "fin
     lines = [f"attention:\n  backend: {setting['backend']}", "data:", *(f"  {k}: {setting[k]}" for k in keys if k in setting)]
     (folder / "config.yaml").write_text("\n".join([*lines, "trainer:", "  max_steps: 4", ""]))
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- '{o}'\n" for o in more.get("overrides", ())))
-    end = measured.get("val/loss", 4.0)
+    end = loss if isinstance(loss := measured.get("val/loss"), float) else 4.0
     curve = [{"step": step, "time": 100.0 + step, "train/loss": end + 4 / step - 1} for step in range(1, 5)]
     curve.append({"step": 4, "time": 105.0, "val/loss": measured.get("val/loss")})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))

@@ -13,7 +13,15 @@ import flash_ladder.front_door
 from flash_ladder.errors import UserError
 from flash_ladder.front_door import CONF, front_door
 from flash_ladder.schema import Config, DataConfig
-from flash_ladder.script_schema import BenchmarkConfig, DoctorConfig, EvaluateConfig, ExportConfig, GenerateConfig, TuneConfig
+from flash_ladder.script_schema import (
+    BenchmarkConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ReportConfig,
+    TuneConfig,
+)
 
 
 @pytest.fixture
@@ -63,6 +71,7 @@ SCHEMAS = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
+    "report": ReportConfig,
     "tune_tiles": TuneConfig,
 }
 

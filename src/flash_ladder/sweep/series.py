@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from flash_ladder.measure.growth import Growth, growth
-from flash_ladder.sweep.rows import OUT_OF_MEMORY, Row, Sweep, curve, in_words
+from flash_ladder.sweep.rows import Sweep
+from flash_ladder.sweep.run_files import OUT_OF_MEMORY, Row, curve, in_words
 from flash_ladder.training import metrics
 from flash_ladder.units import GIB
 
@@ -118,7 +119,8 @@ def settings(row: Row) -> dict[str, str]:
     """What tells a run from others of its backend, in words; its batch mostly follows from these."""
     named = {"S": row.seq_len, "devices": row.n_devices, "nodes": row.n_nodes, "strategy": row.strategy}
     named |= {"precision": row.precision, "compile": row.compile, "gpu": row.gpu}
-    return {key: str(value) for key, value in named.items() if value is not None} | row.differs
+    differs = {key: value for key, value in row.differs.items() if key.rpartition(".")[2] not in named}
+    return {key: str(value) for key, value in named.items() if value is not None} | differs
 
 
 def variants(rows: list[Row], *leave_out: str) -> list[str]:

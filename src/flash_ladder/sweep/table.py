@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flash_ladder.files import write_json
-from flash_ladder.sweep.rows import FINISHED, Row, Sweep
+from flash_ladder.sweep.rows import Sweep
+from flash_ladder.sweep.run_files import FINISHED, Row
 from flash_ladder.sweep.series import Picture
 from flash_ladder.units import GIB, size
 
@@ -111,14 +112,11 @@ def screen_lines(sweep: Sweep, width: int) -> list[str]:
         shown = [column for column in shown if column is not least]
         left_out.append(least.head)
         lines = table_lines(sweep.rows, shown)
-    lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
     notes = []
     if left_out:
         notes.append(f"left out for the width of {width}: {', '.join(left_out)}; sweep.csv has every column")
     errors = [f"{row.folder} ({row.name}): {row.status.replace('_', ' ')}: {row.error}" for row in sweep.rows if row.error]
-    for line in [*notes, *errors]:
-        lines.append(line if len(line) <= width else f"{line[: width - 1]}…")
-    return lines
+    return [printable(line, width) for line in (*lines, *notes, *errors)]
 
 
 def table_lines(rows: list[Row], shown: list[Column]) -> list[str]:
@@ -134,10 +132,10 @@ def table_lines(rows: list[Row], shown: list[Column]) -> list[str]:
     ]
 
 
-def printable(text: str) -> str:
-    """`text` without what a terminal would obey, and not over 40 characters."""
+def printable(text: str, width: int = 40) -> str:
+    """`text` without what a terminal would obey, and not over `width` characters."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
-    return text if len(text) <= 40 else f"{text[:39]}…"
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def totals(rows: list[Row]) -> str:

@@ -47,8 +47,8 @@ def test_damage_is_a_warning(tmp_path, capsys):
 def test_a_place_that_cannot_be_written(tmp_path):
     made_up_sweep(tmp_path / "runs")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="the report's folder .*set out=PATH"):
+    with pytest.raises(UserError, match=r"the report's folder .*set out=PATH"):
         report(tmp_path / "runs", tmp_path / "file")
     (tmp_path / "out" / "sweep.csv").mkdir(parents=True)
-    with pytest.raises(UserError, match="sweep.csv cannot be written"):
+    with pytest.raises(UserError, match=r"sweep\.csv cannot be written"):
         report(tmp_path / "runs", tmp_path / "out")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from flash_ladder.errors import UserError
-from flash_ladder.sweep.rows import curve, read_sweep
+from flash_ladder.sweep.rows import read_sweep
+from flash_ladder.sweep.run_files import curve
 from tests.helpers.made_up_runs import made_up_sweep, write_run
 
 EARLIER = Path(__file__).parents[1] / "earlier_run"
@@ -101,7 +102,7 @@ def test_damage_costs_a_line_each(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "result.json").write_text('{"loss": 1}')
     sweep = read_sweep(tmp_path)
-    assert len(sweep.rows) == 13 and len(sweep.warnings) == 5, sweep.warnings
+    assert len(sweep.rows) == 13 and len(sweep.warnings) == 5, "\n".join(sweep.warnings)
     assert sum("result.json is not a run's" in line for line in sweep.warnings) == 1
 
 
@@ -122,7 +123,7 @@ def test_points_of_the_wrong_kind_are_left_out(tmp_path):
 
 
 def test_nothing_to_show(tmp_path):
-    with pytest.raises(UserError, match="holds no run .* name a folder that train.py wrote, or one above it"):
+    with pytest.raises(UserError, match=r"holds no run .* name a folder that train.py wrote, or one above it"):
         read_sweep(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         read_sweep(tmp_path / "none")

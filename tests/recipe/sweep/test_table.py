@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from flash_ladder.sweep.rows import Row, read_sweep
+from flash_ladder.sweep.rows import read_sweep
+from flash_ladder.sweep.run_files import Row
 from flash_ladder.sweep.series import pictures
 from flash_ladder.sweep.table import columns, screen_lines, totals, write_csv, write_sweep_json
 from tests.helpers.made_up_runs import made_up_sweep, write_run
