@@ -64,21 +64,25 @@ def columns(sweep: Sweep) -> list[Column]:
         Column("peak", "memory of a device: a GPU's tensors, or a CPU's process", lambda r: r.peak_gib, gib, 94),
         Column("layer", "memory of one attention layer, the whole batch", lambda r: r.attention_gib, gib, 70),
         Column("time", "of that layer, forward and backward", lambda r: r.attention_seconds, milliseconds, 40),
-        Column("saved", "memory of that layer less than eager's", lambda r: r.saved_gib, gib, 60),
-        Column("x less", "eager's memory of that layer over its own", lambda r: r.saved_ratio, times, 72),
-        Column("x faster", "eager's time of that layer over its own", lambda r: r.attention_speedup, times, 65),
+        Column("saved", "memory of that layer less than eager's", _beside_eager("saved_gib"), gib, 60),
+        Column("x less", "eager's memory of that layer over its own", _beside_eager("saved_ratio"), times, 72),
+        Column("x faster", "eager's time of that layer over its own", _beside_eager("attention_speedup"), times, 65),
         Column("mJ/token", "energy, all devices", lambda r: r.joules_per_token, lambda j: f"{1e3 * j:.3g}", 45),
         Column("val loss", "nats per token", lambda r: r.val_loss, lambda x: f"{x:.4f}", 85),
         Column("seconds", "of the whole run", lambda r: r.seconds, lambda s: f"{s:,.0f}", 30),
         Column("status", "how the run ended", lambda r: r.status.replace("_", " "), str, 98, is_number=False),
         Column("folder", "of the run", lambda r: r.folder, str, 25, is_number=False),
     ]
-    kept = [column for column in found if any(column.value(row) is not None for row in sweep.rows)]
-    return [c for c in kept if c.head not in ("x less", "x faster", "saved") or any(r.backend != "eager" for r in sweep.rows)]
+    return [column for column in found if any(column.value(row) is not None for row in sweep.rows)]
 
 
 def _differing(key: str) -> Callable[[Row], str | None]:
     return lambda row: row.differs.get(key)
+
+
+def _beside_eager(name: str) -> Callable[[Row], float | None]:
+    """A figure beside eager's; eager's own says nothing."""
+    return lambda row: None if row.backend == "eager" else getattr(row, name)
 
 
 def batch(row: Row) -> str | None:
