@@ -48,7 +48,7 @@ def made_up_sweep(folder: Path, backends=BACKENDS, lengths=LENGTHS, gpu: str | N
             number, batch = len(points), TOKENS // seq_len
             lost = backend == "eager" and seq_len == 8192
             gib, eager = layer_gib(backend, seq_len), layer_gib("eager", seq_len)
-            faster = 1 + (FASTER[backend] - 1) * (1 + lengths.index(seq_len))
+            faster = 1 + (FASTER[backend] - 1) * (1 + sorted(lengths).index(seq_len))
             measured = {
                 "memory/attention_gib": batch * gib,
                 "memory/attention_eager_gib": batch * eager,

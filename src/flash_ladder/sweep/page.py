@@ -26,7 +26,7 @@ STYLE = """
   :root { --ink: #e8e8e8; --faint: #a5a5a5; --paper: #16181b; --line: #363a40; --mark: #202429; --bad: #ff8f8f; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 84rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; max-width: 92rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--paper);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.25rem 0 .5rem; }
@@ -36,7 +36,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .65rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .3rem .55rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tbody tr:last-child td { border-bottom: 0; }
 th { background: var(--mark); position: sticky; top: 0; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
@@ -110,7 +110,7 @@ def facts(sweep: Sweep) -> str:
         "versions": [escape(line) for line in sweep.versions[:4]],
         "date": [escape(" to ".join(dict.fromkeys([sweep.dates[0], sweep.dates[-1]])))] if sweep.dates else [],
         "speed-up over": [escape(sweep.baseline)] if sweep.baseline else [],
-        "as data": [link("sweep.csv"), link("sweep.json")],
+        "as data": [f"{link('sweep.csv')}, {link('sweep.json')}"],
     }
     if len(sweep.commands) > 8:
         told["command"].append(f"and {len(sweep.commands) - 8} others")
@@ -120,7 +120,7 @@ def facts(sweep: Sweep) -> str:
 
 def link(path: str, text: str | None = None) -> str:
     """A link to a file or folder beside the page."""
-    return f'<a href="{escape(quote(f"./{path}"))}">{escape(text or path)}</a>'
+    return f'<a href="{quote(f"./{path}")}">{escape(text or path)}</a>'
 
 
 def table(sweep: Sweep, out: Path) -> str:
@@ -154,10 +154,9 @@ def figure(picture: Picture, files: list[Path], out: Path) -> str:
     svg = next(file for file in files if file.suffix == ".svg")
     image = base64.b64encode(svg.read_bytes()).decode()
     alt = escape(picture.title.replace("$S^p$", "exponent"))
-    title = " and ".join(panel.title for panel in picture.panels)
     beside = ", ".join(link(relative(file, out), file.suffix[1:].upper()) for file in files)
     return (
-        f"<h2>{escape(title[:1].upper() + title[1:])}</h2>\n"
+        f"<h2>{escape(picture.title.partition(';')[0])}</h2>\n"
         f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{image}"></figure>\n'
         f'<p class="faint">{escape(CAPTIONS[picture.name])} {beside}</p>'
     )

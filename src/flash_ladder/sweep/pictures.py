@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from flash_ladder.drawing import (
     FAINT,
@@ -193,7 +193,7 @@ def set_y(axis: Axes, panel: Panel) -> None:
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda n, _: bytes_in_words(n)))
     elif panel.unit == "share":
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     elif panel.unit == "tokens/s":
         axis.yaxis.set_major_formatter(FuncFormatter(lambda n, _: count_in_words(n)))
     elif panel.unit == "times":

@@ -39,7 +39,8 @@ def report(folder: Path, out: Path | None = None, baseline: str | None = None) -
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be written ({error.strerror}); set out=FOLDER") from None
     written = [out / "sweep.csv", out / "sweep.json", *(file for group in files.values() for file in group), out / "report.html"]
-    print(f"report: {out / 'report.html'}, and beside it sweep.csv, sweep.json and {len(files)} pictures (PNG, SVG, CSV)")
+    n_pictures = f"{len(files)} picture{'s' * (len(files) != 1)}"
+    print(f"report: {out / 'report.html'}, and beside it sweep.csv, sweep.json and {n_pictures} (PNG, SVG, CSV)")
     return written
 
 

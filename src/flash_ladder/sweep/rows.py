@@ -15,7 +15,7 @@ from typing import Any
 
 from flash_ladder.errors import UserError
 from flash_ladder.names import BACKENDS
-from flash_ladder.sweep.run_files import Row, as_plain, fill, read_object, read_run, read_yaml
+from flash_ladder.sweep.run_files import Row, as_plain, clean, fill, read_object, read_run, read_yaml
 
 # Keys of the configuration that a row has fields of its own for, or that do not change what is measured.
 OWN_KEYS = (
@@ -152,7 +152,7 @@ def read_overrides(run: Path) -> dict[str, str] | None:
 def split_overrides(overrides: Any) -> dict[str, str]:
     """["data.seq_len=512", ...] by key."""
     found = (o.lstrip("+~").partition("=") for o in overrides if isinstance(o, str)) if isinstance(overrides, list) else ()
-    return {key: value for key, _, value in found}
+    return {clean(key): clean(value) for key, _, value in found}
 
 
 def varying(rows: dict[Path, Row], settings: dict[Path, dict[str, str] | None], notes: list[str]) -> list[dict[str, str]]:
@@ -221,7 +221,7 @@ def as_number(text: str | None) -> float | None:
 
 def command_line(arguments: Any) -> str:
     """A command as one line."""
-    return " ".join(map(str, arguments)) if isinstance(arguments, list) else ""
+    return clean(" ".join(map(str, arguments))) if isinstance(arguments, list) else ""
 
 
 def versions(environment: dict) -> str:

@@ -133,10 +133,15 @@ def converted(value: Any, kind: str) -> Any:
     if kind.startswith("bool"):
         return value if isinstance(value, bool) else None
     if kind.startswith("str"):
-        return " ".join(value.split()) if isinstance(value, str) else None
+        return clean(" ".join(value.split())) if isinstance(value, str) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return int(value) if kind.startswith("int") else float(value)
+
+
+def clean(text: str) -> str:
+    """`text` without halves of surrogate pairs, which JSON may hold and no file takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def log_lines(run: Path, notes: list[str]) -> list[dict]:
