@@ -34,9 +34,9 @@ def gib(value: float) -> str:
     return size(value * GIB)
 
 
-def milliseconds(value: float) -> str:
-    """Seconds as milliseconds."""
-    return f"{1e3 * value:.3g} ms"
+def duration(value: float) -> str:
+    """Seconds in words, to three digits."""
+    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
 def times(value: float) -> str:
@@ -63,7 +63,7 @@ def columns(sweep: Sweep) -> list[Column]:
         Column("MFU", "share of the dense peak, full attention counted", lambda r: r.mfu, lambda n: f"{100 * n:.1f} %", 75),
         Column("peak", "memory of a device: a GPU's tensors, or a CPU's process", lambda r: r.peak_gib, gib, 94),
         Column("layer", "memory of one attention layer, the whole batch", lambda r: r.attention_gib, gib, 70),
-        Column("time", "of that layer, forward and backward", lambda r: r.attention_seconds, milliseconds, 40),
+        Column("time", "of that layer, forward and backward", lambda r: r.attention_seconds, duration, 40),
         Column("saved", "memory of that layer less than eager's", _beside_eager("saved_gib"), gib, 60),
         Column("x less", "eager's memory of that layer over its own", _beside_eager("saved_ratio"), times, 72),
         Column("x faster", "eager's time of that layer over its own", _beside_eager("attention_speedup"), times, 65),
