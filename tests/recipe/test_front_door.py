@@ -8,12 +8,21 @@ from dataclasses import asdict
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 import flash_ladder.front_door
 from flash_ladder.errors import UserError
-from flash_ladder.front_door import CONF, front_door
-from flash_ladder.schema import Config, DataConfig
-from flash_ladder.script_schema import BenchmarkConfig, DoctorConfig, EvaluateConfig, ExportConfig, GenerateConfig, TuneConfig
+from flash_ladder.front_door import CONF, front_door, store_defaults
+from flash_ladder.schema import Config, DataConfig, with_batch_size
+from flash_ladder.script_schema import (
+    BenchmarkConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ReportConfig,
+    TuneConfig,
+)
 
 
 @pytest.fixture
@@ -63,6 +72,7 @@ SCHEMAS = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
+    "report": ReportConfig,
     "tune_tiles": TuneConfig,
 }
 
@@ -85,15 +95,26 @@ def options():
         yield path, path.stem, yaml.safe_load(path.read_text())
 
 
+def overridden(said):
+    """What the options that an experiment names (override /model: ...) set: its own values are said on top of them."""
+    values = {}
+    for entry in said.get("defaults", ()):
+        for key, option in entry.items() if isinstance(entry, dict) else ():
+            if key.startswith("override /") and (file := CONF / key.removeprefix("override /") / f"{option}.yaml").exists():
+                values |= dict(leaves({key.removeprefix("override /"): yaml.safe_load(file.read_text())}))
+    return values
+
+
 def test_no_option_repeats_a_default():
     """A default has one home, the schema; an option file holds only what differs."""
     repeated, n_files = [], 0
     for path, command, said in options():
+        options_below = overridden(said)
         said = {key: value for key, value in said.items() if key not in ("defaults", "hydra")}
         if path.stem == "command":  # what all scripts ask of Hydra
             assert not said
             continue
-        defaults = dict(leaves(asdict(SCHEMAS[command]())))
+        defaults = dict(leaves(asdict(SCHEMAS[command]()))) | options_below
         repeated += [f"{path.name}: {key}" for key, value in leaves(said) if value == defaults[key]]
         n_files += 1
     assert repeated == [] and n_files > 20
@@ -113,6 +134,21 @@ def test_groups_keys_and_an_experiment(train):
     assert (cfg.model.n_layer, cfg.model.n_kv_head, cfg.model.position) == (12, 12, "learned")
     assert cfg.data.seq_len == cfg.model.max_seq_len == 512  # one refers to the other
     assert (cfg.attention.backend, cfg.optimizer.lr, cfg.seed, cfg.trainer.compile) == ("eager", 1e-3, 7, True)
+
+
+@pytest.mark.parametrize(("experiment", "longest", "backends"), [("seq_len_scaling", 262144, 4), ("seq_len_scaling_cpu", 2048, 2)])
+def test_an_experiment_brings_the_axes_of_its_sweep(train, experiment, longest, backends):
+    """As many tokens a step at every length, and no length that leaves a step uneven."""
+    store_defaults(Config)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        axes = compose("train", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.params
+    assert set(axes) == {"attention", "data.seq_len"} and len(axes["attention"].split(",")) == backends
+    lengths = [int(n) for n in axes["data.seq_len"].split(",")]
+    assert lengths[-1] == longest
+    for seq_len in lengths:
+        _, said, [(cfg, _)] = train(f"experiment={experiment}", f"data.seq_len={seq_len}")
+        cfg = with_batch_size(cfg, 1)
+        assert said == "" and cfg.data.batch_size * cfg.trainer.accumulate * seq_len == cfg.data.tokens_per_step
 
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
