@@ -51,11 +51,12 @@ def say(*words: object) -> None:
     print(*words, flush=True)
 
 
-def train(cfg: Config, run_dir: Path) -> None:
+def train(cfg: Config, run_dir: Path) -> float | None:
     """Trains what `cfg` asks for and leaves everything in `run_dir`.
 
     It writes config.yaml, metrics.jsonl, environment.json, tokenizer.json, checkpoints/best.ckpt and last.ckpt, wandb/. With
-    cfg.resume, `run_dir` is that run's folder and training goes on from its last checkpoint.
+    cfg.resume, `run_dir` is that run's folder and training goes on from its last checkpoint. Returns the last validation loss, in
+    nats per token, on the first process.
     Raises UserError for a choice that cannot run here, for unreadable data and for a loss that is not finite.
     """
     quiet_lightning()
@@ -87,6 +88,7 @@ def train(cfg: Config, run_dir: Path) -> None:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if first:
             report(run_dir, trainer, data, place, speed, write_sample(module.net, data, place, cfg.prompt, sample_tokens))
+            return float(trainer.callback_metrics[metrics.VAL_LOSS])
     except Stopped as stop:
         say(f"stopped by {stop} after step {trainer.global_step}; to go on: python train.py resume={shlex.quote(str(run_dir))}")
         if first:  # elsewhere Lightning would take an exit code other than 0 for a crash and kill this process
@@ -103,6 +105,7 @@ def train(cfg: Config, run_dir: Path) -> None:
     finally:
         for logger in loggers:
             logger.close(failed=sys.exc_info()[0] is not None)
+    return None
 
 
 # ---- data and model ----
