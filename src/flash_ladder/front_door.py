@@ -149,7 +149,9 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         return compose(config_name, overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from None
+        said = str(error).partition("Config search path")[0].split()  # and for an option that is not there, those that are
+        cause = str(error.__cause__).splitlines()[:1] if error.__cause__ else []
+        raise UserError(": ".join([" ".join(said), *cause])) from None
 
 
 def _check_points(config_name: str, points: list[list[str]], schema: type) -> None:
@@ -227,6 +229,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         go_on, resume = command_line.named("sweep", overrides), command_line.named("resume", overrides)
         overrides = [command_line.for_hydra(override) for override in overrides]
         flags = _flags(flags, go_on)
+        if not command_line.HELP.isdisjoint(flags):  # Hydra's help shows one run
+            overrides = [override for override in overrides if not command_line.parse_override(override).is_sweep_override()]
         sweep = command_line.asks_for_a_sweep(flags, overrides)
         if sweep and resume:
             raise UserError(f"resume={resume} goes on with one run, so leave -m out; a sweep goes on with sweep=FOLDER")

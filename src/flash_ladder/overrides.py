@@ -68,7 +68,10 @@ def for_hydra(argument: str) -> str:
 def as_typed(override: str) -> str:
     """What a user types for an override in Hydra's grammar; `for_hydra` undone."""
     key, _, text = override.partition("=")
-    return f"{key}={parse_override(override).value()}" if key in AS_TYPED and text.startswith("'") else override
+    if key not in AS_TYPED or not text.startswith("'"):
+        return override
+    value = str(parse_override(override).value())  # in which Hydra leaves the backslashes before ${ to OmegaConf
+    return f"{key}=" + re.sub(r"(\\*)\\\$\{", lambda start: start[1][: len(start[1]) // 2] + "${", value)
 
 
 def parse_override(argument: str, loader: ConfigLoader | None = None) -> Override:
@@ -80,7 +83,7 @@ def parse_override(argument: str, loader: ConfigLoader | None = None) -> Overrid
     if not equals and not argument.startswith("~"):
         raise UserError(f"{argument} is not KEY=VALUE; --help lists the keys")
     try:
-        override = OverridesParser.create(config_loader=loader).parse_override(argument)
+        [override] = OverridesParser.create(config_loader=loader).parse_overrides([argument])
     except HydraException:
         typed = f"'{key}=\"{value}\"'"
         raise UserError(f"{argument} cannot be read: such a value needs quotes that the shell leaves on, {typed}") from None

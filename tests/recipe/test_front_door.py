@@ -12,14 +12,17 @@ import yaml
 import flash_ladder.front_door
 from flash_ladder.errors import UserError
 from flash_ladder.front_door import CONF, front_door
+from flash_ladder.overrides import as_typed, for_hydra
 from flash_ladder.schema import Config, DataConfig
 from flash_ladder.script_schema import BenchmarkConfig, DoctorConfig, EvaluateConfig, ExportConfig, GenerateConfig, TuneConfig
+from flash_ladder.sweep import launcher
 
 
 @pytest.fixture
 def train(monkeypatch, tmp_path, capsys):
     """Calls the front door of train.py with a `main` that only listens; returns exit code, stderr, and what main was given."""
     monkeypatch.chdir(tmp_path)
+    launcher.register()
 
     def call(*arguments, main=None):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -149,12 +152,23 @@ def test_exit_codes_are_mains(train):
     assert train(main=interrupted)[:2] == (130, "\ninterrupted\n")
 
 
-PROMPTS = ["def ", "  a=b, 'c' \"d\" # e", "${HOME} \\${a}\\", "null", "", "[1, 2", "def f():\n    return '\\n'\n", "é 漢字"]
+PROMPTS = [
+    "def ",
+    "  a=b, 'c' \"d\" # e",
+    "${HOME} \\${a}\\",
+    "\\\\${a}\\'",
+    "null",
+    "",
+    "[1, 2",
+    "def f():\n    return '\\n'\n",
+    "é 漢字",
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_taken_as_it_is(train, prompt):
     assert train(f"prompt={prompt}")[2][0][0].prompt == prompt
+    assert as_typed(for_hydra(f"prompt={prompt}")) == f"prompt={prompt}"
 
 
 # ---- what does not ----
@@ -256,7 +270,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(refused, tmp_path_fa
 
 
 def test_a_sweep_runs_every_point(train):
-    code, said, given = train("-m", "seed=1,2", "model.n_layer=range(1,3)")
+    code, said, given = train("-m", "seed=1,2", "model.n_layer=range(1,3)", "hydra/launcher=basic")
     assert (code, said) == (0, "")
     assert [(cfg.seed, cfg.model.n_layer) for cfg, _ in given] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert len({folder for _, folder in given}) == 4

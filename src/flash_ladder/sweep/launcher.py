@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from flash_ladder.front_door import fail, parse, without_hydra
 from flash_ladder.overrides import WITH_VALUE, split
 from flash_ladder.schema import Config
 from flash_ladder.sweep.gpus import Pool, gpus_here, gpus_needed
-from flash_ladder.sweep.points import Point, Sweep
+from flash_ladder.sweep.points import LOCK, Point, Sweep
 from flash_ladder.sweep.process import read_result, still_runs
 from flash_ladder.sweep.runner import Limits, Runner
 from flash_ladder.training.metrics import VAL_LOSS
@@ -78,6 +79,7 @@ class ProcessLauncher(Launcher):
         try:
             return self._launch([list(overrides) for overrides in job_overrides], initial_job_idx)
         except UserError as error:
+            remove_bare(Path(self.config.hydra.sweep.dir))
             fail(error)
 
     def _launch(self, points: list[list[str]], first: int) -> list[JobReturn]:
@@ -143,6 +145,12 @@ class ProcessLauncher(Launcher):
         found = [word for flag, value in itertools.pairwise(flags) if flag in WITH_VALUE for word in (flag, value)]
         hydras = [o for o in self.config.hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
         return [str(Path(sys.argv[0]).absolute()), *found, *hydras]
+
+
+def remove_bare(folder: Path) -> None:
+    """Removes the folder of a sweep that never began: one that holds nothing but Hydra's notes and the lock."""
+    if {path.name for path in folder.iterdir()} <= {"multirun.yaml", LOCK}:
+        shutil.rmtree(folder)
 
 
 def returned(point: Point, folder: Path, cfg: DictConfig) -> JobReturn:
