@@ -110,13 +110,19 @@ class ProcessLauncher(Launcher):
         """The sweep's record, opened at the first call. Raises UserError where points of an earlier start still run."""
         if self.sweep is None:
             folder = Path(self.config.hydra.sweep.dir)
-            asked = self.config.hydra.overrides
-            kept = [o for o in asked.hydra if not o.startswith(("hydra.sweep.dir=", "hydra.mode=", "hydra.launcher.go_on="))]
-            self.sweep = Sweep.open(folder, sys.orig_argv[1:], [*asked.task, *kept], self.go_on)
+            kept = [
+                o for o in self._asked("hydra") if not o.startswith(("hydra.sweep.dir=", "hydra.mode=", "hydra.launcher.go_on="))
+            ]
+            self.sweep = Sweep.open(folder, sys.orig_argv[1:], [*self._asked("task"), *kept], self.go_on)
             for point in self.sweep.points:
                 if still_runs(self.sweep.folder_of(point)):
                     raise UserError(f"sweep={folder}: point {point.number} still runs, from a sweep that was killed; end it first")
         return self.sweep
+
+    def _asked(self, whose: str) -> list[str]:
+        """The overrides of `task` or `hydra` as they were given: an interpolation in them is for each point to follow."""
+        asked: Any = OmegaConf.to_container(self.config.hydra.overrides[whose], resolve=False)
+        return asked
 
     def _configuration(self, number: int, overrides: list[str]) -> DictConfig:
         cfg = self.context.config_loader.load_sweep_config(self.config, overrides)
@@ -143,7 +149,7 @@ class ProcessLauncher(Launcher):
         """train.py, and what Hydra needs to find the same configuration files and to treat a run as asked."""
         flags = split(sys.argv[1:])[0]
         found = [word for flag, value in itertools.pairwise(flags) if flag in WITH_VALUE for word in (flag, value)]
-        hydras = [o for o in self.config.hydra.overrides.hydra if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
+        hydras = [o for o in self._asked("hydra") if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
         return [str(Path(sys.argv[0]).absolute()), *found, *hydras]
 
 

@@ -275,6 +275,14 @@ def test_subdir_names_the_folders(train):
     assert [point["folder"] for point in points] == ["abc", "abc_1"]
 
 
+def test_a_reference_is_followed_in_every_point(train, tmp_path):
+    code, _, points = train(*NEW, "seed=4,1", 'hydra.sweep.subdir="lr=1,${hydra.job.num}"', "model.max_seq_len=${data.seq_len}")
+    assert code == 1 and [point["folder"] for point in points] == ["lr=1,0", "lr=1,1"]
+    assert "model.max_seq_len=${data.seq_len}" in json.loads((tmp_path / "s" / "lr=1,1" / "typed").read_text())
+    code, _, points = train("sweep=s")
+    assert code == 1 and statuses(points) == ["failed", "finished"]
+
+
 def test_nothing_loads_torch():
     code = "import sys, flash_ladder.sweep.launcher, flash_ladder.sweep.ending; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
