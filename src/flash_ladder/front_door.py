@@ -242,6 +242,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
             elif resume:
                 saved = command_line.saved_run(resume)
                 overrides, saved_text = command_line.resumed(saved, overrides), saved.read_text()
+            if sweep:
+                overrides = [command_line.for_sweeper(override) for override in overrides]
             cfg = _check(conf, config_name, overrides, schema, sweep)
             if cfg.hydra.output_subdir is not None:  # the scripts have no run folder, nor have the processes that DDP starts
                 key, folder = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if sweep else ("hydra.run.dir", cfg.hydra.run.dir)

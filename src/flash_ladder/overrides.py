@@ -74,6 +74,12 @@ def as_typed(override: str) -> str:
     return f"{key}=" + re.sub(r"(\\*)\\\$\{", lambda start: start[1][: len(start[1]) // 2] + "${", value)
 
 
+def for_sweeper(argument: str) -> str:
+    """Quotes a value that begins with a reference to another, ${data.seq_len}: Hydra's sweeper would take its braces for text."""
+    key, _, value = argument.partition("=")
+    return f'{key}="{value}"' if value.startswith("${") and '"' not in value else argument
+
+
 def parse_override(argument: str, loader: ConfigLoader | None = None) -> Override:
     """One argument of the command line as Hydra reads it; `loader` knows the groups that glob() looks into.
 

@@ -278,7 +278,7 @@ def test_subdir_names_the_folders(train):
 def test_a_reference_is_followed_in_every_point(train, tmp_path):
     code, _, points = train(*NEW, "seed=4,1", 'hydra.sweep.subdir="lr=1,${hydra.job.num}"', "model.max_seq_len=${data.seq_len}")
     assert code == 1 and [point["folder"] for point in points] == ["lr=1,0", "lr=1,1"]
-    assert "model.max_seq_len=${data.seq_len}" in json.loads((tmp_path / "s" / "lr=1,1" / "typed").read_text())
+    assert 'model.max_seq_len="${data.seq_len}"' in json.loads((tmp_path / "s" / "lr=1,1" / "typed").read_text())
     code, _, points = train("sweep=s")
     assert code == 1 and statuses(points) == ["failed", "finished"]
 
