@@ -30,7 +30,6 @@ from flash_ladder import overrides as command_line
 from flash_ladder.errors import UserError, nearest, one_of
 from flash_ladder.files import make_writable
 
-RANKS = ("LOCAL_RANK", "RANK")  # in the environment of a process that is one of several of the same run
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 # Placeholders that a help text in YAML may hold: the list of backends, and the list of the benchmark's peers.
@@ -176,7 +175,7 @@ def _check_points(config_name: str, points: list[list[str]], schema: type) -> No
 
 def is_one_of_several() -> bool:
     """Whether this process is one of several that train one run: the others write to the same folder."""
-    return any(name in os.environ for name in RANKS)
+    return "LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
@@ -274,16 +273,17 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
                 print(f"error: {error}", file=sys.stderr)
                 raise PointFailed(str(error)) from None
             fail(error)
-        except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
         if isinstance(result, int) and result:
             if sweep:
                 raise PointFailed(f"exit code {result}")
             sys.exit(result)
         return result
 
-    run()
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _flags(flags: list[str], go_on: str | None) -> list[str]:

@@ -42,27 +42,33 @@ class Runner:
     def run(self, gpus_of: dict[int, int]) -> int:
         """Runs the points (their numbers, with how many GPUs each takes); returns the signal that stopped it, or 0."""
         waiting = [point for point in self.sweep.points if point.number in gpus_of]
-        self.names = self.sweep.names()
+        names = self.sweep.names()
+        width = max(map(len, names.values()), default=0)
+        self.names = {number: name.ljust(width) for number, name in names.items()}
         n_done = len(self.sweep.points) - len(waiting)
         total = len(self.sweep.points)
         is_told = False
         with signals() as received, tqdm(total=total, initial=n_done, desc="sweep", unit="point", dynamic_ncols=True) as bar:
-            while self.running or (waiting and not received):
-                for point in [] if received else list(waiting):
-                    if self._fits(gpus_of[point.number]):
-                        waiting.remove(point)
-                        self._start(point, gpus_of[point.number])
-                for process in list(self.running):
-                    if process.has_ended():
-                        self._settle(process, waiting)
-                        bar.n = total - len(waiting) - len(self.running)
-                    else:
-                        self._end_if_due(process, received)
-                if received and not is_told:
-                    is_told = True
-                    tqdm.write(f"\nstopping {len(self.running)} points; once more to kill them", file=sys.stderr)
-                self._show(bar)
-                time.sleep(TICK)
+            try:
+                while self.running or (waiting and not received):
+                    for point in [] if received else list(waiting):
+                        if self._fits(gpus_of[point.number]):
+                            waiting.remove(point)
+                            self._start(point, gpus_of[point.number])
+                    for process in list(self.running):
+                        if process.has_ended():
+                            self._settle(process, waiting)
+                            bar.n = total - len(waiting) - len(self.running)
+                        else:
+                            self._end_if_due(process, received)
+                    if received and not is_told:
+                        is_told = True
+                        tqdm.write(f"\nstopping {len(self.running)} points; once more to kill them", file=sys.stderr)
+                    self._show(bar)
+                    time.sleep(TICK)
+            finally:  # whatever goes wrong here, a full disk for one, no process is left alone
+                for process in self.running:
+                    process.close()
         return received[0] if received else 0
 
     def _fits(self, n_gpus: int) -> bool:
@@ -110,7 +116,7 @@ class Runner:
 
     def _show(self, bar: tqdm) -> None:
         """The bar with what runs now. Its clock moves on a terminal alone: a file would fill with bars."""
-        shown = ", ".join(self.names[p.point.number] or str(p.point.number) for p in self.running)
+        shown = ", ".join(self.names[p.point.number].strip() or str(p.point.number) for p in self.running)
         moved = bar.postfix != shown
         bar.set_postfix_str(shown, refresh=False)
         if moved or (sys.stderr.isatty() and time.time() - bar.last_print_t > 1):
@@ -121,7 +127,7 @@ def line(point: Point, name: str, result: dict[str, Any] | None) -> str:
     """What became of a point, in one line."""
     measured = (result or {}).get("metrics", {})
     loss, speed = measured.get(metrics.VAL_LOSS), measured.get(metrics.TOKENS_PER_SECOND)
-    words = [f"{point.number:<4} {name}".strip(), point.status.replace("_", " ")]
+    words = [f"{point.number:<4} {name}", f"{point.status.replace('_', ' '):13}"]
     words += [f"loss {loss:.4f}"] if loss is not None else []
     words += [f"{speed:,.0f} tokens/s"] if speed is not None else []
     words += [f"{point.seconds:.0f} s"] if point.seconds is not None else []
