@@ -117,7 +117,8 @@ def _check(conf: Path, config_name: str, overrides: list[str], schema: type, swe
             ]
             _check_points(config_name, command_line.points_of([*listed, *asked]), schema)
         else:
-            parse(without_hydra(cfg), schema)
+            fixed = [override.input_line or "" for override in asked if not override.is_sweep_override()]
+            _check_either(config_name, cfg, fixed, schema)
     return cfg
 
 
@@ -168,6 +169,19 @@ def _check_points(config_name: str, points: list[list[str]], schema: type) -> No
     if wrong:
         lines = "".join(f"\n  {apart}: {reason}" for apart, reason in wrong)
         raise UserError(f"{len(wrong)} of {len(points)} points cannot run, and none was started:{lines}")
+
+
+def _check_either(config_name: str, first: DictConfig, fixed: list[str], schema: type) -> None:
+    """Checks a run, or the first point of a search. That point may be a bad combination which the search has others beside: then
+    what all points share decides.
+    """
+    try:
+        parse(without_hydra(first), schema)
+    except UserError as error:
+        try:
+            parse(without_hydra(_compose(config_name, fixed)), schema)
+        except UserError:
+            raise error from None
 
 
 # ---- the folder that a command writes to ----

@@ -1,7 +1,7 @@
 """Hydra's launcher `processes`, train.py's default under -m: every point of a sweep in a process of its own.
 
 Hydra's own sweeper hands over all points at once, others a few at a time and pick the next by the losses that come back. A point
-that fails gives them nan, and the sweep goes on.
+that fails gives them inf, and the sweep goes on.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def register() -> None:
 
 
 class ProcessLauncher(Launcher):
-    """Runs every point in a process of its own, and returns its validation loss; nan where there is none."""
+    """Runs every point in a process of its own, and returns its validation loss; inf where there is none."""
 
     __module__ = PLUGIN
 
@@ -91,7 +91,8 @@ class ProcessLauncher(Launcher):
         sweep.save()
         if gpus_of:
             assert self.pool is not None
-            print(f"sweep: {len(gpus_of)} points on {self.pool}; {sweep.folder}/POINT/console.log has what each says", flush=True)
+            if first == 0:  # a sweeper that searches asks again and again
+                print(f"sweep: {self.pool}; {sweep.folder}/POINT/console.log has what each point says", flush=True)
             signum = Runner(sweep, self._script(), self.pool, limits).run(gpus_of)
             if signum:
                 print(f"interrupted; to go on: python {sys.argv[0]} sweep={sweep.folder}", file=sys.stderr)
@@ -160,12 +161,13 @@ def remove_bare(folder: Path) -> None:
 
 
 def returned(point: Point, folder: Path, cfg: DictConfig) -> JobReturn:
-    """What Hydra's sweepers get of a point: always a completed job, or they would end the sweep.
+    """What Hydra's sweepers get of a point: always a completed job, since a failed one would end the sweep.
 
-    Its value is the validation loss. nan stands for a point without one, which optuna counts as a failed trial and goes on.
+    Its value is the validation loss of a finished run. A point without one gives inf, the worst there is: optuna's sweeper goes on
+    after inf, and neither after nan nor after a failed job.
     """
     result: dict[str, Any] = read_result(folder) or {}
-    loss = result.get("metrics", {}).get(VAL_LOSS)
+    loss = result.get("metrics", {}).get(VAL_LOSS) if point.status == "finished" else None
     job = JobReturn(
         overrides=point.overrides,
         cfg=without_hydra(cfg),
@@ -173,5 +175,5 @@ def returned(point: Point, folder: Path, cfg: DictConfig) -> JobReturn:
         working_dir=str(Path.cwd()),
     )
     job.status, job.task_name = JobStatus.COMPLETED, cfg.hydra.job.name
-    job.return_value = math.nan if loss is None else float(loss)
+    job.return_value = math.inf if loss is None else float(loss)
     return job

@@ -9,11 +9,13 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 from omegaconf import OmegaConf
 
-from flash_ladder.front_door import front_door
+from flash_ladder.errors import UserError
+from flash_ladder.front_door import _check_either, front_door
 from flash_ladder.schema import Config
 from flash_ladder.sweep import launcher, runner
 from flash_ladder.sweep.points import Point
@@ -249,12 +251,13 @@ def test_two_sweeps_of_the_same_second_have_folders_of_their_own(train, tmp_path
 # ---- what Hydra's sweepers get ----
 
 
-def test_sweepers_get_the_validation_loss_or_nan(tmp_path):
+def test_sweepers_get_the_validation_loss_and_inf_for_a_failure(tmp_path):
     cfg = OmegaConf.create({"seed": 1, "hydra": {"job": {"name": "train"}}})
-    assert math.isnan(launcher.returned(Point(0, "0", ["seed=1"], status="failed"), tmp_path, cfg).return_value)
+    assert launcher.returned(Point(0, "0", ["seed=1"], status="failed"), tmp_path, cfg).return_value == math.inf
     (tmp_path / "result.json").write_text(json.dumps({"status": "finished", "metrics": {"val/loss": 2.5}}))
     job = launcher.returned(Point(0, "0", ["seed=1"], status="finished"), tmp_path, cfg)
     assert (job.return_value, job.overrides, job.cfg) == (2.5, ["seed=1"], {"seed": 1})
+    assert launcher.returned(Point(0, "0", ["seed=1"], status="timed_out"), tmp_path, cfg).return_value == math.inf
 
 
 def test_a_point_that_a_sweeper_should_not_have_asked_for_has_failed(train, monkeypatch):
@@ -263,6 +266,15 @@ def test_a_point_that_a_sweeper_should_not_have_asked_for_has_failed(train, monk
     code, _, points = train(*NEW, "model.n_head=3,4", "seed=1")
     assert (code, statuses(points)) == (1, ["failed", "finished"])
     assert "d_model=129 would work" in points[0]["error"]
+
+
+def test_a_search_may_begin_at_a_bad_combination(monkeypatch):
+    """What all of its points share has to be good; another point may be."""
+    first = OmegaConf.create({"model": {"n_head": 3}})
+    for shared, is_refused in (({}, False), ({"data": {"seq_len": 0}}, True)):
+        monkeypatch.setattr("flash_ladder.front_door._compose", lambda *asked, shared=shared: OmegaConf.create(shared))
+        with pytest.raises(UserError, match="n_head=3") if is_refused else nullcontext():
+            _check_either("train", first, [], Config)
 
 
 def test_batches_of_a_sweeper_are_one_sweep(train):
