@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from tqdm import tqdm
 
 from flash_ladder import names
 from flash_ladder import overrides as command_line
@@ -157,7 +158,8 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
 def _check_points(config_name: str, points: list[list[str]], schema: type) -> None:
     """Raises one UserError that lists every point that cannot run, a line each."""
     wrong: list[tuple[str, str]] = []
-    for point, apart in zip(points, command_line.differing(points), strict=True):
+    bar = tqdm(points, desc="checking", unit="point", leave=False, delay=2)
+    for point, apart in zip(bar, command_line.differing(points), strict=True):
         try:
             parse(without_hydra(_compose(config_name, point)), schema)
         except UserError as error:

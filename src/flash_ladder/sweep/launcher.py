@@ -22,6 +22,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from tqdm import tqdm
 
 from flash_ladder.errors import UserError
 from flash_ladder.front_door import fail, parse, without_hydra
@@ -85,7 +86,8 @@ class ProcessLauncher(Launcher):
     def _launch(self, points: list[list[str]], first: int) -> list[JobReturn]:
         limits = self._limits()
         sweep = self._open()
-        configs = {number: self._configuration(number, overrides) for number, overrides in enumerate(points, first)}
+        composing = tqdm(points, desc="composing", unit="point", leave=False, delay=2)
+        configs = {number: self._configuration(number, overrides) for number, overrides in enumerate(composing, first)}
         mine = [sweep.place(n, points[n - first], str(cfg.hydra.sweep.subdir)) for n, cfg in configs.items()]
         gpus_of = self._gpus({point.number: configs[point.number] for point in mine if not point.is_good}, sweep)
         sweep.save()
