@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -237,60 +238,33 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     """
     _leave_script_folder()
     store_defaults(schema)
-    typed = sys.argv[1:]
-    saved, saved_text = None, ""
     try:
-        flags, overrides = command_line.split(typed)
-        go_on, resume = command_line.named("sweep", overrides), command_line.named("resume", overrides)
-        overrides = [command_line.for_hydra(override) for override in overrides]
-        flags = _flags(flags, go_on)
-        if not command_line.HELP.isdisjoint(flags):  # Hydra's help shows one run
-            overrides = [override for override in overrides if not command_line.parse_override(override).is_sweep_override()]
-        sweep = command_line.asks_for_a_sweep(flags, overrides)
-        if sweep and resume:
-            raise UserError(f"resume={resume} goes on with one run, so leave -m out; a sweep goes on with sweep=FOLDER")
-        if sweep and is_one_of_several():
-            raise UserError("a sweep starts the processes of every point itself: start it once, without torchrun or the like")
-        if set(flags) <= command_line.SWEEP:  # Hydra's own flags (--help, --cfg) need no check
-            if go_on:
-                overrides = command_line.swept(go_on, overrides)
-            elif resume:
-                saved = command_line.saved_run(resume)
-                overrides, saved_text = command_line.resumed(saved, overrides), saved.read_text()
-            if sweep:
-                overrides = [command_line.for_sweeper(override) for override in overrides]
-            cfg = _check(conf, config_name, overrides, schema, sweep)
-            if cfg.hydra.output_subdir is not None:  # the scripts have no run folder, nor have the processes that DDP starts
-                key, folder = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if sweep else ("hydra.run.dir", cfg.hydra.run.dir)
-                is_chosen = any(override.startswith(f"{key}=") for override in overrides)
-                claimed = _claim(Path(folder), key, is_chosen, is_new=sweep and not go_on)
-                # Hydra would read the clock again, and might make another folder a second later.
-                overrides.append(f"{key}={command_line.quoted(str(claimed))}")
-        sys.argv[1:] = [*flags, *overrides]
-        for_children = [*flags, *map(command_line.as_typed, overrides)]
+        asked = _read(sys.argv[1:], conf, config_name, schema)
     except UserError as error:
         fail(error)
+    sys.argv[1:] = [*asked.flags, *asked.overrides]
+    saved_text = asked.resumes.read_text() if asked.resumes else ""
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
     def run(cfg: DictConfig) -> float | None:
         # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
         import flash_ladder.kernels  # noqa: F401
 
-        sys.argv[1:] = for_children  # DDP starts its processes with these
+        sys.argv[1:] = [*asked.flags, *map(command_line.as_typed, asked.overrides)]  # DDP starts its processes with these
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             result = main(parse(cfg, schema), folder)
         except UserError as error:
-            if saved is not None:  # Hydra has written the new overrides into a run that could not go on: undo that
-                saved.write_text(saved_text)
+            if asked.resumes:  # Hydra has written the new overrides into a run that could not go on: undo that
+                asked.resumes.write_text(saved_text)
             elif HydraConfig.get().output_subdir is not None:
                 _remove_bare(folder)
-            if sweep:
+            if asked.is_sweep:
                 print(f"error: {error}", file=sys.stderr)
                 raise PointFailed(str(error)) from None
             fail(error)
         if isinstance(result, int) and result:
-            if sweep:
+            if asked.is_sweep:
                 raise PointFailed(f"exit code {result}")
             sys.exit(result)
         return result
@@ -302,14 +276,58 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         sys.exit(130)
 
 
-def _flags(flags: list[str], go_on: str | None) -> list[str]:
-    """The flags that Hydra is given. Raises UserError for -m beside one that shows a single run."""
-    sweep = command_line.SWEEP.intersection(flags)
-    if not command_line.HELP.isdisjoint(flags):
-        return [flag for flag in flags if flag not in command_line.SWEEP]
-    if sweep and (other := command_line.ONE_RUN.intersection(flags)):
-        raise UserError(f"{other.pop()} is about one run: leave {sweep.pop()} out")
-    return [*flags, *(["-m"] if go_on and not sweep else [])]
+@dataclass(frozen=True)
+class Asked:
+    """What a command was asked for, in Hydra's grammar, checked, with the folder that it writes to."""
+
+    flags: list[str]
+    overrides: list[str]
+    is_sweep: bool
+    resumes: Path | None = None  # the file with the overrides of the run that goes on
+
+
+def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked:
+    """Reads and checks the arguments of a command, and makes its folder. Raises UserError."""
+    flags, overrides = command_line.split(typed)
+    go_on, resume = command_line.named("sweep", overrides), command_line.named("resume", overrides)
+    overrides = [command_line.for_hydra(override) for override in overrides]
+    if not command_line.HELP.isdisjoint(flags):  # Hydra's help shows one run
+        overrides = [override for override in overrides if not command_line.parse_override(override).is_sweep_override()]
+        return Asked([flag for flag in flags if flag not in command_line.SWEEP], overrides, is_sweep=False)
+    if go_on and command_line.SWEEP.isdisjoint(flags):
+        flags = [*flags, "-m"]
+    sweep = command_line.asks_for_a_sweep(flags, overrides)
+    _check_flags(flags, sweep, resume)
+    if not set(flags) <= command_line.SWEEP:  # Hydra's own flags, --cfg or --config-dir, need no check
+        return Asked(flags, overrides, sweep)
+    saved = None
+    if go_on:
+        overrides = command_line.swept(go_on, overrides)
+    elif resume:
+        saved = command_line.saved_run(resume)
+        overrides = command_line.resumed(saved, overrides)
+    if sweep:
+        overrides = [command_line.for_sweeper(override) for override in overrides]
+    cfg = _check(conf, config_name, overrides, schema, sweep)
+    if cfg.hydra.output_subdir is not None:  # the scripts have no run folder, nor have the processes that DDP starts
+        key, folder = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if sweep else ("hydra.run.dir", cfg.hydra.run.dir)
+        is_chosen = any(override.startswith(f"{key}=") for override in overrides)
+        claimed = _claim(Path(folder), key, is_chosen, is_new=sweep and not go_on)
+        # Hydra would read the clock again, and might make another folder a second later.
+        overrides = [*overrides, f"{key}={command_line.quoted(str(claimed))}"]
+    return Asked(flags, overrides, sweep, saved)
+
+
+def _check_flags(flags: list[str], sweep: bool, resume: str | None) -> None:
+    """Raises UserError for a sweep beside what is about one run."""
+    if not sweep:
+        return
+    if other := command_line.ONE_RUN.intersection(flags):
+        raise UserError(f"{other.pop()} is about one run: leave -m out")
+    if resume:
+        raise UserError(f"resume={resume} goes on with one run, so leave -m out; a sweep goes on with sweep=FOLDER")
+    if is_one_of_several():
+        raise UserError("a sweep starts the processes of every point itself: start it once, without torchrun or the like")
 
 
 def _leave_script_folder() -> None:

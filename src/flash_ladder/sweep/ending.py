@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from flash_ladder.files import read_json
 from flash_ladder.overrides import differing
 from flash_ladder.sweep.points import RECORD, Point
+from flash_ladder.sweep.process import CONSOLE
 
 
 class EndOfSweep(Callback):
@@ -34,7 +35,7 @@ def close(folder: Path) -> int:
     names = differing([point.overrides for point in points])
     for point, name in zip(points, names, strict=True):
         if not point.is_good:
-            log = folder / point.folder / "console.log"
+            log = folder / point.folder / CONSOLE
             print(f"{point.status.replace('_', ' '):12} {name or point.number}: {point.error or 'no reason known'} ({log})")
     if bad:
         print(f"again        python {shlex.quote(sys.argv[0])} sweep={shlex.quote(str(folder))}   runs those points again")

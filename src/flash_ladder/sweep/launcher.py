@@ -30,7 +30,7 @@ from flash_ladder.overrides import WITH_VALUE, split
 from flash_ladder.schema import Config
 from flash_ladder.sweep.gpus import Pool, gpus_here, gpus_needed
 from flash_ladder.sweep.points import LOCK, Point, Sweep
-from flash_ladder.sweep.process import read_result, still_runs
+from flash_ladder.sweep.process import CONSOLE, read_result, still_runs
 from flash_ladder.sweep.runner import Limits, Runner
 from flash_ladder.training.metrics import VAL_LOSS
 
@@ -119,7 +119,10 @@ class ProcessLauncher(Launcher):
             self.sweep = Sweep.open(folder, sys.orig_argv[1:], [*self._asked("task"), *kept], self.go_on)
             for point in self.sweep.points:
                 if still_runs(self.sweep.folder_of(point)):
-                    raise UserError(f"sweep={folder}: point {point.number} still runs, from a sweep that was killed; end it first")
+                    raise UserError(
+                        f"sweep={folder}: point {point.number} still runs, from a sweep that was killed; end it first "
+                        f"(fuser {self.sweep.folder_of(point) / CONSOLE} names it)"
+                    )
         return self.sweep
 
     def _asked(self, whose: str) -> list[str]:
