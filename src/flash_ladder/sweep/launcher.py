@@ -94,7 +94,7 @@ class ProcessLauncher(Launcher):
         if gpus_of:
             assert self.pool is not None
             if first == 0:  # a sweeper that searches asks again and again
-                print(f"sweep: {self.pool}; {sweep.folder}/POINT/console.log has what each point says", flush=True)
+                print(f"sweep on {self.pool}; {sweep.folder}/POINT/console.log has what each point says", flush=True)
             signum = Runner(sweep, self._script(), self.pool, limits).run(gpus_of)
             if signum:
                 print(f"interrupted; to go on: python {sys.argv[0]} sweep={sweep.folder}", file=sys.stderr)
