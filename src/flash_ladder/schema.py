@@ -193,6 +193,7 @@ class TrainerConfig:
     val_batches: int = 40  # batches of every validation, the last one included
     log_every: int = 10
     activation_checkpointing: bool = False
+    loss_rows: int | None = None  # positions whose logits exist at once; None: all of a batch
     deterministic: bool = False
     profile: bool = False  # a trace and a table of kernels of a few steps, in the run's folder
     lightning: dict[str, Any] = field(default_factory=dict)  # further arguments of its Trainer: +trainer.lightning.KEY=VALUE
@@ -202,7 +203,7 @@ class TrainerConfig:
         one_of("trainer.strategy", self.strategy, ("auto", "ddp"))
         one_of("trainer.precision", self.precision, PRECISIONS)
         at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
-        at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every)
+        at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every, trainer__loss_rows=self.loss_rows)
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
         for name in self.lightning:

@@ -35,6 +35,7 @@ class GPTModule(L.LightningModule):
         self.trainer_config = TrainerConfig(**config["trainer"])
         self.net = GPT(ModelConfig(**config["model"]), backend=backend)
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
+        self.net.loss_rows = self.trainer_config.loss_rows
         if self.trainer_config.compile:
             self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
         self.losses = LossWatch(self.trainer_config.accumulate)
