@@ -35,7 +35,7 @@ OWN_KEYS = {
     "default_root_dir": "hydra.run.dir",
     "plugins": "the recipe",
     "use_distributed_sampler": "the recipe",
-    "enable_checkpointing": "the recipe",
+    "enable_checkpointing": "trainer.checkpoints",
 }
 
 # ---- one dataclass per group of conf/ ----
@@ -195,6 +195,7 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     loss_rows: int | None = None  # positions whose logits exist at once; None: all of a batch
     deterministic: bool = False
+    checkpoints: bool = True  # false: none are kept, for runs that only measure; such a run cannot go on
     profile: bool = False  # a trace and a table of kernels of a few steps, in the run's folder
     lightning: dict[str, Any] = field(default_factory=dict)  # further arguments of its Trainer: +trainer.lightning.KEY=VALUE
 

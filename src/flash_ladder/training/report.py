@@ -26,7 +26,7 @@ def report(cfg: Config, run: Path, result: Result, place: Place, unigram_entropy
     """Prints what the run came to."""
     came_to, loss = result.metrics, result.metrics[metrics.VAL_LOSS]
     folder = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    kept = ""  # a run with +trainer.lightning.fast_dev_run keeps no checkpoint
+    kept = ""  # trainer.checkpoints=false and +trainer.lightning.fast_dev_run keep none
     if metrics.VAL_BEST in came_to:
         kept = f"checkpoints/best.ckpt (validation loss {came_to[metrics.VAL_BEST]:.4f}) and last.ckpt, "
     first_step = came_to.get(metrics.FIRST_STEP_SECONDS)

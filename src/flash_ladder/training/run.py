@@ -97,7 +97,12 @@ def train(cfg: Config, run_dir: Path) -> float:
             result.status = FINISHED
         except Stopped as stop:
             result.status, result.error = STOPPED, f"stopped by {stop} after step {trainer.global_step}"
-            say(f"{result.error}; to go on: python train.py resume={shlex.quote(str(run_dir))}")
+            way_on = (
+                f"to go on: python train.py resume={shlex.quote(str(run_dir))}"
+                if cfg.trainer.checkpoints
+                else "no checkpoint is kept"
+            )
+            say(f"{result.error}; {way_on}")
             if first:  # elsewhere Lightning would take an exit code other than 0 for a crash and kill this process
                 sys.exit(128 + stop.signum)
         except NotFinite as error:  # raised by all processes together

@@ -40,6 +40,7 @@ def make_trainer(
     arguments, callbacks: what the user adds (training.extras).
     """
     bar = [Bar(speed)] if is_first_process() else []
+    kept = checkpoints(run_dir / "checkpoints") if cfg.trainer.checkpoints else ()
     ours: dict[str, Any] = {
         **devices_and_strategy(cfg.trainer, place),
         "precision": "32-true" if place.precision == "32" else place.precision,  # in Lightning's words
@@ -53,7 +54,8 @@ def make_trainer(
         "num_sanity_val_steps": 0,
         "deterministic": cfg.trainer.deterministic or None,
         "logger": loggers,
-        "callbacks": [speed, *bar, *callbacks, StopOnSignal(cfg.trainer.log_every), *checkpoints(run_dir / "checkpoints")],
+        "callbacks": [speed, *bar, *callbacks, StopOnSignal(cfg.trainer.log_every), *kept],
+        "enable_checkpointing": cfg.trainer.checkpoints,
         "plugins": [AtomicCheckpointIO()],
         "default_root_dir": run_dir,
         "use_distributed_sampler": False,  # TextData gives each device its share

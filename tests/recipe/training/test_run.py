@@ -161,6 +161,13 @@ def test_the_last_step_is_validated_and_saved_wherever_it_falls(tmp_path):
     assert checkpoint(tmp_path / "run")["global_step"] == 4
 
 
+def test_a_run_that_only_measures_keeps_no_checkpoint(tmp_path, capsys):
+    train(tiny_config(tmp_path, checkpoints=False), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    printed = capsys.readouterr().out
+    assert "\nrun          " in printed and "checkpoints/" not in printed and "\nnext" not in printed
+
+
 # ---- going on ----
 
 
