@@ -19,6 +19,9 @@ TRAIN_LR = "train/lr"  # the step's learning rate
 
 VAL_LOSS = "val/loss"  # nats per token: mean over the validation's windows, all devices
 VAL_PERPLEXITY = "val/perplexity"  # exp(val/loss)
+VAL_BEST_LOSS = "val/best_loss"  # the lowest val/loss so far, which checkpoints/best.ckpt has; in wandb's summary
+VAL_BEST_STEP = "val/best_step"  # the optimiser step of that validation; in wandb's summary
+VAL_SAMPLE = "val/sample"  # wandb's table: what the trained model wrote
 
 # ---- of the steps since the last line, validation and checkpoints left out ----
 
@@ -40,6 +43,22 @@ ATTENTION_SAVED_GIB = "memory/attention_saved_gib_vs_eager"  # GiB: eager's less
 ATTENTION_SAVED_RATIO = "memory/attention_saved_ratio_vs_eager"  # eager's GiB over the backend's
 ATTENTION_TFLOPS = "speed/attention_tflops"  # TFLOP/s of the chosen backend, the causal half counted
 ATTENTION_SPEEDUP = "speed/attention_speedup_vs_eager"  # eager's time over the backend's
+
+# What wandb draws of one layer: a table of all its figures, and bars that stand the backend beside eager.
+ATTENTION_TABLE = "memory/attention_savings"
+ATTENTION_MEMORY_BARS = "memory/attention_bars"  # GiB
+ATTENTION_TIME_BARS = "speed/attention_bars"  # ms, forward and backward
+
+# ---- of an exported model, on the validation windows that its folder holds; export and evaluate send them to the run's wandb ----
+
+EVAL_LOSS = "eval/loss"  # nats per token, on the backend that was evaluated
+EVAL_AGAINST_LOSS = "eval/against_loss"  # nats per token, on the backend that it was compared with (after export: eager)
+EVAL_MEAN_KL = "eval/mean_kl"  # KL divergence between the two, nats per token
+EVAL_ROUNDING = "eval/rounding"  # mean KL of rounding alone, from which the limits follow
+EVAL_MAX_LOGIT_DIFFERENCE = "eval/max_logit_difference"
+EVAL_GREEDY_AGREEMENT = "eval/greedy_agreement"  # share of tokens whose likeliest successor is the same on both
+EVAL_WITHIN = "eval/within"  # 1: every figure is within its limit; 0: not
+EVAL_TABLE = "eval/parity"  # wandb's table: the same in one row, with the backends, the precision and the device
 
 
 def attention_metrics(probe: Probe) -> dict[str, float]:

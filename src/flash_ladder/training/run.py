@@ -12,8 +12,10 @@ import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
@@ -24,11 +26,10 @@ from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.weights import load_weights
 from flash_ladder.schema import Config
-from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Speed, Stopped
 from flash_ladder.training.checkpoint import load_run
+from flash_ladder.training.loggers import close_loggers, how_to_look, log_probe, log_sample, open_loggers
 from flash_ladder.training.module import GPTModule, NotFinite
-from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb
 from flash_ladder.training.report import out_of_memory, report, say, write_sample
 from flash_ladder.training.strategy import is_first_process
 from flash_ladder.training.trainer import make_trainer, quiet_lightning, work
@@ -67,11 +68,14 @@ def train(cfg: Config, run_dir: Path) -> None:
         if first:
             probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
             say(f"attention memory: {probe}")
-            for logger in loggers:
-                logger.log_metrics(metrics.attention_metrics(probe), step=start)
+            log_probe(loggers, probe, start)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         if first:
-            report(run_dir, trainer, data, place, speed, write_sample(module.net, data, place, cfg.prompt, sample_tokens))
+            sample = write_sample(module.net, data, place, cfg.prompt, sample_tokens)
+            log_sample(loggers, cfg.prompt, sample, trainer.global_step)
+            report(run_dir, trainer, data, place, speed, sample)
+            if look := how_to_look(loggers):
+                say(f"{cfg.logger.kind:12} {look}")
     except Stopped as stop:
         say(f"stopped by {stop} after step {trainer.global_step}; to go on: python train.py resume={shlex.quote(str(run_dir))}")
         if first:  # elsewhere Lightning would take an exit code other than 0 for a crash and kill this process
@@ -86,8 +90,7 @@ def train(cfg: Config, run_dir: Path) -> None:
             raise UserError(out_of_memory(cfg, place, trainer)) from error
         raise
     finally:
-        for logger in loggers:
-            logger.close(failed=sys.exc_info()[0] is not None)
+        close_loggers(loggers, failed=sys.exc_info()[0] is not None)
 
 
 # ---- data and model ----
@@ -161,7 +164,7 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
 # ---- the run's folder ----
 
 
-def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[MetricsFile | WandbCopy]:
+def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[Logger]:
     """Writes config.yaml, tokenizer.json and environment.json, and opens the loggers."""
     config = asdict(cfg)
     about = environment(
@@ -175,5 +178,17 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[M
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
     (run_dir / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
     data.tokenizer.save(run_dir)
-    run = open_wandb(cfg.logger, run_dir, config | {"environment": about})
-    return [MetricsFile(run_dir / "metrics.jsonl"), *([] if run is None else [WandbCopy(run)])]
+    return open_loggers(cfg.logger, run_dir, as_run(config, place) | {"environment": about})
+
+
+def as_run(config: dict[str, Any], place: Place) -> dict[str, Any]:
+    """The configuration with what `auto` came to on this machine, for loggers to show and to group by."""
+    return {
+        **config,
+        "attention": {
+            "backend": place.attention.backend,
+            "reason": place.attention.reason,
+            "asked": config["attention"]["backend"],
+        },
+        "trainer": {**config["trainer"], "precision": place.precision, "devices": place.n_devices},
+    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 
 from flash_ladder.machine.decide import Place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
@@ -16,11 +17,10 @@ from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Work, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
-from flash_ladder.training.record import MetricsFile, WandbCopy
 from flash_ladder.training.strategy import devices_and_strategy, is_first_process
 
 
-def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[MetricsFile | WandbCopy], speed: Speed) -> L.Trainer:
+def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[Logger], speed: Speed) -> L.Trainer:
     """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps."""
     bar = [Bar(speed)] if is_first_process() else []
     precision: Any = "32-true" if place.precision == "32" else place.precision  # in Lightning's words

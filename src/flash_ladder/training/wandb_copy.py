@@ -1,0 +1,281 @@
+"""wandb's copy of a run: charts over the optimiser step, the best loss in the summary, what attention saves in a table and bars.
+
+metrics.jsonl is the record, and wandb must not stop or delay a run. A server that is down costs a bounded wait at the start
+(INIT_TIMEOUT) and at the end (FINISH_TIMEOUT); whatever else fails in wandb costs one warning. Only a value that wandb refuses,
+in logger.* or in a WANDB_* variable, is the user's to put right.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from packaging.version import Version
+
+from flash_ladder.errors import UserError
+from flash_ladder.files import read_json, write_json
+from flash_ladder.measure.probe import Probe
+from flash_ladder.schema import LoggerConfig
+from flash_ladder.training import metrics as names
+from flash_ladder.training.record import best_validation, read_metrics, warn
+from flash_ladder.units import GIB
+
+if TYPE_CHECKING:
+    import wandb
+
+INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
+FINISH_TIMEOUT = 30  # seconds that it may take at the end to send what is left
+PROJECT = "flash-ladder"  # where neither logger.project nor wandb's own settings name one
+STEP = "trainer/global_step"  # Lightning's name for the optimiser steps taken: the x axis of every chart
+SETTINGS = {  # a key of LoggerConfig and what wandb.Settings calls it
+    "project": "project",
+    "entity": "entity",
+    "name": "run_name",
+    "group": "run_group",
+    "job_type": "run_job_type",
+    "tags": "run_tags",
+    "notes": "run_notes",
+}
+LEET = Version("0.28")  # the first wandb with the command `wandb leet`
+
+# ---- starting and going on ----
+
+
+def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> WandbCopy | None:
+    """Starts wandb for a run, in `run_dir`/wandb; None where it is disabled or cannot start. `config`: the run's, as plain data.
+
+    A value of `cfg` comes before wandb's environment variables and settings files, and those before the recipe's own defaults. A
+    resumed run goes on under the same wandb id, unless WANDB_RUN_ID names another. Where the server cannot be reached, the run is
+    kept offline for `wandb sync`, and one warning says so. Raises UserError for a value that wandb refuses.
+    """
+    about = {key: getattr(cfg, key) for key in SETTINGS} | {"config": config}
+    return _start(run_dir, about, cfg.mode, run_id=None if "WANDB_RUN_ID" in os.environ else recorded_run(run_dir).get("id"))
+
+
+def continue_wandb(folder: Path, about: dict[str, Any], mode: str | None) -> WandbCopy | None:
+    """Goes on with a finished run, in `folder`/wandb; None as in open_wandb. `about`: the run, as `recorded_run` gives it.
+
+    mode: offline, online or disabled; None: what WANDB_MODE says, or else the mode of the run.
+    """
+    return _start(folder, about, mode or os.environ.get("WANDB_MODE") or about.get("mode"), run_id=about["id"])
+
+
+def recorded_run(run_dir: Path) -> dict[str, Any]:
+    """What wandb knows a run by: id, mode, config and the keys of SETTINGS; empty for a run without wandb."""
+    file = run_dir / "wandb" / "run.json"
+    if file.is_file():
+        return read_json(file)
+    earlier = run_dir / "wandb" / "id"  # all that earlier versions wrote
+    return {"id": earlier.read_text()} if earlier.is_file() else {}
+
+
+def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str | None) -> WandbCopy | None:
+    if (mode or os.environ.get("WANDB_MODE")) == "disabled":
+        return None  # before the import, which takes a second
+    try:
+        import wandb
+    except Exception as error:  # an ImportError, or what a broken installation raises
+        warn(f"wandb could not start ({_one_line(error)}); metrics.jsonl has everything")
+        return None
+
+    bounded: dict[str, Any] = {
+        "silent": True,
+        "console": "off",
+        "init_timeout": INIT_TIMEOUT,
+        "login_timeout": INIT_TIMEOUT,
+        "finish_timeout": FINISH_TIMEOUT,
+    }
+    chosen = {SETTINGS[key]: about[key] for key in SETTINGS if about.get(key) is not None}
+    failures = []
+    try:
+        theirs = wandb.setup(wandb.Settings(**bounded)).settings  # with the WANDB_* variables and settings files
+        if theirs.sweep_id is not None:
+            bounded["stop_fn"] = _leave_to_agent
+        elif theirs.project is None:
+            chosen.setdefault("project", PROJECT)
+        settings = wandb.Settings(**bounded, **chosen)
+    except (ValueError, wandb.errors.UsageError) as error:
+        raise UserError(f"wandb refuses {_refused(error)}; mend logger.* or the WANDB_* variable") from None
+    except Exception as error:  # such as a home folder that does not exist
+        warn(f"wandb could not start ({_one_line(error)}); metrics.jsonl has everything")
+        return None
+
+    if mode is None:
+        default = "offline" if theirs.sweep_id is None else "online"  # `wandb agent` needs its runs online
+        mode = theirs.mode if "mode" in theirs.model_fields_set else default
+    mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # wandb's older words
+    if mode == "disabled":
+        return None
+    attempts: Any = ("offline",) if mode == "offline" else (mode, "offline")
+    for attempt in attempts:
+        try:
+            run = wandb.init(mode=attempt, dir=run_dir, config=about.get("config"), id=run_id, resume="allow", settings=settings)
+            copy = WandbCopy(run, run_dir)
+            known = {"id": run.id, "mode": mode, **{key: getattr(run.settings, name) for key, name in SETTINGS.items()}}
+            write_json(run_dir / "wandb" / "run.json", known | {"config": about.get("config")})
+        except Exception as error:  # whatever it is, the run goes on
+            failures.append(_one_line(error))
+            continue
+        if failures:
+            warn(f"wandb is offline ({failures[0]}); `wandb sync {_sync(run_dir)}` uploads the run later")
+        return copy
+    warn(f"wandb could not start ({failures[-1]}); metrics.jsonl has everything")
+    return None
+
+
+def _leave_to_agent() -> None:
+    """What a run of `wandb agent` does on wandb's own stop request: nothing. The agent sends SIGTERM, and a second signal kills."""
+
+
+def _refused(error: Exception) -> str:
+    """What a pydantic or wandb error says of a value, in one line."""
+    if not hasattr(error, "errors"):
+        return _one_line(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}={first['input']} ({first['msg']})"
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _sync(run_dir: Path) -> str:
+    return f"{shlex.quote(str(run_dir))}/wandb/offline-run-*"
+
+
+# ---- logging ----
+
+
+class WandbCopy(WandbLogger):
+    """Lightning's wandb logger on an open run. If wandb fails later, one warning says so and training goes on without it."""
+
+    def __init__(self, run: wandb.Run, run_dir: Path) -> None:
+        super().__init__(experiment=run)
+        self.run = run
+        self.run_dir = run_dir
+        self.failed = False
+        run.define_metric(STEP, hidden=True)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+        # A run that goes on offline would begin with an empty summary.
+        earlier = read_metrics(run_dir / "metrics.jsonl")
+        self.best = best_validation(earlier)
+        self.last_step = max((line["step"] for line in earlier), default=0)
+        latest = {name: value for line in earlier for name, value in line.items() if "/" in name}
+        if latest:
+            run.summary.update(latest | self._best())
+
+    def _best(self) -> dict[str, float]:
+        return {} if self.best is None else {names.VAL_BEST_LOSS: self.best[0], names.VAL_BEST_STEP: self.best[1]}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs at an optimiser step. The lowest val/loss and its step go into the summary, where val/loss itself is the last."""
+        self._unless_failed(lambda: self._log(metrics, step))
+        loss = metrics.get(names.VAL_LOSS)
+        if step is not None and loss is not None and (self.best is None or loss < self.best[0]):
+            self.best = (loss, step)
+            self._unless_failed(lambda: self.run.summary.update(self._best()))
+
+    def _log(self, values: Mapping[str, Any], step: int | None) -> None:
+        """One call of wandb's log. Its own count of rows is the optimiser step too, for tools that know no other axis."""
+        if step is None:
+            self.run.log(dict(values))
+        else:  # a row before the latest one would be dropped: what a resumed run repeats joins the latest
+            self.run.log({**values, STEP: step}, step=max(step, self.run.step))
+
+    def _unless_failed(self, action: Callable[[], None]) -> None:
+        if self.failed:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever wandb raises must not stop the run
+            self.failed = True
+            warn(f"wandb stopped working ({_one_line(error)}); metrics.jsonl goes on")
+
+    def log_savings(self, probe: Probe, step: int) -> None:
+        """What one attention layer saves beside eager: its figures as a table, memory and time as bars."""
+        self._unless_failed(lambda: self._log(savings(probe), step))
+
+    def log_sample(self, prompt: str, text: str, step: int) -> None:
+        """Text that the model of this step wrote, as a table."""
+
+        def action() -> None:
+            import wandb
+
+            self._log({names.VAL_SAMPLE: wandb.Table(columns=["step", "prompt", "text"], data=[[step, prompt, text]])}, step)
+
+        self._unless_failed(action)
+
+    def log_table(self, key: str, rows: list[dict[str, Any]], step: int, **values: Any) -> None:  # type: ignore[override]
+        """Rows of equal keys as a table, and further values beside it, in a row of their own behind the run's last one."""
+
+        def action() -> None:
+            import wandb
+
+            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+            self.run.log({key: table, **values, STEP: step}, step=max(step, self.last_step, self.run.step))
+
+        self._unless_failed(action)
+
+    def log_images(self, images: Mapping[str, Path]) -> None:
+        """Pictures by name."""
+
+        def action() -> None:
+            import wandb
+
+            self.run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+
+        self._unless_failed(action)
+
+    def how_to_look(self) -> str:
+        """Where to look at the run: its page, or for an offline run the commands that this version of wandb has."""
+        import wandb
+
+        if not self.run.offline:
+            return str(self.run.url)
+        run_dir = self.run_dir.relative_to(Path.cwd()) if self.run_dir.is_relative_to(Path.cwd()) else self.run_dir
+        upload = f"wandb sync {_sync(run_dir)} uploads it"
+        if Version(wandb.__version__) < LEET:
+            return upload
+        return f"wandb leet {shlex.quote(str(run_dir / 'wandb'))} shows it here; {upload}"
+
+    def close(self, *, failed: bool = False) -> None:
+        """Sends what is left, within FINISH_TIMEOUT seconds."""
+        self.failed = False  # it may still have rows from before
+        self._unless_failed(lambda: self.run.finish(exit_code=int(failed)))
+
+
+def savings(probe: Probe) -> dict[str, Any]:
+    """A table and bar charts of one attention layer, forward and backward, for wandb."""
+    import wandb
+
+    def bars(unit: str, title: str, value: float, eager: float) -> Any:
+        at_least = " (at least)" if unit == "GiB" and probe.eager_is_analytic else ""
+        rows = [[probe.backend, value], [f"eager{at_least}", eager]]
+        rows = rows[1:] if probe.backend == "eager" else rows
+        return wandb.plot.bar(wandb.Table(columns=["attention", unit], data=rows), "attention", unit, title=title)
+
+    memory, eager_memory = probe.bytes / GIB, probe.eager_bytes / GIB
+    row: dict[str, Any] = {
+        "one layer": str(probe.layer),
+        "backend": probe.backend,
+        "memory GiB": memory,
+        "eager memory GiB": eager_memory,
+        "eager was measured": not probe.eager_is_analytic,
+        "saved GiB": eager_memory - memory,
+        "ratio": eager_memory / memory,
+        "time ms": None if probe.seconds is None else probe.seconds * 1e3,
+        "eager time ms": None if probe.eager_seconds is None else probe.eager_seconds * 1e3,
+        "speed-up": None,
+    }
+    drawn = {names.ATTENTION_MEMORY_BARS: bars("GiB", "Memory of one attention layer", memory, eager_memory)}
+    if probe.seconds is not None and probe.eager_seconds is not None:
+        row["speed-up"] = probe.eager_seconds / probe.seconds
+        title = "Time of one attention layer, forward and backward"
+        drawn[names.ATTENTION_TIME_BARS] = bars("ms", title, probe.seconds * 1e3, probe.eager_seconds * 1e3)
+    return {names.ATTENTION_TABLE: wandb.Table(columns=list(row), data=[list(row.values())]), **drawn}
