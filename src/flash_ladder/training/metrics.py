@@ -60,6 +60,11 @@ EVAL_GREEDY_AGREEMENT = "eval/greedy_agreement"  # share of tokens whose likelie
 EVAL_WITHIN = "eval/within"  # 1: every figure is within its limit; 0: not
 EVAL_TABLE = "eval/parity"  # wandb's table: the same in one row, with the backends, the precision and the device
 
+# ---- of a sweep, in wandb's run of its report ----
+
+SWEEP_TABLE = "sweep/points"  # a row for each point, as in sweep.csv
+SWEEP_PICTURES = "sweep/pictures"  # before the name of each picture of the report
+
 
 def attention_metrics(probe: Probe) -> dict[str, float]:
     """The probe's figures for one layer, under the names above."""

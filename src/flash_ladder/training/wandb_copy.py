@@ -54,15 +54,19 @@ def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> Wand
     kept offline for `wandb sync`, and one warning says so. Raises UserError for a value that wandb refuses.
     """
     about = {key: getattr(cfg, key) for key in SETTINGS} | {"config": config}
-    return _start(run_dir, about, cfg.mode, run_id=None if "WANDB_RUN_ID" in os.environ else recorded_run(run_dir).get("id"))
+    run_id = None if "WANDB_RUN_ID" in os.environ else recorded_run(run_dir).get("id")
+    copy = _start(run_dir, about, cfg.mode, run_id)
+    if copy is not None:
+        copy.remember(config)
+    return copy
 
 
 def continue_wandb(folder: Path, about: dict[str, Any], mode: str | None) -> WandbCopy | None:
-    """Goes on with a finished run, in `folder`/wandb; None as in open_wandb. `about`: the run, as `recorded_run` gives it.
+    """Goes on with a run that ended, in `folder`/wandb; None as in open_wandb. `about`: the run, as `recorded_run` gives it.
 
     mode: offline, online or disabled; None: what WANDB_MODE says, or else the mode of the run.
     """
-    return _start(folder, about, mode or os.environ.get("WANDB_MODE") or about.get("mode"), run_id=about["id"])
+    return _start(folder, about, mode or os.environ.get("WANDB_MODE") or about.get("mode"), about["id"])
 
 
 def recorded_run(run_dir: Path) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
     try:
         import wandb
     except Exception as error:  # an ImportError, or what a broken installation raises
-        warn(f"wandb could not start ({_one_line(error)}); metrics.jsonl has everything")
+        warn(f"wandb could not start ({_one_line(error)}); going on without it")
         return None
 
     bounded: dict[str, Any] = {
@@ -102,7 +106,7 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
     except (ValueError, wandb.errors.UsageError) as error:
         raise UserError(f"wandb refuses {_refused(error)}; mend logger.* or the WANDB_* variable") from None
     except Exception as error:  # such as a home folder that does not exist
-        warn(f"wandb could not start ({_one_line(error)}); metrics.jsonl has everything")
+        warn(f"wandb could not start ({_one_line(error)}); going on without it")
         return None
 
     if mode is None:
@@ -115,16 +119,14 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
     for attempt in attempts:
         try:
             run = wandb.init(mode=attempt, dir=run_dir, config=about.get("config"), id=run_id, resume="allow", settings=settings)
-            copy = WandbCopy(run, run_dir)
-            known = {"id": run.id, "mode": mode, **{key: getattr(run.settings, name) for key, name in SETTINGS.items()}}
-            write_json(run_dir / "wandb" / "run.json", known | {"config": about.get("config")})
+            copy = WandbCopy(run, run_dir, mode)
         except Exception as error:  # whatever it is, the run goes on
             failures.append(_one_line(error))
             continue
         if failures:
             warn(f"wandb is offline ({failures[0]}); `wandb sync {_sync(run_dir)}` uploads the run later")
         return copy
-    warn(f"wandb could not start ({failures[-1]}); metrics.jsonl has everything")
+    warn(f"wandb could not start ({failures[-1]}); going on without it")
     return None
 
 
@@ -154,10 +156,11 @@ def _sync(run_dir: Path) -> str:
 class WandbCopy(WandbLogger):
     """Lightning's wandb logger on an open run. If wandb fails later, one warning says so and training goes on without it."""
 
-    def __init__(self, run: wandb.Run, run_dir: Path) -> None:
+    def __init__(self, run: wandb.Run, run_dir: Path, mode: str) -> None:
         super().__init__(experiment=run)
         self.run = run
         self.run_dir = run_dir
+        self.mode = mode  # as asked for: "online" also where the server could not be reached
         self.failed = False
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP, step_sync=True)
@@ -168,6 +171,12 @@ class WandbCopy(WandbLogger):
         latest = {name: value for line in earlier for name, value in line.items() if "/" in name}
         if latest:
             run.summary.update(latest | self._best())
+
+    def remember(self, config: dict[str, Any]) -> None:
+        """Writes wandb/run.json, which `recorded_run` reads."""
+        settings = self.run.settings
+        known = {"id": self.run.id, "mode": self.mode, **{key: getattr(settings, name) for key, name in SETTINGS.items()}}
+        self._unless_failed(lambda: write_json(self.run_dir / "wandb" / "run.json", known | {"config": config}))
 
     def _best(self) -> dict[str, float]:
         return {} if self.best is None else {names.VAL_BEST_LOSS: self.best[0], names.VAL_BEST_STEP: self.best[1]}
@@ -211,24 +220,25 @@ class WandbCopy(WandbLogger):
 
         self._unless_failed(action)
 
-    def log_table(self, key: str, rows: list[dict[str, Any]], step: int, **values: Any) -> None:  # type: ignore[override]
-        """Rows of equal keys as a table, and further values beside it, in a row of their own behind the run's last one."""
+    def log_evaluation(self, row: dict[str, Any], figures: Mapping[str, float], step: int) -> None:
+        """Figures of the model of this step, and the same and more as a table of one row, behind the last row of the run."""
 
         def action() -> None:
             import wandb
 
-            table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-            self.run.log({key: table, **values, STEP: step}, step=max(step, self.last_step, self.run.step))
+            table = wandb.Table(columns=list(row), data=[list(row.values())])
+            self.run.log({**figures, names.EVAL_TABLE: table, STEP: step}, step=max(self.last_step + 1, self.run.step))
 
         self._unless_failed(action)
 
-    def log_images(self, images: Mapping[str, Path]) -> None:
-        """Pictures by name."""
+    def log_report(self, columns: list[str | int], rows: list[list[Any]], pictures: Mapping[str, Path]) -> None:
+        """A sweep's points as a table, and its pictures by name."""
 
         def action() -> None:
             import wandb
 
-            self.run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+            images = {f"{names.SWEEP_PICTURES}/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
+            self.run.log({names.SWEEP_TABLE: wandb.Table(columns=columns, data=rows), **images})
 
         self._unless_failed(action)
 
