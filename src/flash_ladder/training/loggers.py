@@ -11,7 +11,13 @@ from flash_ladder.measure.probe import Probe
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training.metrics import attention_metrics
 from flash_ladder.training.record import MetricsFile
-from flash_ladder.training.wandb_copy import WandbCopy, open_wandb
+from flash_ladder.training.wandb_copy import WandbCopy, check_wandb, open_wandb
+
+
+def check_loggers(cfg: LoggerConfig) -> None:
+    """Raises UserError for what `open_loggers` would refuse, before a run has taken any time."""
+    if cfg.kind == "wandb":
+        check_wandb(cfg)
 
 
 def open_loggers(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> list[Logger]:

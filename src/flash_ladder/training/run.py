@@ -28,7 +28,7 @@ from flash_ladder.model.weights import load_weights
 from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Speed, Stopped
 from flash_ladder.training.checkpoint import load_run
-from flash_ladder.training.loggers import close_loggers, how_to_look, log_probe, log_sample, open_loggers
+from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_look, log_probe, log_sample, open_loggers
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.report import out_of_memory, report, say, write_sample
 from flash_ladder.training.strategy import is_first_process
@@ -46,6 +46,8 @@ def train(cfg: Config, run_dir: Path) -> None:
     """
     quiet_lightning()
     first = is_first_process()
+    if first:
+        check_loggers(cfg.logger)
     place = decide(cfg)
     say(f"attention: {place.attention}")
     say(f"precision: {place.precision} ({place.precision_reason})")

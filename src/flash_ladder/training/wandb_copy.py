@@ -78,14 +78,21 @@ def recorded_run(run_dir: Path) -> dict[str, Any]:
     return {"id": earlier.read_text()} if earlier.is_file() else {}
 
 
-def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str | None) -> WandbCopy | None:
-    if (mode or os.environ.get("WANDB_MODE")) == "disabled":
-        return None  # before the import, which takes a second
+def check_wandb(cfg: LoggerConfig) -> None:
+    """Raises UserError for a value, of `cfg` or of a WANDB_* variable, that wandb refuses; silent about all that may fail later."""
+    if (cfg.mode or os.environ.get("WANDB_MODE")) == "disabled":
+        return
     try:
-        import wandb
-    except Exception as error:  # an ImportError, or what a broken installation raises
-        warn(f"wandb could not start ({_one_line(error)}); going on without it")
-        return None
+        _settings(vars(cfg))
+    except UserError:
+        raise
+    except Exception:
+        return  # open_wandb warns of it
+
+
+def _settings(about: dict[str, Any]) -> tuple[wandb.Settings, wandb.Settings]:
+    """The settings of a run, and wandb's own, of WANDB_* variables and settings files. Raises UserError where wandb refuses one."""
+    import wandb
 
     bounded: dict[str, Any] = {
         "silent": True,
@@ -95,26 +102,37 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
         "finish_timeout": FINISH_TIMEOUT,
     }
     chosen = {SETTINGS[key]: about[key] for key in SETTINGS if about.get(key) is not None}
-    failures = []
     try:
-        theirs = wandb.setup(wandb.Settings(**bounded)).settings  # with the WANDB_* variables and settings files
-        if theirs.sweep_id is not None:
+        own = wandb.setup(wandb.Settings(**bounded)).settings
+        if own.sweep_id is not None:
             bounded["stop_fn"] = _leave_to_agent
-        elif theirs.project is None:
+        elif own.project is None:
             chosen.setdefault("project", PROJECT)
-        settings = wandb.Settings(**bounded, **chosen)
+        return wandb.Settings(**bounded, **chosen), own
     except (ValueError, wandb.errors.UsageError) as error:
-        raise UserError(f"wandb refuses {_refused(error)}; mend logger.* or the WANDB_* variable") from None
-    except Exception as error:  # such as a home folder that does not exist
+        raise UserError(f"wandb refuses a value: {_refused(error)}; mend logger.* or the WANDB_* variable") from None
+
+
+def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str | None) -> WandbCopy | None:
+    if (mode or os.environ.get("WANDB_MODE")) == "disabled":
+        return None  # before the import, which takes a second
+    try:
+        import wandb
+
+        settings, own = _settings(about)
+    except UserError:
+        raise
+    except Exception as error:  # such as a broken installation, or a home folder that does not exist
         warn(f"wandb could not start ({_one_line(error)}); going on without it")
         return None
 
     if mode is None:
-        default = "offline" if theirs.sweep_id is None else "online"  # `wandb agent` needs its runs online
-        mode = theirs.mode if "mode" in theirs.model_fields_set else default
+        default = "offline" if own.sweep_id is None else "online"  # `wandb agent` needs its runs online
+        mode = own.mode if "mode" in own.model_fields_set else default
     mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # wandb's older words
     if mode == "disabled":
         return None
+    failures = []
     attempts: Any = ("offline",) if mode == "offline" else (mode, "offline")
     for attempt in attempts:
         try:
@@ -124,7 +142,7 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
             failures.append(_one_line(error))
             continue
         if failures:
-            warn(f"wandb is offline ({failures[0]}); `wandb sync {_sync(run_dir)}` uploads the run later")
+            warn(f"wandb is offline ({failures[0]}); `{_sync(run_dir)}` uploads the run later")
         return copy
     warn(f"wandb could not start ({failures[-1]}); going on without it")
     return None
@@ -147,7 +165,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _sync(run_dir: Path) -> str:
-    return f"{shlex.quote(str(run_dir))}/wandb/offline-run-*"
+    """The command that uploads an offline run. Without WANDB_RESUME the second of several parts would replace the first."""
+    several = len(list(run_dir.glob("wandb/offline-run-*"))) > 1
+    return f"{'WANDB_RESUME=allow ' * several}wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
 
 
 # ---- logging ----
@@ -249,7 +269,7 @@ class WandbCopy(WandbLogger):
         if not self.run.offline:
             return str(self.run.url)
         run_dir = self.run_dir.relative_to(Path.cwd()) if self.run_dir.is_relative_to(Path.cwd()) else self.run_dir
-        upload = f"wandb sync {_sync(run_dir)} uploads it"
+        upload = f"{_sync(run_dir)} uploads it"
         if Version(wandb.__version__) < LEET:
             return upload
         return f"wandb leet {shlex.quote(str(run_dir / 'wandb'))} shows it here; {upload}"
