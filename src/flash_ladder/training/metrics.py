@@ -19,8 +19,8 @@ TRAIN_LR = "train/lr"  # the step's learning rate
 
 VAL_LOSS = "val/loss"  # nats per token: mean over the validation's windows, all devices
 VAL_PERPLEXITY = "val/perplexity"  # exp(val/loss)
-VAL_BEST_LOSS = "val/best_loss"  # the lowest val/loss so far, which checkpoints/best.ckpt has; in wandb's summary
-VAL_BEST_STEP = "val/best_step"  # the optimiser step of that validation; in wandb's summary
+VAL_BEST_LOSS = "val/best_loss"  # the lowest val/loss so far, which checkpoints/best.ckpt has; wandb alone
+VAL_BEST_STEP = "val/best_step"  # the optimiser step of that validation; wandb alone
 VAL_SAMPLE = "val/sample"  # wandb's table: what the trained model wrote
 
 # ---- of the steps since the last line, validation and checkpoints left out ----

@@ -203,12 +203,12 @@ class WandbCopy(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs at an optimiser step. The lowest val/loss and its step go into the summary, where val/loss itself is the last."""
-        self._unless_failed(lambda: self._log(metrics, step))
+        """Logs at an optimiser step; beside a validation's loss also the lowest so far and its step, which the summary then holds."""
         loss = metrics.get(names.VAL_LOSS)
-        if step is not None and loss is not None and (self.best is None or loss < self.best[0]):
-            self.best = (loss, step)
-            self._unless_failed(lambda: self.run.summary.update(self._best()))
+        if step is not None and loss is not None:
+            self.best = min(self.best or (loss, step), (loss, step))
+            metrics = {**metrics, **self._best()}
+        self._unless_failed(lambda: self._log(metrics, step))
 
     def _log(self, values: Mapping[str, Any], step: int | None) -> None:
         """One call of wandb's log. Its own count of rows is the optimiser step too, for tools that know no other axis."""
