@@ -42,6 +42,7 @@ SETTINGS = {  # a key of LoggerConfig and what wandb.Settings calls it
     "notes": "run_notes",
 }
 LEET = Version("0.28")  # the first wandb with the command `wandb leet`
+PATIENT = Version("0.29")  # versions before it retry init's first request for minutes, whatever init_timeout says
 
 # ---- starting and going on ----
 
@@ -101,6 +102,9 @@ def _settings(about: dict[str, Any]) -> tuple[wandb.Settings, wandb.Settings]:
         "login_timeout": INIT_TIMEOUT,
         "finish_timeout": FINISH_TIMEOUT,
     }
+    if Version(wandb.__version__) < PATIENT:
+        wait = INIT_TIMEOUT / 5
+        bounded |= {"x_graphql_timeout_seconds": wait, "x_graphql_retry_max": 1, "x_graphql_retry_wait_max_seconds": wait}
     chosen = {SETTINGS[key]: about[key] for key in SETTINGS if about.get(key) is not None}
     try:
         own = wandb.setup(wandb.Settings(**bounded)).settings
@@ -203,7 +207,7 @@ class WandbCopy(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs at an optimiser step; beside a validation's loss also the lowest so far and its step, which the summary then holds."""
+        """Logs at an optimiser step; with a validation's loss also the lowest so far and its step, for the summary."""
         loss = metrics.get(names.VAL_LOSS)
         if step is not None and loss is not None:
             self.best = min(self.best or (loss, step), (loss, step))
