@@ -213,6 +213,13 @@ def test_a_run_of_wandb_agent_takes_the_agents_id_and_leaves_stopping_to_it(tmp_
     assert recorded_run(tmp_path)["id"] == "run456"
 
 
+def test_an_id_in_the_environment_comes_before_the_folders(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run.json").write_text('{"id": "earlier"}')
+    monkeypatch.setenv("WANDB_RUN_ID", "run456")
+    assert logged(tmp_path).run.run_id == "run456"
+
+
 def test_an_id_that_an_earlier_version_left_is_taken(tmp_path):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "id").write_text("earlier")
