@@ -39,6 +39,8 @@ SLOW = {
     "kernels/test_turing.py",
     "recipe/benchmark/test_grid.py",
     "recipe/export/test_to_wandb.py",
+    "recipe/sweep/test_launcher.py",
+    "recipe/sweep/test_sweep.py",
     "recipe/sweep/test_to_wandb.py",
     "recipe/test_earlier_runs.py",
     "recipe/test_end_to_end.py",

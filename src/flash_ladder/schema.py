@@ -7,7 +7,7 @@ flash_ladder.front_door reads YAML and the command line into these classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +17,29 @@ from flash_ladder.names import CHOICES
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
 LOGGERS = ("wandb", "csv", "tensorboard", "none")
 WANDB_MODES = ("offline", "online", "disabled")
+
+# Arguments of Lightning's Trainer that the recipe sets, and the key that a user sets them by.
+OWN_KEYS = {
+    "accelerator": "trainer.accelerator",
+    "devices": "trainer.devices",
+    "strategy": "trainer.strategy",
+    "precision": "trainer.precision",
+    "max_steps": "trainer.max_steps",
+    "accumulate_grad_batches": "trainer.accumulate",
+    "val_check_interval": "trainer.val_every",
+    "check_val_every_n_epoch": "trainer.val_every",
+    "limit_val_batches": "trainer.val_batches",
+    "log_every_n_steps": "trainer.log_every",
+    "deterministic": "trainer.deterministic",
+    "gradient_clip_val": "optimizer.grad_clip",
+    "gradient_clip_algorithm": "optimizer.grad_clip",
+    "logger": "logger",
+    "callbacks": "callbacks",
+    "default_root_dir": "hydra.run.dir",
+    "plugins": "the recipe",
+    "use_distributed_sampler": "the recipe",
+    "enable_checkpointing": "the recipe",
+}
 
 # ---- one dataclass per group of conf/ ----
 
@@ -100,6 +123,8 @@ class DataConfig:
     vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
     seq_len: int = 128
     batch_size: int = 8  # sequences a device sees at once
+    # Tokens of one optimiser step on all devices together; batch_size then follows from it, whatever it is set to (`batching`).
+    tokens_per_step: int | None = None
     val_fraction: float = 0.05  # share of the documents held out (streaming holds out the beginning instead)
     document_ids: bool = False  # keep attention inside a document
     num_proc: int = 2  # processes that tokenise
@@ -116,6 +141,7 @@ class DataConfig:
         one_of("data.source", self.source, ("stdlib", "files", "hub"))
         one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
         at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
+        at_least(1, data__tokens_per_step=self.tokens_per_step)
         at_least(0, data__num_workers=self.num_workers)
         if self.files is not None and not isinstance(self.files, (str, list)):
             raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
@@ -171,6 +197,8 @@ class TrainerConfig:
     log_every: int = 10
     activation_checkpointing: bool = False
     deterministic: bool = False
+    profile: bool = False  # a trace and a table of kernels of a few steps, in the run's folder
+    lightning: dict[str, Any] = field(default_factory=dict)  # further arguments of its Trainer: +trainer.lightning.KEY=VALUE
 
     def validate(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
@@ -180,6 +208,9 @@ class TrainerConfig:
         at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every)
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
+        for name in self.lightning:
+            if name in OWN_KEYS:
+                raise UserError(f"trainer.lightning.{name}: {OWN_KEYS[name]} sets that here")
 
 
 @dataclass
@@ -218,6 +249,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # further callbacks of Lightning, by name: {"_target_": class, ...}
     seed: int = 1337
     resume: str | None = None  # a run's folder: goes on from its last checkpoint, with its configuration
     prompt: str = "def "  # the beginning of the sample that a run ends with
@@ -230,3 +262,39 @@ class Config:
                 f"data.seq_len={self.data.seq_len} is longer than the learned position table, model.max_seq_len="
                 f"{self.model.max_seq_len}; raise max_seq_len or take model.position=rotary"
             )
+        # The devices are counted when the run starts; what does not come out on one does not on several.
+        with_batch_size(self, n_devices=1)
+
+
+# ---- tokens a step ----
+
+
+def with_batch_size(cfg: Config, n_devices: int) -> Config:
+    """`cfg` with the batch_size and accumulate that data.tokens_per_step asks for; `cfg` itself where it asks for nothing.
+
+    n_devices: of the whole run. Raises UserError where the step cannot be cut evenly.
+    """
+    if cfg.data.tokens_per_step is None:
+        return cfg
+    batch_size, accumulate = batching(cfg.data.tokens_per_step, cfg.data.seq_len, cfg.trainer.accumulate, n_devices)
+    return replace(cfg, data=replace(cfg.data, batch_size=batch_size), trainer=replace(cfg.trainer, accumulate=accumulate))
+
+
+def batching(tokens_per_step: int, seq_len: int, accumulate: int, n_devices: int) -> tuple[int, int]:
+    """The batch_size of a device and the batches of a step that make up `tokens_per_step` tokens on all devices together.
+
+    A step has `accumulate` batches, or as many as a device has sequences where those are fewer.
+    Raises UserError, with the nearest number that would work, where it does not come out even.
+    """
+    unit = seq_len * n_devices  # a sequence on every device
+    sequences = tokens_per_step // unit  # of a device
+    accumulate = min(accumulate, max(1, sequences))
+    if sequences and sequences * unit == tokens_per_step and sequences % accumulate == 0:
+        return sequences // accumulate, accumulate
+    nearest = max(1, round(tokens_per_step / unit / accumulate)) * accumulate * unit
+    devices = f" on {n_devices} devices" if n_devices > 1 else ""
+    batches = f" in {accumulate} batches a step" if accumulate > 1 else ""
+    raise UserError(
+        f"data.tokens_per_step={tokens_per_step} is not a whole number of sequences of data.seq_len={seq_len}{devices}{batches}; "
+        f"data.tokens_per_step={nearest} would work"
+    )

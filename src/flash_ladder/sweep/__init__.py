@@ -1,1 +1,1 @@
-"""Many runs as one: a sweep's points, a process each, and the report of what they found."""
+"""Many runs as one command: a process each, side by side where there are GPUs for it, and a result whatever becomes of it."""

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flash_ladder.files import read_json
 from flash_ladder.schema import LoggerConfig
-from flash_ladder.training.wandb_copy import open_wandb, recorded_run
 
 
 def log_sweep(folder: Path, files: list[Path]) -> None:
@@ -17,7 +17,7 @@ def log_sweep(folder: Path, files: list[Path]) -> None:
     The run goes where the points' runs went, in their mode, unless WANDB_MODE says another. A second report goes on in the same
     run. Nothing is logged for points without wandb or of several groups, which are no sweep.
     """
-    points = [recorded_run(file.parents[1]) for file in sorted(folder.glob("*/wandb/run.json"))]
+    points = [read_json(file) for file in sorted(folder.glob("*/wandb/run.json"))]
     groups = {point["group"] for point in points}
     if len(groups) != 1 or None in groups:
         return
@@ -30,6 +30,8 @@ def log_sweep(folder: Path, files: list[Path]) -> None:
         name=f"report {group}",
         job_type="report",
     )
+    from flash_ladder.training.wandb_copy import open_wandb  # Lightning and torch, which a sweep's process does without
+
     copy = open_wandb(logger, folder, {"points": len(points)})
     if copy is None:
         return

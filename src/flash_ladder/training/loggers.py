@@ -20,8 +20,8 @@ def check_loggers(cfg: LoggerConfig) -> None:
         check_wandb(cfg)
 
 
-def open_loggers(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> list[Logger]:
-    """metrics.jsonl and what `cfg` asks for. `config`: the run's, as plain data, for the loggers that show it.
+def open_loggers(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> tuple[MetricsFile, list[Logger]]:
+    """The run's metrics.jsonl, and all its loggers: that one and what `cfg` asks for. `config`: the run's, as plain data.
 
     Raises UserError for a value that wandb refuses.
     """
@@ -34,7 +34,8 @@ def open_loggers(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> li
         beside = TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False)
     if isinstance(beside, (CSVLogger, TensorBoardLogger)):
         beside.log_hyperparams(config)
-    return [MetricsFile(run_dir / "metrics.jsonl"), *([] if beside is None else [beside])]
+    record = MetricsFile(run_dir / "metrics.jsonl")
+    return record, [record, *([] if beside is None else [beside])]
 
 
 def log_probe(loggers: list[Logger], probe: Probe, step: int) -> None:

@@ -203,7 +203,7 @@ class WandbCopy(WandbLogger):
         self._unless_failed(lambda: write_json(self.run_dir / "wandb" / "run.json", known | {"config": config}))
 
     def _best(self) -> dict[str, float]:
-        return {} if self.best is None else {names.VAL_BEST_LOSS: self.best[0], names.VAL_BEST_STEP: self.best[1]}
+        return {} if self.best is None else {names.VAL_BEST: self.best[0], names.VAL_BEST_STEP: self.best[1]}
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -25,7 +25,7 @@ def logged(kind, run_dir):
     cfg = LoggerConfig(kind=kind)
     check_loggers(cfg)
     run_dir.mkdir(exist_ok=True)
-    loggers = open_loggers(cfg, run_dir, {"seed": 1})
+    _, loggers = open_loggers(cfg, run_dir, {"seed": 1})
     log_probe(loggers, PROBE, 0)
     for logger in loggers:
         logger.log_metrics({"train/loss": 2.5}, step=10)
