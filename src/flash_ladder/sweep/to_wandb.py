@@ -36,7 +36,7 @@ def log_sweep(folder: Path, files: list[Path]) -> None:
     if copy is None:
         return
     columns, rows = read_table(folder / "sweep.csv")
-    copy.log_report(columns, rows, {file.stem: file for file in files if file.suffix == ".png"})
+    copy.log_report(columns, rows, {file.stem.removeprefix("sweep_"): file for file in files if file.suffix == ".png"})
     print(f"wandb: {copy.how_to_look()}")
     copy.close()
 

@@ -27,8 +27,8 @@ def sweep(folder, groups):
     for number, group in enumerate(groups):
         open_wandb(LoggerConfig(mode="offline", project="p", group=group), folder / str(number), {}).close()
     (folder / "sweep.csv").write_text("backend,seq_len,loss,status\neager,64,,out_of_memory\nsdpa,64,2.5,finished\n")
-    Figure(figsize=(1, 1)).savefig(folder / "memory.png")
-    return [folder / "sweep.csv", folder / "memory.png", folder / "memory.svg"]
+    Figure(figsize=(1, 1)).savefig(folder / "sweep_memory.png")
+    return [folder / "sweep.csv", folder / "sweep_memory.png", folder / "sweep_memory.svg"]
 
 
 def test_table_and_pictures_are_in_a_run_of_the_points_group(tmp_path, capsys):
