@@ -38,14 +38,17 @@ SLOW = {
     "kernels/test_package.py",
     "kernels/test_turing.py",
     "recipe/benchmark/test_grid.py",
+    "recipe/export/test_to_wandb.py",
     "recipe/sweep/test_launcher.py",
     "recipe/sweep/test_sweep.py",
+    "recipe/sweep/test_to_wandb.py",
     "recipe/test_earlier_runs.py",
     "recipe/test_end_to_end.py",
     "recipe/test_other_packages.py",
     "recipe/test_scripts.py",
     "recipe/training/test_distributed.py",
     "recipe/training/test_run.py",
+    "recipe/training/test_wandb_copy.py",
 }
 
 

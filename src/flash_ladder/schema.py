@@ -8,12 +8,15 @@ flash_ladder.front_door reads YAML and the command line into these classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 from flash_ladder.errors import UserError, at_least, one_of
 from flash_ladder.names import CHOICES
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
+LOGGERS = ("wandb", "csv", "tensorboard", "none")
+WANDB_MODES = ("offline", "online", "disabled")
 
 # Arguments of Lightning's Trainer that the recipe sets, and the key that a user sets them by.
 OWN_KEYS = {
@@ -214,14 +217,28 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """conf/logger: wandb beside the metrics.jsonl that every run writes."""
+    """conf/logger: what stands beside the metrics.jsonl that every run writes.
 
-    mode: str = "offline"  # offline | online | disabled
-    project: str = "flash-ladder"
-    name: str | None = None
+    The keys after `kind` are wandb's. None leaves the choice to wandb's own environment variable (WANDB_PROJECT, WANDB_MODE, ...)
+    or settings file; where those are silent too, the mode is offline (online under `wandb agent`) and the project flash-ladder.
+    """
+
+    kind: str = "wandb"  # LOGGERS
+    mode: str | None = None  # offline | online | disabled; WANDB_MODE
+    project: str | None = None  # WANDB_PROJECT
+    entity: str | None = None  # whose project: a user or a team; WANDB_ENTITY
+    name: str | None = None  # of this run; WANDB_NAME
+    group: str | None = None  # runs that belong together, as a sweep's do; WANDB_RUN_GROUP
+    job_type: str | None = None  # WANDB_JOB_TYPE
+    tags: list[str] | None = None  # WANDB_TAGS=a,b
+    notes: str | None = None  # WANDB_NOTES
 
     def validate(self) -> None:
-        one_of("logger.mode", self.mode, ("offline", "online", "disabled"))
+        one_of("logger.kind", self.kind, LOGGERS)
+        if self.mode is not None:
+            one_of("logger.mode", self.mode, WANDB_MODES)
+        if self.kind == "tensorboard" and not any(find_spec(package) for package in ("tensorboard", "tensorboardX")):
+            raise UserError("logger=tensorboard needs a package that is not installed: pip install tensorboard")
 
 
 @dataclass

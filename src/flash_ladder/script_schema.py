@@ -8,7 +8,7 @@ from itertools import product
 
 from flash_ladder.errors import UserError, at_least, nearest, one_of
 from flash_ladder.names import BACKENDS, CHOICES, MASKED_PEERS, PEERS
-from flash_ladder.schema import PRECISIONS
+from flash_ladder.schema import PRECISIONS, WANDB_MODES
 
 
 @dataclass
@@ -26,6 +26,7 @@ class ExportConfig:
     )
     batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
     device: str = "auto"  # auto | cpu | cuda | cuda:1
+    wandb: str = "auto"  # the figures go into the run's wandb: auto (as the run did), offline, online; or disabled
 
     def validate(self) -> None:
         if not self.run:
@@ -34,6 +35,7 @@ class ExportConfig:
             one_of("checkpoint", self.checkpoint, ("best", "last", "PATH.ckpt"))
         one_of("attention", self.attention, CHOICES)
         one_of("precision", self.precision, PRECISIONS)
+        one_of("wandb", self.wandb, ("auto", *WANDB_MODES))
         at_least(1, windows=self.windows, seq_len=self.seq_len, batch_size=self.batch_size)
 
 
@@ -50,10 +52,16 @@ class EvaluateConfig:
     batch_size: int | None = None  # windows at once; None: up to 32, as many as keep the logits under 1 GiB
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     out: str | None = None  # a JSON file for the result
+    # The figures go into wandb's run of the training: auto (as the run did, where its folder holds the export), offline or online
+    # (from anywhere); or disabled. Those of another text never do.
+    wandb: str = "auto"
 
     def validate(self) -> None:
         if not self.model:
             raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
+        one_of("wandb", self.wandb, ("auto", *WANDB_MODES))
+        if self.text is not None and self.wandb in ("offline", "online"):
+            raise UserError(f"wandb={self.wandb} logs figures of the validation windows; text={self.text} is another text")
         one_of("attention", self.attention, CHOICES)
         if self.against is not None:
             one_of("against", self.against, CHOICES)

@@ -69,7 +69,15 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
         result = {"model": str(folder), "text": cfg.text, "device": describe(device), "evaluation": asdict(evaluation)}
         write_json(Path(cfg.out), result | verdict(checks) | ({"parity": record(parity, [], device)} if parity else {}))
         where = f"written to {cfg.out}"
-    return report(losses, checks, f"{choice.backend} against {cfg.against}" if cfg.against else choice.backend, where)
+    code = report(losses, checks, f"{choice.backend} against {cfg.against}" if cfg.against else choice.backend, where)
+    if cfg.text is None and cfg.wandb != "disabled" and (config.get("wandb") or cfg.wandb != "auto"):
+        # Lightning and wandb: a machine that has the exported folder alone need have neither.
+        from flash_ladder.export.to_wandb import log_evaluation, wandb_of_export
+
+        if target := wandb_of_export(folder, config, cfg.wandb):
+            step = config["training"]["step"]
+            log_evaluation(*target, cfg.wandb, evaluation, parity, checks, describe(device), step)
+    return code
 
 
 def recorded_by_export(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from flash_ladder.errors import UserError
 from flash_ladder.export.folder import FILES, load_export, load_windows, write_export
 from flash_ladder.export.losses import Windows
 from flash_ladder.export.parity import compare
+from flash_ladder.export.to_wandb import REMEMBERED, log_evaluation, wandb_of
 from flash_ladder.export.verdict import describe_windows, record, report, same_loss
 from flash_ladder.files import read_json, replace_folder, write_json
 from flash_ladder.kernels.generations import describe
@@ -54,6 +55,8 @@ def export_run(cfg: ExportConfig) -> int:
         "data": {key: config["data"][key] for key in DATA_KEYS},
         "versions": versions(),
     }
+    if in_wandb := wandb_of(run, config):
+        about["wandb"] = {key: in_wandb.get(key) for key in REMEMBERED}
     with replace_folder(out, FILES) as folder:
         write_export(folder, model, Tokenizer.load(run), windows, about)
         del model, weights, windows  # from here on, only the written folder counts
@@ -67,7 +70,10 @@ def export_run(cfg: ExportConfig) -> int:
             losses = {"training": training["val_loss"], **losses}
             checks.append(same_loss("training", training["val_loss"], parity.candidate, parity.rounding))
         write_json(folder / "parity.json", record(parity, checks, device))
-    return report(losses, checks, f"{backend} against eager", f"exported to {out}")
+    code = report(losses, checks, f"{backend} against eager", f"exported to {out}")
+    if in_wandb:
+        log_evaluation(run, in_wandb, cfg.wandb, parity.candidate, parity, checks, describe(device), training["step"])
+    return code
 
 
 def training_environment(run: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from flash_ladder.overrides import differing
 from flash_ladder.sweep.points import RECORD, Point
 from flash_ladder.sweep.process import CONSOLE
 from flash_ladder.sweep.report import report
+from flash_ladder.sweep.to_wandb import log_sweep
 
 
 class EndOfSweep(Callback):
@@ -32,7 +33,7 @@ def close(folder: Path) -> int:
     """Writes the report of the sweep in `folder`, prints how it ended, and returns the exit code."""
     points = [Point(**point) for point in read_json(folder / RECORD)["points"]]
     try:
-        report(folder)
+        log_sweep(folder, report(folder))
     except UserError as error:  # the points' own results are there all the same
         print(f"warning: no report: {error}", file=sys.stderr)
     counts = Counter(point.status.replace("_", " ") for point in points)

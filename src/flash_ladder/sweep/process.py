@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flash_ladder.overrides import as_typed, quoted
-from flash_ladder.sweep.points import Point
+from flash_ladder.sweep.points import Point, Sweep
 
 CONSOLE = "console.log"
+WANDB_LONGEST = 128  # characters of a run's name in wandb
 RESULTS = ("finished", "out_of_memory", "not_finite", "stopped", "failed")  # what result.json may say
 
 
@@ -94,6 +95,21 @@ def command_of(point: Point, script: list[str], folder: Path, goes_on: bool) -> 
     if goes_on:
         return [*script, *numbered, f"resume={folder}"]
     return [*script, *map(as_typed, point.overrides), *numbered, f"hydra.run.dir={quoted(str(folder))}"]
+
+
+def labels(point: Point, sweep: Sweep) -> list[str]:
+    """wandb's names for one point: the sweep's DATE/TIME as its group, and what sets it apart as its name.
+
+    What the user names, as a key or as wandb's environment variable, is left alone.
+    """
+    asked = {override.partition("=")[0] for override in point.overrides}
+    found = {"group": "/".join(sweep.folder.resolve().parts[-2:]), "name": sweep.names()[point.number][:WANDB_LONGEST]}
+    variables = {"group": "WANDB_RUN_GROUP", "name": "WANDB_NAME"}
+    return [
+        f"logger.{key}={quoted(value)}"
+        for key, value in found.items()
+        if value and f"logger.{key}" not in asked and variables[key] not in os.environ
+    ]
 
 
 # ---- what became of it ----

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flash_ladder.sweep.gpus import Pool
 from flash_ladder.sweep.points import Point, Sweep
-from flash_ladder.sweep.process import PointProcess, command_of, outcome, read_result
+from flash_ladder.sweep.process import PointProcess, command_of, labels, outcome, read_result
 from flash_ladder.training import metrics
 
 TICK = 0.1  # seconds between two looks at the processes
@@ -85,6 +85,8 @@ class Runner:
         point.gpus = self.pool.take(n_gpus) or []
         point.status, point.error, point.exit_code, point.seconds = "running", None, None, None
         command = command_of(point, self.script, folder, goes_on)
+        if not goes_on:
+            command += labels(point, self.sweep)
         self.running.append(PointProcess(point, folder, command, goes_on))
         self.sweep.save()
 

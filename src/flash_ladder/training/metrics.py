@@ -24,7 +24,9 @@ GRAD_NORM = "train/grad_norm"  # global norm of the step's gradients, all device
 
 VAL_LOSS = "val/loss"  # nats per token: mean over the validation's windows, all devices
 VAL_PERPLEXITY = "val/perplexity"  # exp(val/loss)
-VAL_BEST = "val/best_loss"  # the lowest val/loss of the run, in result.json alone
+VAL_BEST = "val/best_loss"  # the lowest val/loss so far, that of checkpoints/best.ckpt; in result.json and wandb
+VAL_BEST_STEP = "val/best_step"  # the optimiser step of that validation; in wandb alone
+VAL_SAMPLE = "val/sample"  # wandb's table: what the trained model wrote
 
 # ---- of the latest steps (speed.WINDOW_SECONDS), validation and checkpoints left out ----
 
@@ -54,6 +56,27 @@ ATTENTION_SECONDS = "speed/attention_seconds"  # seconds that the chosen backend
 ATTENTION_EAGER_SECONDS = "speed/attention_eager_seconds"  # seconds that eager attention takes
 ATTENTION_TFLOPS = "speed/attention_tflops"  # TFLOP/s of the chosen backend, the causal half counted
 ATTENTION_SPEEDUP = "speed/attention_speedup_vs_eager"  # eager's time over the backend's
+
+# What wandb draws of one layer: a table of all its figures, and bars that stand the backend beside eager.
+ATTENTION_TABLE = "memory/attention_savings"
+ATTENTION_MEMORY_BARS = "memory/attention_bars"  # GiB
+ATTENTION_TIME_BARS = "speed/attention_bars"  # ms, forward and backward
+
+# ---- of an exported model, on the validation windows that its folder holds; export and evaluate send them to the run's wandb ----
+
+EVAL_LOSS = "eval/loss"  # nats per token, on the backend that was evaluated
+EVAL_AGAINST_LOSS = "eval/against_loss"  # nats per token, on the backend that it was compared with (after export: eager)
+EVAL_MEAN_KL = "eval/mean_kl"  # KL divergence between the two, nats per token
+EVAL_ROUNDING = "eval/rounding"  # mean KL of rounding alone, from which the limits follow
+EVAL_MAX_LOGIT_DIFFERENCE = "eval/max_logit_difference"
+EVAL_GREEDY_AGREEMENT = "eval/greedy_agreement"  # share of tokens whose likeliest successor is the same on both
+EVAL_WITHIN = "eval/within"  # 1: every figure is within its limit; 0: not
+EVAL_TABLE = "eval/parity"  # wandb's table: the same in one row, with the backends, the precision and the device
+
+# ---- of a sweep, in wandb's run of its report ----
+
+SWEEP_TABLE = "sweep/points"  # a row for each point, as in sweep.csv
+SWEEP_PICTURES = "sweep/pictures"  # before the name of each picture of the report
 
 
 def attention_metrics(probe: Probe) -> dict[str, float]:

@@ -13,11 +13,12 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
@@ -33,8 +34,9 @@ from flash_ladder.training.callbacks import Stopped
 from flash_ladder.training.checkpoint import load_run
 from flash_ladder.training.extras import extra_arguments, extra_callbacks
 from flash_ladder.training.log import run_log, say
+from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_look, log_probe, log_sample, open_loggers
 from flash_ladder.training.module import GPTModule, NotFinite
-from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb
+from flash_ladder.training.record import MetricsFile
 from flash_ladder.training.report import out_of_memory, report, write_sample
 from flash_ladder.training.result import FINISHED, STOPPED, Result, is_out_of_memory, setting
 from flash_ladder.training.speed import Speed
@@ -58,6 +60,8 @@ def train(cfg: Config, run_dir: Path) -> float:
         first = is_first_process()
         if first and not cfg.resume:
             refuse_taken(run_dir)
+        if first:
+            check_loggers(cfg.logger)
         place = decide(cfg)
         cfg = with_batch_size(cfg, place.n_devices)
         say(f"attention: {place.attention}")
@@ -77,7 +81,8 @@ def train(cfg: Config, run_dir: Path) -> float:
         checkpoint, start = check_resume(cfg, run_dir, module, data.tokenizer) if cfg.resume else (None, 0)
 
         record: MetricsFile | None = None
-        loggers: list[MetricsFile | WandbCopy] = []
+        loggers: list[Logger] = []
+        look: str | None = None
         if first:
             record, loggers = open_run(cfg, run_dir, place, data)
             write_log_to(run_dir / "train.log")
@@ -89,11 +94,12 @@ def train(cfg: Config, run_dir: Path) -> float:
             if first:
                 probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
                 say(f"attention memory: {probe}")
-                for logger in loggers:
-                    logger.log_metrics(metrics.attention_metrics(probe), step=start)
+                log_probe(loggers, probe, start)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             if first:
                 result.sample = write_sample(module.net, data, place, cfg.prompt, sample_tokens)
+                log_sample(loggers, cfg.prompt, result.sample, trainer.global_step)
+                look = how_to_look(loggers)
             result.status = FINISHED
         except Stopped as stop:
             result.status, result.error = STOPPED, f"stopped by {stop} after step {trainer.global_step}"
@@ -122,10 +128,11 @@ def train(cfg: Config, run_dir: Path) -> float:
                 result.step, result.seconds = trainer.global_step, time.perf_counter() - started
                 result.metrics = came_to(record, speed, trainer)
                 result.write(run_dir)
-            for logger in loggers:
-                logger.close(failed=sys.exc_info()[0] is not None)
+            close_loggers(loggers, failed=sys.exc_info()[0] is not None)
         if result.status == FINISHED:
             report(cfg, run_dir, result, place, data.stats.unigram_entropy)
+            if look is not None:
+                say(f"{cfg.logger.kind:12} {look}")
         return result.metrics.get(metrics.VAL_LOSS, math.nan)
 
 
@@ -221,7 +228,7 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
 # ---- the run's folder ----
 
 
-def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[MetricsFile, list[MetricsFile | WandbCopy]]:
+def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[MetricsFile, list[Logger]]:
     """Writes config.yaml, tokenizer.json and environment.json; returns the run's record, and all loggers, that one included."""
     config = asdict(cfg)
     about = environment(
@@ -237,9 +244,17 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
     (run_dir / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
     data.tokenizer.save(run_dir)
-    run = open_wandb(cfg.logger, run_dir, config | {"environment": about})
-    record = MetricsFile(run_dir / "metrics.jsonl")
-    return record, [record, *([] if run is None else [WandbCopy(run)])]
+    return open_loggers(cfg.logger, run_dir, as_run(config, place) | {"environment": about})
+
+
+def as_run(config: dict[str, Any], place: Place) -> dict[str, Any]:
+    """The configuration with what `auto` came to on this machine, for loggers to show and to group by."""
+    chosen = {"backend": place.attention.backend, "reason": place.attention.reason}
+    return {
+        **config,
+        "attention": chosen | {"asked": config["attention"]["backend"]},
+        "trainer": {**config["trainer"], "precision": place.precision, "devices": place.n_devices},
+    }
 
 
 def refuse_taken(run_dir: Path) -> None:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
 
 from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import Place
@@ -19,7 +20,6 @@ from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Bar, StopOnSignal, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
-from flash_ladder.training.record import MetricsFile, WandbCopy
 from flash_ladder.training.result import one_line
 from flash_ladder.training.speed import Speed, Work
 from flash_ladder.training.strategy import devices_and_strategy, is_first_process
@@ -30,7 +30,7 @@ def make_trainer(
     run_dir: Path,
     place: Place,
     *,
-    loggers: list[MetricsFile | WandbCopy],
+    loggers: list[Logger],
     speed: Speed,
     arguments: dict[str, Any],
     callbacks: list[Callback],

@@ -13,7 +13,7 @@ from flash_ladder.sweep import gpus
 from flash_ladder.sweep.ending import close
 from flash_ladder.sweep.gpus import Pool, gpus_here, gpus_needed
 from flash_ladder.sweep.points import Point, Sweep
-from flash_ladder.sweep.process import CONSOLE, PointProcess, command_of, last_error, outcome, still_runs
+from flash_ladder.sweep.process import CONSOLE, PointProcess, command_of, labels, last_error, outcome, still_runs
 
 # ---- the record ----
 
@@ -224,3 +224,19 @@ def test_out_of_memory_is_a_result_and_a_failure_is_not(tmp_path, capsys):
     assert close(tmp_path) == 1
     said = capsys.readouterr().out
     assert f"failed       seed=2: no such file ({tmp_path}/1/console.log)" in said and f"sweep={tmp_path}" in said
+
+
+def test_points_share_wandbs_group_and_are_named_by_what_differs(tmp_path, monkeypatch):
+    for name in ("WANDB_RUN_GROUP", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "2026-11-30" / "04-00-00"
+    folder.mkdir(parents=True)
+    sweep = Sweep.open(folder, ["train.py"], [], go_on=False)
+    points = [sweep.place(n, ["attention=eager", f"data.seq_len={length}"], str(n)) for n, length in enumerate((64, 128))]
+    name = sweep.names()[1]
+    assert "128" in name
+    assert labels(points[1], sweep) == ["logger.group='2026-11-30/04-00-00'", f"logger.name='{name}'"]
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    assert labels(points[1], sweep) == ["logger.group='2026-11-30/04-00-00'"]
+    points[1].overrides.append("logger.group=g")
+    assert labels(points[1], sweep) == []

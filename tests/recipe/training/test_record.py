@@ -1,4 +1,4 @@
-"""flash_ladder.training.record, flops and probe: what is logged, what it means, and that a dead tracker costs nothing."""
+"""flash_ladder.training.record, flops and probe: what is logged, what it means."""
 
 import json
 import math
@@ -9,10 +9,8 @@ import torch
 
 from flash_ladder.measure.flops import PEAKS, attention_flops, flops_per_token, peak_tflops
 from flash_ladder.measure.probe import Layer, probe_attention
-from flash_ladder.schema import LoggerConfig
-from flash_ladder.training import record as telemetry
 from flash_ladder.training.metrics import attention_metrics
-from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb
+from flash_ladder.training.record import MetricsFile, best_validation, read_metrics
 
 CPU = torch.device("cpu")
 
@@ -147,62 +145,15 @@ def test_metrics_go_on_after_a_line_torn_by_a_kill(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
-# ---- wandb ----
-
-
-def test_wandb_offline_goes_on_under_the_same_id(tmp_path):
-    ids = []
-    for step in (1, 2):
-        run = open_wandb(LoggerConfig(mode="offline"), tmp_path, {"model": {"d_model": 16}})
-        copy = WandbCopy(run)
-        copy.log_metrics({"train/loss": 1.0}, step)
-        copy.close()
-        ids.append(run.id)
-    assert ids[0] == ids[1]
-    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
-
-
-def test_wandb_disabled_leaves_nothing(tmp_path):
-    assert open_wandb(LoggerConfig(mode="disabled"), tmp_path, {}) is None
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_dead_server_costs_a_bounded_wait_and_one_warning(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(telemetry, "INIT_TIMEOUT", 2)
-    start = time.monotonic()
-    run = open_wandb(LoggerConfig(mode="online"), tmp_path, {})
-    copy = WandbCopy(run)
-    copy.log_metrics({"train/loss": 1.0}, 1)
-    copy.close()
-    assert time.monotonic() - start < 15
-    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning:")]
-    assert len(warnings) == 1 and "wandb is offline" in warnings[0] and "`wandb sync" in warnings[0]
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_wandb_failing_on_the_way_is_left_behind(tmp_path, monkeypatch, capsys):
-    run = open_wandb(LoggerConfig(mode="offline"), tmp_path, {})
-    copy = WandbCopy(run)
-
-    def broken(*args, **kwargs):
-        raise ConnectionResetError("its service died")
-
-    monkeypatch.setattr(type(run), "log", broken)
-    for step in (1, 2):
-        copy.log_metrics({"train/loss": 1.0}, step)
-    assert capsys.readouterr().err == "warning: wandb stopped working (its service died); metrics.jsonl goes on\n"
-    monkeypatch.undo()
-    copy.close()
-
-
-def test_wandb_that_cannot_start_is_done_without(tmp_path, monkeypatch, capsys):
-    import wandb
-
-    def broken(**kwargs):
-        raise wandb.Error("no service here")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    assert open_wandb(LoggerConfig(mode="offline"), tmp_path, {}) is None
-    assert capsys.readouterr().err.startswith("warning: wandb could not start (no service here)")
+def test_read_metrics_and_the_best_validation(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == [] and best_validation([]) is None
+    lines = [
+        {"step": 2, "val/loss": 3.0},
+        {"step": 4, "val/loss": 1.5},
+        {"step": 5, "train/loss": 1.0},
+        {"step": 6, "val/loss": None},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "val/lo')
+    assert read_metrics(path) == lines
+    assert best_validation(lines) == (1.5, 4)
