@@ -27,6 +27,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from flash_ladder import names
 from flash_ladder.errors import UserError, nearest, one_of
 from flash_ladder.files import make_writable
+from flash_ladder.processes import is_first, started
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -182,19 +183,28 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
     """
     _leave_script_folder()
     store_defaults(schema)
-    arguments = [_verbatim(argument) for argument in sys.argv[1:]]
+    processes = None
+    try:
+        processes = started()
+    except UserError as error:
+        _fail(error)
+    mine = processes is not None and processes.by == "train.py"  # started by the first process, with arguments that it has checked
+    arguments = sys.argv[1:] if mine else [_verbatim(argument) for argument in sys.argv[1:]]
     flags = [a for a in arguments if a.startswith("-")]
     overrides = [a for a in arguments if a not in flags]
     saved, saved_text = None, ""
     sys.argv[1:] = arguments
     try:
-        # Hydra's own flags (--help, --cfg) need no check. Nor do the processes that DDP starts: their parent was checked.
+        # Hydra's own flags (--help, --cfg) need no check.
         if set(flags) <= {"-m", "--multirun"}:
             saved = _run_to_resume(overrides)
             if saved is not None:
                 overrides, saved_text = _resumed(saved, overrides), saved.read_text()
             cfg = _check(conf, config_name, overrides, schema, sweep=bool(flags))
-            if cfg.hydra.output_subdir is not None:  # the scripts have no run folder
+            if not is_first(processes):  # the run's folder is the first process's, which alone writes to it
+                named = any(override.startswith("hydra.run.dir=") for override in overrides)
+                overrides += ["hydra.output_subdir=null", *([] if named else ["hydra.run.dir=."])]
+            elif cfg.hydra.output_subdir is not None:  # the scripts have no run folder
                 make_writable(Path(cfg.hydra.run.dir), "the output folder", "hydra.run.dir")
                 if not flags:  # Hydra would read the clock again, and might make another folder a second later
                     overrides.append(f"hydra.run.dir={_quoted(cfg.hydra.run.dir)}")
@@ -210,7 +220,9 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
         try:
             code = main(parse(cfg, schema), Path(HydraConfig.get().runtime.output_dir))
         except UserError as error:
-            if saved is not None:  # Hydra has written the new overrides into a run that could not go on: undo that
+            if saved is not None and is_first(
+                processes
+            ):  # Hydra has written the new overrides into a run that could not go on: undo that
                 saved.write_text(saved_text)
             elif HydraConfig.get().output_subdir is not None:
                 _remove_bare(Path(HydraConfig.get().runtime.output_dir))
@@ -242,4 +254,4 @@ def _remove_bare(folder: Path) -> None:
 
 def _fail(error: UserError) -> None:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(error.exit_code)

@@ -15,6 +15,7 @@ from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
 from flash_ladder.training import metrics
 from flash_ladder.training.optimizer import build_optimizer, build_schedule
+from flash_ladder.training.sharding import is_sharded, shard
 
 
 class NotFinite(UserError):
@@ -41,6 +42,11 @@ class GPTModule(L.LightningModule):
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step
         self.val_losses: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        """Cuts the network over the devices where the strategy (FSDP2) has given a mesh of them."""
+        if self.device_mesh is not None and not is_sharded(self.net):
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy in nats per token of predicting each token from those before it, float32 scalar."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,8 +27,10 @@ from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Speed, Stopped
 from flash_ladder.training.checkpoint import load_run
 from flash_ladder.training.module import GPTModule, NotFinite
+from flash_ladder.training.ranks import Ranks
 from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb
 from flash_ladder.training.report import out_of_memory, report, say, write_sample
+from flash_ladder.training.sharding import whole
 from flash_ladder.training.strategy import is_first_process
 from flash_ladder.training.trainer import make_trainer, quiet_lightning, work
 
@@ -62,32 +63,36 @@ def train(cfg: Config, run_dir: Path) -> None:
 
     loggers = open_run(cfg, run_dir, place, data) if first else []
     speed = Speed(work(cfg, place, module), cfg.trainer.log_every)
-    trainer = make_trainer(cfg, run_dir, place, loggers, speed)
+    ranks = Ranks(cfg, place)
+    trainer = make_trainer(cfg, run_dir, place, loggers, speed, ranks.processes)
     try:
         if first:
             probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
             say(f"attention memory: {probe}")
             for logger in loggers:
                 logger.log_metrics(metrics.attention_metrics(probe), step=start)
+        ranks.join(cfg)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        net = whole(module.net)
         if first:
-            report(run_dir, trainer, data, place, speed, write_sample(module.net, data, place, cfg.prompt, sample_tokens))
+            report(run_dir, trainer, data, place, speed, write_sample(net, data, place, cfg.prompt, sample_tokens))
     except Stopped as stop:
         say(f"stopped by {stop} after step {trainer.global_step}; to go on: python train.py resume={shlex.quote(str(run_dir))}")
-        if first:  # elsewhere Lightning would take an exit code other than 0 for a crash and kill this process
-            sys.exit(128 + stop.signum)
+        sys.exit(128 + stop.signum)
     except NotFinite:  # raised by all processes together
         if first:
             raise
     except BaseException as error:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # the other processes would wait for this one for ever
+        reason = ranks.failed(error)
+        if reason is not error:
+            raise reason from error
         if isinstance(error, torch.OutOfMemoryError) and place.device.type == "cuda":
             raise UserError(out_of_memory(cfg, place, trainer)) from error
         raise
     finally:
         for logger in loggers:
             logger.close(failed=sys.exc_info()[0] is not None)
+        ranks.leave()
 
 
 # ---- data and model ----

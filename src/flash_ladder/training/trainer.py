@@ -12,6 +12,7 @@ import torch
 
 from flash_ladder.machine.decide import Place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
+from flash_ladder.processes import Processes
 from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Work, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
@@ -20,12 +21,19 @@ from flash_ladder.training.record import MetricsFile, WandbCopy
 from flash_ladder.training.strategy import devices_and_strategy, is_first_process
 
 
-def make_trainer(cfg: Config, run_dir: Path, place: Place, loggers: list[MetricsFile | WandbCopy], speed: Speed) -> L.Trainer:
-    """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps."""
+def make_trainer(
+    cfg: Config,
+    run_dir: Path,
+    place: Place,
+    loggers: list[MetricsFile | WandbCopy],
+    speed: Speed,
+    processes: Processes | None = None,
+) -> L.Trainer:
+    """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps, on `processes` (of training.ranks)."""
     bar = [Bar(speed)] if is_first_process() else []
     precision: Any = "32-true" if place.precision == "32" else place.precision  # in Lightning's words
     return L.Trainer(
-        **devices_and_strategy(cfg.trainer, place),
+        **devices_and_strategy(cfg.trainer, place, processes),
         precision=precision,
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
