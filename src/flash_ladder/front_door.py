@@ -220,9 +220,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], int 
         try:
             code = main(parse(cfg, schema), Path(HydraConfig.get().runtime.output_dir))
         except UserError as error:
-            if saved is not None and is_first(
-                processes
-            ):  # Hydra has written the new overrides into a run that could not go on: undo that
+            if saved is not None and is_first(processes):
+                # Hydra has written the new overrides into a run that could not go on: undo that.
                 saved.write_text(saved_text)
             elif HydraConfig.get().output_subdir is not None:
                 _remove_bare(Path(HydraConfig.get().runtime.output_dir))

@@ -166,7 +166,9 @@ class Stopped(Exception):
 
 
 class StopOnSignal(Callback):
-    """On the first Ctrl-C, SIGTERM or SIGUSR1 (SLURM, before a job's time is up), raises Stopped at the end of an optimiser step; the second one acts at once.
+    """On the first Ctrl-C, SIGTERM or SIGUSR1, raises Stopped at the end of an optimiser step; the second one acts at once.
+
+    SLURM sends SIGUSR1 some time before a job's time is up.
 
     Several processes must stop at the same step, or one would wait for the others for ever. So they ask each other every
     `log_every` steps, where they synchronise anyway.

@@ -136,7 +136,8 @@ class Ranks:
 def start_another(processes: Processes, rank: int) -> subprocess.Popen:
     """Starts this program once more, with the same arguments, as process `rank` of this node."""
     command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
-    return subprocess.Popen(command, env=os.environ | processes.environment(rank), stdin=subprocess.DEVNULL)
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}  # no stack traces of a store that is gone
+    return subprocess.Popen(command, env=os.environ | processes.environment(rank) | quiet, stdin=subprocess.DEVNULL)
 
 
 def connect(processes: Processes, timeout: float, is_master: bool) -> dist.TCPStore:
@@ -178,9 +179,7 @@ class Watch(threading.Thread):
         dist.all_gather_object(everyone, about)
         different = [rank for rank, other in enumerate(everyone) if other["config"] != everyone[0]["config"]]
         if different:
-            raise UserError(
-                f"process {different[0]} has another configuration than the first one; start all with the same arguments"
-            )
+            raise UserError(f"rank {different[0]} has another configuration than rank 0; start all with the same arguments")
         self.peers = everyone
         self.beats = [(b"", time.monotonic())] * self.processes.n
         self.store = store
@@ -203,7 +202,7 @@ class Watch(threading.Thread):
     def leave(self) -> None:
         """Ends the watch. The first process waits for the others, because the store ends with it."""
         self.left.set()
-        if self.store is None:
+        if self.store is None or self.lost is not None:
             return
         with contextlib.suppress(RuntimeError):
             self.store.set(f"left/{self.processes.rank}", "1")
@@ -285,7 +284,7 @@ class Watch(threading.Thread):
 
     def _tell(self, lost: Lost) -> None:
         """Tells the others, unless they know of another one."""
-        if self.store is not None:
+        if self.store is not None and lost.rank != 0:  # with the first process the store is gone
             with contextlib.suppress(RuntimeError):
                 self.store.compare_set("verdict", "", json.dumps(asdict(lost)))
 
@@ -297,7 +296,7 @@ class Watch(threading.Thread):
     def _end(self, lost: Lost) -> None:
         """Ends the process, whose main thread hangs in a collective, and those that it started."""
         if self.processes.rank == (1 if lost.rank == 0 else 0):
-            print(f"error: {self.line(lost)}", file=sys.stderr, flush=True)
+            print(f"\nerror: {self.line(lost)}", file=sys.stderr, flush=True)
         for other in self.others:
             other.kill()
         if self.on_lost is not None:
