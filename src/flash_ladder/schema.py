@@ -15,6 +15,30 @@ from flash_ladder.names import CHOICES
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
 
+# Arguments of Lightning's Trainer that the recipe sets, and the key that a user sets them by.
+OWN_KEYS = {
+    "accelerator": "trainer.accelerator",
+    "devices": "trainer.devices",
+    "num_nodes": "trainer.num_nodes",
+    "strategy": "trainer.strategy",
+    "precision": "trainer.precision",
+    "max_steps": "trainer.max_steps",
+    "accumulate_grad_batches": "trainer.accumulate",
+    "val_check_interval": "trainer.val_every",
+    "check_val_every_n_epoch": "trainer.val_every",
+    "limit_val_batches": "trainer.val_batches",
+    "log_every_n_steps": "trainer.log_every",
+    "deterministic": "trainer.deterministic",
+    "gradient_clip_val": "optimizer.grad_clip",
+    "gradient_clip_algorithm": "optimizer.grad_clip",
+    "logger": "logger",
+    "callbacks": "callbacks",
+    "default_root_dir": "hydra.run.dir",
+    "plugins": "the recipe",
+    "use_distributed_sampler": "the recipe",
+    "enable_checkpointing": "the recipe",
+}
+
 # ---- one dataclass per group of conf/ ----
 
 
@@ -171,6 +195,8 @@ class TrainerConfig:
     log_every: int = 10
     activation_checkpointing: bool = False
     deterministic: bool = False
+    profile: bool = False  # a trace and a table of kernels of a few steps, in the run's folder
+    lightning: dict[str, Any] = field(default_factory=dict)  # further arguments of its Trainer: +trainer.lightning.KEY=VALUE
 
     def validate(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
@@ -181,6 +207,9 @@ class TrainerConfig:
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__timeout_seconds=self.timeout_seconds)
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
+        for name in self.lightning:
+            if name in OWN_KEYS:
+                raise UserError(f"trainer.lightning.{name}: {OWN_KEYS[name]} sets that here")
 
 
 @dataclass
@@ -225,6 +254,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)  # further callbacks of Lightning, by name: {"_target_": class, ...}
     seed: int = 1337
     resume: str | None = None  # a run's folder: goes on from its last checkpoint, with its configuration
     prompt: str = "def "  # the beginning of the sample that a run ends with

@@ -68,8 +68,8 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
     if processes is None:
         if cfg.num_nodes is not None and cfg.num_nodes > 1:
             raise UserError(
-                f"trainer.num_nodes={cfg.num_nodes}: one process cannot start those of other nodes; torchrun, srun and slurm=submit "
-                f"can (docs/devices.md)"
+                f"trainer.num_nodes={cfg.num_nodes}: one process cannot start those of other nodes; torchrun, srun and "
+                f"slurm=submit do (docs/devices.md)"
             )
         per_node = there if cfg.devices is not None and asked is None else int(asked or 1)
     else:
@@ -85,8 +85,8 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
         if processes is None:
             raise UserError(f"trainer.devices={per_node}: PyTorch finds {there} GPU{plural} here; auto takes all there are")
         raise UserError(
-            f"{processes.by} started {per_node} processes on this node, and PyTorch finds {there} GPU{plural}: start one a GPU, and "
-            f"let every process see all of them (srun: --gpus-per-node, not --gpus-per-task)"
+            f"{processes.by} started {per_node} processes on this node, and PyTorch finds {there} GPU{plural}: start one a GPU, "
+            f"and let every process see all of them (srun: --gpus-per-node, not --gpus-per-task)"
         )
     local_rank = 0 if processes is None else processes.local_rank
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

@@ -1,14 +1,12 @@
-"""What happens around the training loop: speed, the progress bar, checkpoints, and a clean stop on Ctrl-C or SIGTERM."""
+"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,105 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
 from flash_ladder.errors import UserError
-from flash_ladder.measure.flops import TokenFlops
 from flash_ladder.training import metrics
-from flash_ladder.training.module import GPTModule
-from flash_ladder.training.record import peak_memory_gib, seconds_since_start
+from flash_ladder.training.speed import Speed
 from flash_ladder.training.strategy import is_first_process
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of one optimiser step on all devices together, and the peak of those devices."""
-
-    tokens: int
-    flops: TokenFlops  # of one token
-    peak_tflops: float | None  # dense; None where it is unknown: then no MFU is logged
-
-
-class Speed(Callback):
-    """Sends loss, learning rate, speed and memory to the loggers, every `log_every` optimiser steps.
-
-    The clock is read after a synchronise. It stands still during validation and checkpoints, and starts after the first step,
-    which compiles and tunes. On other steps nothing here waits for the GPU.
-    """
-
-    def __init__(self, work: Work, log_every: int) -> None:
-        self.work = work
-        self.log_every = log_every
-        self.first_step_seconds: float | None = None  # from the start of the process to the end of the first step
-        self.latest: dict[str, float] = {}  # what was logged last
-        self.step = 0
-        self.clock: float | None = None  # when timing last began; None while the clock stands still
-        self.seconds = 0.0  # of the interval so far
-        self.interval_start = 0
-        self.intervals: list[tuple[int, float]] = []  # steps and seconds of each full interval
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens per second of the run less its first interval, in which clocks and caches warm up; None for a run of one step."""
-        counted = self.intervals[1:] or self.intervals
-        seconds = sum(s for _, s in counted)
-        return self.work.tokens * sum(n for n, _ in counted) / seconds if seconds else None
-
-    def rates(self, tokens_per_second: float) -> dict[str, float]:
-        """Speed in tokens, in FLOPs, and as a share of the peak under both conventions."""
-        full, causal = (tokens_per_second * flops / 1e12 for flops in (self.work.flops.full, self.work.flops.causal))
-        rates = {metrics.TOKENS_PER_SECOND: tokens_per_second, metrics.MODEL_TFLOPS: full}
-        if self.work.peak_tflops is not None:
-            rates |= {metrics.MFU: full / self.work.peak_tflops, metrics.MFU_CAUSAL: causal / self.work.peak_tflops}
-        return rates
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.step = trainer.global_step
-
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.clock is None and self.first_step_seconds is not None:
-            self.clock = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            return  # more batches to accumulate
-        self.step = trainer.global_step
-        last = self.step >= trainer.max_steps
-        if self.first_step_seconds is None:
-            self._begin_interval(self._stop_clock(module.device))
-            self.first_step_seconds = seconds_since_start()
-        if self.step % self.log_every == 0 or last:
-            self._log(trainer, cast("GPTModule", module))
-        if last:
-            trainer.should_stop = True  # Lightning validates once more, on the final weights, before it stops
-
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._stop_clock(module.device)
-
-    def _stop_clock(self, device: torch.device) -> float:
-        """Adds the time since the clock started; returns the time now."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        if self.clock is not None:
-            self.seconds += now - self.clock
-        self.clock = None
-        return now
-
-    def _begin_interval(self, now: float) -> None:
-        self.interval_start, self.seconds, self.clock = self.step, 0.0, now
-
-    def _log(self, trainer: Trainer, module: GPTModule) -> None:
-        now = self._stop_clock(module.device)
-        logged = {metrics.TRAIN_LOSS: module.step_loss, metrics.TRAIN_LR: module.step_lr}
-        if self.first_step_seconds is not None and not self.latest:
-            logged[metrics.FIRST_STEP_SECONDS] = self.first_step_seconds
-        steps = self.step - self.interval_start
-        if steps:
-            self.intervals.append((steps, self.seconds))
-            logged |= self.rates(self.work.tokens * steps / self.seconds)
-        logged[metrics.PEAK_GIB] = peak_memory_gib(module.device)
-        for logger in trainer.loggers:
-            logger.log_metrics(logged, step=self.step)
-        self.latest = logged
-        self._begin_interval(now)
 
 
 class Bar(Callback):

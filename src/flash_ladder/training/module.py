@@ -41,6 +41,7 @@ class GPTModule(L.LightningModule):
         self.losses = LossWatch(self.trainer_config.accumulate)
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step
+        self.total_norm: Tensor | None = None  # of that step's gradients, before clipping
         self.val_losses: list[Tensor] = []
 
     def configure_model(self) -> None:
@@ -73,7 +74,13 @@ class GPTModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips the global norm. Lightning's own refuses fused AdamW in bf16 too, though only fp16 has a loss scale to undo."""
         if self.optimizer_config.grad_clip:
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.optimizer_config.grad_clip)
+            self.total_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optimizer_config.grad_clip)
+        else:
+            self.total_norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+
+    def grad_norm(self) -> float:
+        """The global norm of the last step's gradients, before clipping. Waits for the device."""
+        return math.nan if self.total_norm is None else self.total_norm.item()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.val_losses.append(self.loss(batch))

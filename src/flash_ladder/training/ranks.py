@@ -24,13 +24,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import Place
 from flash_ladder.processes import PARENT, Processes
 from flash_ladder.schema import Config
+from flash_ladder.training.result import OutOfMemory, one_line
 
 LOOK_SECONDS = 1.0  # between two looks of the watch
 GRACE_SECONDS = 5.0  # that a process gets to end by itself once another one is lost
@@ -47,17 +47,13 @@ class Lost:
 
     rank: int
     how: str
-    status: str = "failed"  # or "out_of_memory"
+    of_memory: bool = False  # it had no memory left
 
 
 class RankLost(UserError):
     """Another process of this run died, failed or does not answer."""
 
     exit_code = 1
-
-    def __init__(self, message: str, status: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Ranks:
@@ -82,11 +78,16 @@ class Ranks:
             self.watch = Watch(self.processes, self.others, self.timeout)
             self.watch.start()
 
-    def join(self, cfg: Config) -> None:
-        """Waits for all processes and makes the process group. Raises UserError where they have different configurations."""
+    def join(self, cfg: Config, on_lost: Callable[[UserError], None]) -> None:
+        """Waits for all processes and makes the process group.
+
+        on_lost: called in another thread where another process is lost and this one hangs, before it is ended.
+        Raises UserError where the processes have different configurations.
+        """
         here = self.processes
         if here is None or self.watch is None:
             return
+        self.watch.on_lost = on_lost
         if not hasattr(self, "store"):
             # Under torchrun the store is its agent's, and outlives a restart of the processes.
             holds = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -104,7 +105,7 @@ class Ranks:
         self.watch.meet(dist.PrefixStore(f"{start}/watch", connect(here, self.timeout, is_master=False)), json.dumps(asdict(cfg)))
 
     def failed(self, error: BaseException) -> BaseException:
-        """What to raise instead of `error`, which ends the run: RankLost where another process is the reason, else itself.
+        """What to raise instead of `error`, which ends the run: one that names another process where that is the reason.
 
         The other processes are told, and those that this one started are killed.
         """
@@ -118,7 +119,7 @@ class Ranks:
         self.is_lost = True
         # Without this, a process whose group is broken may hang when Python takes it down.
         faulthandler.dump_traceback_later(2 * GRACE_SECONDS, exit=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
-        return RankLost(self.watch.line(lost), lost.status)
+        return self.watch.error(lost) if self.watch.speaks(lost) else SystemExit(RankLost.exit_code)
 
     def leave(self) -> None:
         """Says goodbye, so that the others do not take this process for dead; the first one waits until all have."""
@@ -166,7 +167,7 @@ class Watch(threading.Thread):
         self.known = threading.Event()  # `lost` is set
         self.taken = threading.Event()  # the main thread has seen it, and ends the process
         self.left = threading.Event()
-        self.on_lost: Callable[[str, str], None] | None = None  # called with the line and the status before the process is ended
+        self.on_lost: Callable[[UserError], None] | None = None  # called before the process is ended
 
     # ---- called by the main thread ----
 
@@ -186,7 +187,7 @@ class Watch(threading.Thread):
 
     def reason(self, error: BaseException) -> Lost | None:
         """The lost process that made this one fail with `error`; None where it failed by itself, which the others are told."""
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and COLLECTIVE.search(str(error)):
+        if isinstance(error, RuntimeError) and COLLECTIVE.search(str(error)):
             if not self.known.wait(GRACE_SECONDS) and self.store is not None and LATE.search(str(error)):
                 self._decide(self._late(self.store))
             if self.lost is not None:
@@ -194,9 +195,7 @@ class Watch(threading.Thread):
                 return self.lost
         if self.known.is_set():
             self.taken.set()
-        status = "out_of_memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-        lines = str(error).strip().splitlines() or [""]
-        self._tell(Lost(self.processes.rank, f"failed: {type(error).__name__}: {lines[0]}", status))
+        self._tell(Lost(self.processes.rank, f"failed: {one_line(error)}", isinstance(error, OutOfMemory)))
         return None
 
     def leave(self) -> None:
@@ -212,14 +211,18 @@ class Watch(threading.Thread):
                     break
                 time.sleep(0.05)
 
-    def line(self, lost: Lost) -> str:
-        """What became of a process, for the screen."""
+    def speaks(self, lost: Lost) -> bool:
+        """Whether this process is the one that says so on the screen."""
+        return self.processes.rank == (1 if lost.rank == 0 else 0)
+
+    def error(self, lost: Lost) -> UserError:
+        """What became of a process."""
         where = ""
         if self.peers:
             where = f" (process {self.peers[lost.rank]['pid']} on {self.peers[lost.rank]['host']})"
         elif 0 < lost.rank <= len(self.others):
             where = f" (process {self.others[lost.rank - 1].pid})"
-        return f"rank {lost.rank}{where} {lost.how}"
+        return (OutOfMemory if lost.of_memory else RankLost)(f"rank {lost.rank}{where} {lost.how}")
 
     # ---- the thread ----
 
@@ -295,12 +298,12 @@ class Watch(threading.Thread):
 
     def _end(self, lost: Lost) -> None:
         """Ends the process, whose main thread hangs in a collective, and those that it started."""
-        if self.processes.rank == (1 if lost.rank == 0 else 0):
-            print(f"\nerror: {self.line(lost)}", file=sys.stderr, flush=True)
+        if self.speaks(lost):
+            print(f"\nerror: {self.error(lost)}", file=sys.stderr, flush=True)
         for other in self.others:
             other.kill()
         if self.on_lost is not None:
-            self.on_lost(self.line(lost), lost.status)
+            self.on_lost(self.error(lost))
         os._exit(RankLost.exit_code)
 
 

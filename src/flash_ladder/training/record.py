@@ -1,4 +1,4 @@
-"""What a run leaves behind about itself: metrics.jsonl, wandb's copy, and how much memory and time it took.
+"""What a run writes down about itself: metrics.jsonl, and wandb's copy.
 
 metrics.jsonl is the record: one JSON object a line, written and flushed at once, whatever wandb does. wandb holds a copy to
 look at. A server that is down costs no more than a bounded wait at the start (INIT_TIMEOUT) and at the end (FINISH_TIMEOUT).
@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flash_ladder.schema import LoggerConfig
-from flash_ladder.units import GIB
 
 if TYPE_CHECKING:
     import wandb
@@ -42,6 +39,7 @@ class MetricsFile(Logger):
         if written and not written.endswith(b"\n"):
             os.truncate(path, written.rfind(b"\n") + 1)
         self.file = path.open("a", encoding="utf-8")
+        self.latest: dict[str, float] = {}  # the last value of every metric
 
     @property
     def name(self) -> str:
@@ -59,6 +57,7 @@ class MetricsFile(Logger):
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **line}) + "\n")
         self.file.flush()
+        self.latest |= metrics
 
     def close(self, *, failed: bool = False) -> None:
         """Closes the file."""
@@ -136,20 +135,3 @@ def warn(text: str) -> None:
 
 def _one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---- memory and time ----
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: on a GPU, of the tensors; on a CPU, of this process's resident set (RSS)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
-
-
-def seconds_since_start() -> float:
-    """Seconds since this process started, imports included (Linux: field 22 of /proc/self/stat, in clock ticks since boot)."""
-    stat = Path("/proc/self/stat").read_text()
-    ticks = int(stat.rpartition(")")[2].split()[19])  # the second field, a name in brackets, may hold spaces
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""What a run says on the screen: its lines as it goes, and the report at its end."""
+"""What a run says at its end: its report, a sample of text, or that memory ran out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import math
 import shlex
 import textwrap
 from pathlib import Path
-from typing import cast
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flash_ladder.data.batches import TextData
@@ -19,39 +16,37 @@ from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import Config
 from flash_ladder.training import metrics
-from flash_ladder.training.callbacks import Speed
-from flash_ladder.training.record import peak_memory_gib
+from flash_ladder.training.log import say
+from flash_ladder.training.result import OutOfMemory, Result
 from flash_ladder.units import GIB
 
 
 @rank_zero_only
-def say(*words: object) -> None:
-    """Prints on the first process."""
-    print(*words, flush=True)
-
-
-@rank_zero_only
-def report(run: Path, trainer: L.Trainer, data: TextData, place: Place, speed: Speed, sample: str) -> None:
-    """Prints the results of the run."""
-    loss, unigram = float(trainer.callback_metrics[metrics.VAL_LOSS]), data.stats.unigram_entropy
-    best = cast("ModelCheckpoint", trainer.checkpoint_callback).best_model_score  # the first of `checkpoints`
-    memory = "tensors on the GPU" if place.device.type == "cuda" else "resident set of the process"
-    rate = speed.tokens_per_second
+def report(cfg: Config, run: Path, result: Result, place: Place, unigram_entropy: float) -> None:
+    """Prints what the run came to."""
+    came_to, loss = result.metrics, result.metrics[metrics.VAL_LOSS]
     folder = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    kept = ""  # a run with +trainer.lightning.fast_dev_run keeps no checkpoint
+    if metrics.VAL_BEST in came_to:
+        kept = f"checkpoints/best.ckpt (validation loss {came_to[metrics.VAL_BEST]:.4f}) and last.ckpt, "
+    first_step = came_to.get(metrics.FIRST_STEP_SECONDS)
     lines = {
         "validation": f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
-        "baseline": f"loss {unigram:.4f}, perplexity {math.exp(unigram):.2f} from token frequencies alone (unigram entropy)",
-        "sample": textwrap.indent(printable(sample), " " * 13 + "| ", lambda line: True).lstrip(" "),
-        "speed": "not measured in a run of one step" if rate is None else in_words(speed.rates(rate)),
-        "first step": f"{speed.first_step_seconds:.1f} s after the start",
-        "peak memory": f"{peak_memory_gib(place.device):.2f} GiB ({memory})",
+        "baseline": f"loss {unigram_entropy:.4f}, perplexity {math.exp(unigram_entropy):.2f} from token frequencies alone "
+        "(unigram entropy)",
+        "sample": textwrap.indent(printable(result.sample or ""), " " * 13 + "| ", lambda line: True).lstrip(" "),
+        "speed": speed_in_words(came_to),
+        "first step": "" if first_step is None else f"{first_step:.1f} s after the start",
+        "peak memory": memory_in_words(came_to, place),
         "attention": place.attention,
-        "run": f"{folder}: checkpoints/best.ckpt (validation loss {best:.4f}) and last.ckpt, metrics.jsonl, environment.json",
-        "next": f"python scripts/export.py run={shlex.quote(str(folder))}",
+        "run": f"{folder}: {kept}metrics.jsonl, result.json, train.log, environment.json",
+        "profile": f"{folder / 'profile'}: trace.json.gz for ui.perfetto.dev, kernels.txt" if cfg.trainer.profile else "",
+        "next": f"python scripts/export.py run={shlex.quote(str(folder))}" if kept else "",
     }
-    print()
+    say()
     for name, value in lines.items():
-        print(f"{name:12} {value}", flush=True)
+        if value:
+            say(f"{name:12} {value}")
 
 
 def printable(text: str) -> str:
@@ -59,21 +54,38 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def in_words(rates: dict[str, float]) -> str:
-    """Speed in one line."""
-    line = f"{rates[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s, {rates[metrics.MODEL_TFLOPS]:.3g} TFLOP/s"
-    if metrics.MFU in rates:
-        line += f", MFU {rates[metrics.MFU]:.1%} (causal: {rates[metrics.MFU_CAUSAL]:.1%})"
+def speed_in_words(came_to: dict[str, float]) -> str:
+    """Speed and energy in one line."""
+    if metrics.TOKENS_PER_SECOND not in came_to:
+        return "not measured in a run of one step"
+    line = f"{came_to[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s, {came_to[metrics.MODEL_TFLOPS]:.3g} TFLOP/s"
+    if metrics.MFU in came_to:
+        line += f", MFU {came_to[metrics.MFU]:.1%} (causal: {came_to[metrics.MFU_CAUSAL]:.1%})"
+    if metrics.JOULES_PER_TOKEN in came_to:
+        line += f", {came_to[metrics.JOULES_PER_TOKEN] * 1e3:.3g} mJ a token ({came_to[metrics.WATTS]:,.0f} W)"
     return line
 
 
-def out_of_memory(cfg: Config, place: Place, trainer: L.Trainer) -> str:
-    """The message for a GPU that ran out of memory."""
-    total = torch.cuda.get_device_properties(place.device).total_memory / GIB
-    return (
-        f"{torch.cuda.get_device_name(place.device)} ran out of memory ({total:.0f} GiB) at step {trainer.global_step + 1} with "
-        f"attention={place.attention.backend}, data.seq_len={cfg.data.seq_len}, data.batch_size={cfg.data.batch_size}; a smaller "
-        f"batch_size with a larger trainer.accumulate, or trainer.activation_checkpointing=true, takes less"
+def memory_in_words(came_to: dict[str, float], place: Place) -> str:
+    """Peak memory in one line."""
+    if metrics.PEAK_GIB not in came_to:
+        return ""
+    of = "tensors on the GPU" if place.device.type == "cuda" else "resident set of the process"
+    if place.n_devices > 1:
+        of += f" with most; {came_to[metrics.PEAK_SUM_GIB]:.2f} GiB on all {place.n_devices} together"
+    return f"{came_to[metrics.PEAK_GIB]:.2f} GiB ({of})"
+
+
+def out_of_memory(cfg: Config, place: Place, step: int) -> OutOfMemory:
+    """What to say where a GPU, or this machine, ran out of memory in optimiser step `step`."""
+    where = "this machine ran out of memory"
+    if place.device.type == "cuda":
+        total = torch.cuda.get_device_properties(place.device).total_memory / GIB
+        where = f"{torch.cuda.get_device_name(place.device)} ran out of memory ({total:.0f} GiB)"
+    return OutOfMemory(
+        f"{where} at step {step} with attention={place.attention.backend}, data.seq_len={cfg.data.seq_len}, "
+        f"data.batch_size={cfg.data.batch_size}; a smaller batch_size with a larger trainer.accumulate, or "
+        f"trainer.activation_checkpointing=true, takes less"
     )
 
 

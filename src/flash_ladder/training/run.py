@@ -9,10 +9,14 @@ import json
 import math
 import shlex
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
@@ -24,75 +28,132 @@ from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.weights import load_weights
 from flash_ladder.schema import Config
 from flash_ladder.training import metrics
-from flash_ladder.training.callbacks import Speed, Stopped
+from flash_ladder.training.callbacks import Stopped
 from flash_ladder.training.checkpoint import load_run
+from flash_ladder.training.extras import extra_arguments, extra_callbacks
+from flash_ladder.training.log import run_log, say
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.ranks import Ranks
 from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb
-from flash_ladder.training.report import out_of_memory, report, say, write_sample
+from flash_ladder.training.report import out_of_memory, report, write_sample
+from flash_ladder.training.result import FINISHED, STOPPED, Result, is_out_of_memory, setting
 from flash_ladder.training.sharding import whole
+from flash_ladder.training.speed import Speed
 from flash_ladder.training.strategy import is_first_process
 from flash_ladder.training.trainer import make_trainer, quiet_lightning, work
 
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
 
 
-def train(cfg: Config, run_dir: Path) -> None:
-    """Trains what `cfg` asks for and leaves everything in `run_dir`.
+def train(cfg: Config, run_dir: Path) -> float:
+    """Trains what `cfg` asks for, leaves everything in `run_dir`, and returns the last validation loss.
 
-    It writes config.yaml, metrics.jsonl, environment.json, tokenizer.json, checkpoints/best.ckpt and last.ckpt, wandb/. With
-    cfg.resume, `run_dir` is that run's folder and training goes on from its last checkpoint.
-    Raises UserError for a choice that cannot run here, for unreadable data and for a loss that is not finite.
+    It writes config.yaml, metrics.jsonl, result.json, train.log, environment.json, tokenizer.json, checkpoints/best.ckpt and
+    last.ckpt, wandb/. With cfg.resume, `run_dir` is that run's folder and training goes on from its last checkpoint.
+    Raises UserError for a choice that cannot run here, for unreadable data, for a folder that holds another run, for a loss that
+    is not finite and where memory runs out.
     """
+    started = time.perf_counter()
     quiet_lightning()
-    first = is_first_process()
-    place = decide(cfg)
-    say(f"attention: {place.attention}")
-    say(f"precision: {place.precision} ({place.precision_reason})")
+    with run_log() as write_log_to:
+        first = is_first_process()
+        if first and not cfg.resume:
+            refuse_taken(run_dir)
+        place = decide(cfg)
+        say(f"attention: {place.attention}")
+        say(f"precision: {place.precision} ({place.precision_reason})")
+        arguments = extra_arguments(cfg.trainer.lightning, run_dir)
+        callbacks = extra_callbacks(cfg, run_dir)
 
-    data = TextData(cfg.data, seed=cfg.seed, accumulate=cfg.trainer.accumulate, val_batches=cfg.trainer.val_batches)
-    data.prepare()
-    say(f"data: {describe_data(data)}")
-    cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size(cfg, data.tokenizer)))
-    sample_tokens = fitting_sample(cfg, data.tokenizer)
+        data = TextData(cfg.data, seed=cfg.seed, accumulate=cfg.trainer.accumulate, val_batches=cfg.trainer.val_batches)
+        data.prepare()
+        say(f"data: {describe_data(data)}")
+        cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size(cfg, data.tokenizer)))
+        sample_tokens = fitting_sample(cfg, data.tokenizer)
 
-    torch.manual_seed(cfg.seed)
-    module = GPTModule(asdict(cfg), place.attention.backend)
-    say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
-    checkpoint, start = check_resume(cfg, run_dir, module, data.tokenizer) if cfg.resume else (None, 0)
+        torch.manual_seed(cfg.seed)
+        module = GPTModule(asdict(cfg), place.attention.backend)
+        say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
+        checkpoint, start = check_resume(cfg, run_dir, module, data.tokenizer) if cfg.resume else (None, 0)
 
-    loggers = open_run(cfg, run_dir, place, data) if first else []
-    speed = Speed(work(cfg, place, module), cfg.trainer.log_every)
-    ranks = Ranks(cfg, place)
-    trainer = make_trainer(cfg, run_dir, place, loggers, speed, ranks.processes)
-    try:
+        record: MetricsFile | None = None
+        loggers: list[MetricsFile | WandbCopy] = []
         if first:
-            probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
-            say(f"attention memory: {probe}")
+            record, loggers = open_run(cfg, run_dir, place, data)
+            write_log_to(run_dir / "train.log")
+        of_a_step = work(cfg, place, module)
+        speed = Speed(of_a_step, cfg.trainer.log_every, started)
+        ranks = Ranks(cfg, place)
+        trainer = make_trainer(
+            cfg, run_dir, place, ranks.processes, loggers=loggers, speed=speed, arguments=arguments, callbacks=callbacks
+        )
+        result = Result(setting(cfg, place, module.net.n_params, of_a_step.tokens), cfg.trainer.max_steps)
+
+        def close(failed: bool) -> None:
+            if record is not None:
+                result.step, result.seconds = trainer.global_step, time.perf_counter() - started
+                result.metrics = came_to(record, speed, trainer)
+                result.write(run_dir)
             for logger in loggers:
-                logger.log_metrics(metrics.attention_metrics(probe), step=start)
-        ranks.join(cfg)
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        net = whole(module.net)
-        if first:
-            report(run_dir, trainer, data, place, speed, write_sample(net, data, place, cfg.prompt, sample_tokens))
-    except Stopped as stop:
-        say(f"stopped by {stop} after step {trainer.global_step}; to go on: python train.py resume={shlex.quote(str(run_dir))}")
-        sys.exit(128 + stop.signum)
-    except NotFinite:  # raised by all processes together
-        if first:
+                logger.close(failed=failed)
+
+        def lost(error: UserError) -> None:  # in place of all below, where another process is gone and this one hangs
+            result.ended_by(error)
+            close(failed=True)
+
+        try:
+            if first:
+                probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
+                say(f"attention memory: {probe}")
+                for logger in loggers:
+                    logger.log_metrics(metrics.attention_metrics(probe), step=start)
+            ranks.join(cfg, lost)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            net = whole(module.net)
+            if first:
+                result.sample = write_sample(net, data, place, cfg.prompt, sample_tokens)
+            result.status = FINISHED
+        except Stopped as stop:
+            result.status, result.error = STOPPED, f"stopped by {stop} after step {trainer.global_step}"
+            say(f"{result.error}; to go on: python train.py resume={shlex.quote(str(run_dir))}")
+            sys.exit(128 + stop.signum)
+        except NotFinite as error:  # raised by all processes together
+            result.ended_by(error)
+            if first:
+                raise
+        except BaseException as error:
+            told = ranks.failed(in_our_words(error, cfg, place, trainer.global_step + 1))
+            result.ended_by(told)
+            if told is not error:
+                raise told from error
             raise
-    except BaseException as error:
-        reason = ranks.failed(error)
-        if reason is not error:
-            raise reason from error
-        if isinstance(error, torch.OutOfMemoryError) and place.device.type == "cuda":
-            raise UserError(out_of_memory(cfg, place, trainer)) from error
-        raise
-    finally:
-        for logger in loggers:
-            logger.close(failed=sys.exc_info()[0] is not None)
-        ranks.leave()
+        finally:
+            close(failed=sys.exc_info()[0] is not None)
+            ranks.leave()
+        if result.status == FINISHED:
+            report(cfg, run_dir, result, place, data.stats.unigram_entropy)
+        return result.metrics.get(metrics.VAL_LOSS, math.nan)
+
+
+def in_our_words(error: BaseException, cfg: Config, place: Place, step: int) -> BaseException:
+    """What ended optimiser step `step`, as the rest of this program knows it; `error` itself where that is the right word."""
+    if is_out_of_memory(error):
+        return out_of_memory(cfg, place, step)
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way with a second Ctrl-C
+        return error.__context__
+    return error
+
+
+def came_to(record: MetricsFile, speed: Speed, trainer: L.Trainer) -> dict[str, float]:
+    """The run's metrics at its end: the last value of each, but speed and energy of the run less its beginning."""
+    found = record.latest | speed.summary()
+    validated = trainer.callback_metrics.get(metrics.VAL_LOSS)  # also where +trainer.lightning.fast_dev_run takes the loggers away
+    if validated is not None:
+        found[metrics.VAL_LOSS] = float(validated)
+    best = cast("ModelCheckpoint | None", trainer.checkpoint_callback)  # the first of `checkpoints`
+    if best is not None and best.best_model_score is not None:
+        found[metrics.VAL_BEST] = float(best.best_model_score)
+    return found
 
 
 # ---- data and model ----
@@ -166,8 +227,8 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
 # ---- the run's folder ----
 
 
-def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[MetricsFile | WandbCopy]:
-    """Writes config.yaml, tokenizer.json and environment.json, and opens the loggers."""
+def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[MetricsFile, list[MetricsFile | WandbCopy]]:
+    """Writes config.yaml, tokenizer.json and environment.json; returns the run's record, and all loggers, that one included."""
     config = asdict(cfg)
     about = environment(
         place.device,
@@ -177,8 +238,20 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> list[M
         data=asdict(data.stats),
     )
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not cfg.resume:
+        refuse_taken(run_dir)
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
     (run_dir / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
     data.tokenizer.save(run_dir)
     run = open_wandb(cfg.logger, run_dir, config | {"environment": about})
-    return [MetricsFile(run_dir / "metrics.jsonl"), *([] if run is None else [WandbCopy(run)])]
+    record = MetricsFile(run_dir / "metrics.jsonl")
+    return record, [record, *([] if run is None else [WandbCopy(run)])]
+
+
+def refuse_taken(run_dir: Path) -> None:
+    """Raises UserError where `run_dir` holds a run, which a new one would destroy."""
+    there = [name for name in ("config.yaml", "metrics.jsonl", "train.log", "checkpoints") if (run_dir / name).exists()]
+    if there:
+        raise UserError(
+            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and resume={run_dir} goes on"
+        )

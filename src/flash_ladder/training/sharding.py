@@ -63,12 +63,12 @@ def whole(net: GPT) -> GPT:
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Gives every device its piece of `weights`, which all processes hold."""
-    set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+    set_model_state_dict(module, dict(weights), options=StateDictOptions(full_state_dict=True))
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimiser's state in one piece, as `optimizer.state_dict` gives it on one device; empty but on the first process."""
-    state = get_optimizer_state_dict(module, optimizer, options=WHOLE)
+    state: Any = get_optimizer_state_dict(module, optimizer, options=WHOLE)
     if not state:
         return state
     number = {name: i for i, name in enumerate(_names(module, optimizer))}
@@ -81,7 +81,7 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Gives every device its piece of `state`, which is as `optimizer.state_dict` gives it on one device."""
     names = _names(module, optimizer)
-    named = {
+    named: Any = {
         "state": {names[number]: values for number, values in state["state"].items()},
         "param_groups": [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]],
     }

@@ -9,15 +9,20 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 
+from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import Place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
 from flash_ladder.processes import Processes
 from flash_ladder.schema import Config
-from flash_ladder.training.callbacks import Bar, Speed, StopOnSignal, Work, checkpoints
+from flash_ladder.training.callbacks import Bar, StopOnSignal, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
 from flash_ladder.training.record import MetricsFile, WandbCopy
+from flash_ladder.training.result import one_line
+from flash_ladder.training.speed import Speed, Work
 from flash_ladder.training.strategy import devices_and_strategy, is_first_process
 
 
@@ -25,32 +30,44 @@ def make_trainer(
     cfg: Config,
     run_dir: Path,
     place: Place,
+    processes: Processes | None = None,
+    *,
     loggers: list[MetricsFile | WandbCopy],
     speed: Speed,
-    processes: Processes | None = None,
+    arguments: dict[str, Any],
+    callbacks: list[Callback],
 ) -> L.Trainer:
-    """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps, on `processes` (of training.ranks)."""
+    """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps.
+
+    processes: of training.ranks. arguments, callbacks: what the user adds (training.extras).
+    """
     bar = [Bar(speed)] if is_first_process() else []
-    precision: Any = "32-true" if place.precision == "32" else place.precision  # in Lightning's words
-    return L.Trainer(
+    ours: dict[str, Any] = {
         **devices_and_strategy(cfg.trainer, place, processes),
-        precision=precision,
-        max_steps=cfg.trainer.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=cfg.trainer.accumulate,
-        val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,  # in batches
-        check_val_every_n_epoch=None,
-        limit_val_batches=cfg.trainer.val_batches,
-        num_sanity_val_steps=0,
-        deterministic=cfg.trainer.deterministic or None,
-        logger=loggers,
-        callbacks=[speed, *bar, StopOnSignal(cfg.trainer.log_every), *checkpoints(run_dir / "checkpoints")],
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=run_dir,
-        use_distributed_sampler=False,  # TextData gives each device its share
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+        "precision": "32-true" if place.precision == "32" else place.precision,  # in Lightning's words
+        "max_steps": cfg.trainer.max_steps,
+        "max_epochs": -1,
+        "accumulate_grad_batches": cfg.trainer.accumulate,
+        "val_check_interval": cfg.trainer.val_every * cfg.trainer.accumulate,  # in batches
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": cfg.trainer.log_every,
+        "limit_val_batches": cfg.trainer.val_batches,
+        "num_sanity_val_steps": 0,
+        "deterministic": cfg.trainer.deterministic or None,
+        "logger": loggers,
+        "callbacks": [speed, *bar, *callbacks, StopOnSignal(cfg.trainer.log_every), *checkpoints(run_dir / "checkpoints")],
+        "plugins": [AtomicCheckpointIO()],
+        "default_root_dir": run_dir,
+        "use_distributed_sampler": False,  # TextData gives each device its share
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    try:
+        return L.Trainer(**(ours | arguments))
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        if not arguments:
+            raise
+        raise UserError(f"trainer.lightning={arguments}: Lightning refuses it ({one_line(error)})") from None
 
 
 def quiet_lightning() -> None:

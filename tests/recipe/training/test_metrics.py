@@ -7,7 +7,7 @@ import flash_ladder.front_door
 from flash_ladder.training import metrics
 
 SOURCE = Path(flash_ladder.front_door.__file__).parent
-GROUPS = ("train/", "val/", "speed/", "memory/", "eval/")
+GROUPS = ("train/", "val/", "speed/", "memory/", "energy/", "eval/")
 
 
 def strings(path):
@@ -26,7 +26,7 @@ def _says(node):
 
 def test_names_are_in_groups_and_each_is_there_once():
     names = [value for name, value in vars(metrics).items() if name.isupper() and isinstance(value, str)]
-    assert len(names) == len(set(names)) == 17
+    assert len(names) == len(set(names)) == 24
     assert all(name.startswith(GROUPS) for name in names)
 
 

@@ -11,9 +11,8 @@ from flash_ladder.measure.flops import PEAKS, attention_flops, flops_per_token, 
 from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training import record as telemetry
-from flash_ladder.training.callbacks import Speed, Work
 from flash_ladder.training.metrics import attention_metrics
-from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb, seconds_since_start
+from flash_ladder.training.record import MetricsFile, WandbCopy, open_wandb
 
 CPU = torch.device("cpu")
 
@@ -71,25 +70,6 @@ def test_flops_of_gpt2_124m_by_both_conventions():
     assert attention_flops(2, 3, 128, 64) == 3.5 * 2 * 3 * (2 * 2 * 128 * 128 * 64) / 2
 
 
-def test_mfu_is_flops_over_peak_and_absent_where_the_peak_is_unknown():
-    flops = flops_per_token(123_587_328, 12, 768, 1024)
-    rates = Speed(Work(tokens=1, flops=flops, peak_tflops=989.0), log_every=1).rates(522_985.0)
-    assert rates["speed/mfu"] == pytest.approx(0.452, abs=5e-4)
-    assert rates["speed/mfu"] == pytest.approx(rates["speed/model_tflops"] / 989)
-    assert 0.4 < rates["speed/mfu_causal"] < rates["speed/mfu"]
-    unknown = Speed(Work(tokens=1, flops=flops, peak_tflops=None), log_every=1).rates(522_985.0)
-    assert set(unknown) == {"speed/tokens_per_second", "speed/model_tflops"}
-
-
-def test_speed_leaves_the_first_interval_out_where_there_are_others():
-    speed = Speed(Work(tokens=100, flops=flops_per_token(1, 1, 1, 1), peak_tflops=None), log_every=2)
-    assert speed.tokens_per_second is None
-    speed.intervals = [(1, 10.0)]
-    assert speed.tokens_per_second == 10
-    speed.intervals += [(2, 1.0), (2, 3.0)]
-    assert speed.tokens_per_second == 100
-
-
 # ---- the attention probe ----
 
 
@@ -111,6 +91,8 @@ def test_eager_keeps_the_square_of_the_length_and_sdpa_its_multiple():
         "memory/attention_eager_is_analytic",
         "memory/attention_saved_gib_vs_eager",
         "memory/attention_saved_ratio_vs_eager",
+        "speed/attention_seconds",
+        "speed/attention_eager_seconds",
         "speed/attention_tflops",
         "speed/attention_speedup_vs_eager",
     }
@@ -163,13 +145,6 @@ def test_metrics_go_on_after_a_line_torn_by_a_kill(tmp_path):
     log.log_metrics({}, step=2)
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-
-
-def test_time_counts_from_the_start_of_the_process():
-    assert 0 < seconds_since_start() < 24 * 3600
-    first = seconds_since_start()
-    time.sleep(0.1)
-    assert 0.05 < seconds_since_start() - first < 5
 
 
 # ---- wandb ----

@@ -50,7 +50,8 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_its_record(whole):
     _, run, _ = whole
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.jsonl", "environment.json", "tokenizer.json", "checkpoints"}
+    files = {"config.yaml", "metrics.jsonl", "environment.json", "tokenizer.json", "result.json", "train.log"}
+    assert {p.name for p in run.iterdir()} == {*files, "checkpoints"}
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     environment = json.loads((run / "environment.json").read_text())
     assert environment["attention"]["backend"] == "sdpa" and environment["precision"]["precision"] == "32"
@@ -68,14 +69,18 @@ def test_metrics_have_the_names_of_the_design(whole):
         "time",
         "train/loss",
         "train/lr",
+        "train/grad_norm",
         "val/loss",
         "val/perplexity",
         "speed/tokens_per_second",
         "speed/model_tflops",
         "speed/first_step_seconds",
+        "speed/attention_seconds",
+        "speed/attention_eager_seconds",
         "speed/attention_tflops",
         "speed/attention_speedup_vs_eager",
         "memory/peak_gib",
+        "memory/peak_sum_gib",
         "memory/attention_gib",
         "memory/attention_eager_gib",
         "memory/attention_eager_is_analytic",
