@@ -36,8 +36,6 @@ class GPTModule(L.LightningModule):
         self.trainer_config = TrainerConfig(**config["trainer"])
         self.net = GPT(ModelConfig(**config["model"]), backend=backend)
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
-        if self.trainer_config.compile:
-            self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
         self.losses = LossWatch(self.trainer_config.accumulate)
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step
@@ -45,9 +43,12 @@ class GPTModule(L.LightningModule):
         self.val_losses: list[Tensor] = []
 
     def configure_model(self) -> None:
-        """Cuts the network over the devices where the strategy (FSDP2) has given a mesh of them."""
-        if self.device_mesh is not None and not is_sharded(self.net):
-            shard(self.net, self.device_mesh["data_parallel"])
+        """Compiles the network, and cuts it over the devices where the strategy (FSDP2) has given a mesh of them."""
+        if self.device_mesh is None:
+            if self.trainer_config.compile:
+                self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
+        elif not is_sharded(self.net):
+            shard(self.net, self.device_mesh["data_parallel"], compiled=self.trainer_config.compile)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy in nats per token of predicting each token from those before it, float32 scalar."""

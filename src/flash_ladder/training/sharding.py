@@ -26,7 +26,7 @@ from flash_ladder.model.gpt import GPT
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(net: GPT, mesh: DeviceMesh) -> None:
+def shard(net: GPT, mesh: DeviceMesh, *, compiled: bool = False) -> None:
     """Cuts `net` over the devices of `mesh` (1-D), in place: every block is gathered by itself, and what is left as one.
 
     The pieces are float32 and are gathered as float32: autocast then rounds a matrix where it is used, as it does on one device.
@@ -34,8 +34,12 @@ def shard(net: GPT, mesh: DeviceMesh) -> None:
     and the embedding, where the residual stream starts, would be bf16. Gradients are averaged in float32 as well, so that a step
     is one device's to rounding. What is left, the embedding (also the head, where they are tied) and the last norm, is needed
     first and last, and stays gathered from the forward to the backward pass.
+
+    compiled: compile every block. Gathering goes on around it: a graph of the whole network would break at every block.
     """
     for block in net.blocks:
+        if compiled:
+            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
