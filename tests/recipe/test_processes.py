@@ -83,7 +83,7 @@ def test_a_contradiction_is_refused(asked, message):
 
 
 def test_one_process_starts_none_on_other_nodes():
-    with pytest.raises(UserError, match="trainer.num_nodes=2: one process cannot start those of other nodes"):
+    with pytest.raises(UserError, match=r"trainer\.num_nodes=2: one process cannot start those of other nodes"):
         pick_devices(TrainerConfig(accelerator="cpu", num_nodes=2))
 
 

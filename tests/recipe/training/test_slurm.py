@@ -1,4 +1,4 @@
-"""flash_ladder.training.slurm: the job file, submitted to a SLURM made of three scripts, which ends a run's time and starts it again."""
+"""flash_ladder.training.slurm: the job file, given to a SLURM of three scripts that ends a job and starts it again."""
 
 import os
 import stat
@@ -86,5 +86,5 @@ def test_what_is_asked_of_slurm():
 def test_the_number_of_gpus_must_be_given():
     cfg = Config()
     cfg.trainer.devices = "auto"
-    with pytest.raises(UserError, match="trainer.devices is auto; trainer.devices=8 is one"):
+    with pytest.raises(UserError, match=r"trainer\.devices is auto"):
         job_file(cfg, Path("/runs/a"), [])
