@@ -1,4 +1,4 @@
-"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on Ctrl-C or SIGTERM."""
+"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on Ctrl-C, SIGTERM or SIGUSR1."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def pair(request, alone):
     _, cfg = alone
     folder = alone[0] / request.param
     folder.mkdir()
-    prompt = "prompt=it's \"x\" {1}\\"  # 13 of seq_len's 16 tokens; quoted twice it would be more
+    prompt = 'prompt=it\'s "x" {1}\\'  # 13 of seq_len's 16 tokens; quoted twice it would be more
     process = start(replace(cfg, trainer=replace(cfg.trainer, strategy=request.param)), folder, prompt)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
