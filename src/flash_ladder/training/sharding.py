@@ -39,7 +39,7 @@ def shard(net: GPT, mesh: DeviceMesh, *, compiled: bool = False) -> None:
     """
     for block in net.blocks:
         if compiled:
-            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, fullgraph=True)
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
