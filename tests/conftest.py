@@ -38,6 +38,8 @@ SLOW = {
     "kernels/test_package.py",
     "kernels/test_turing.py",
     "recipe/benchmark/test_grid.py",
+    "recipe/sweep/test_launcher.py",
+    "recipe/sweep/test_sweep.py",
     "recipe/test_earlier_runs.py",
     "recipe/test_end_to_end.py",
     "recipe/test_other_packages.py",

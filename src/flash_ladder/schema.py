@@ -7,7 +7,7 @@ flash_ladder.front_door reads YAML and the command line into these classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flash_ladder.errors import UserError, at_least, one_of
@@ -121,6 +121,8 @@ class DataConfig:
     vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
     seq_len: int = 128
     batch_size: int = 8  # sequences a device sees at once
+    # Tokens of one optimiser step on all devices together; batch_size then follows from it, whatever it is set to (`batching`).
+    tokens_per_step: int | None = None
     val_fraction: float = 0.05  # share of the documents held out (streaming holds out the beginning instead)
     document_ids: bool = False  # keep attention inside a document
     num_proc: int = 2  # processes that tokenise
@@ -137,6 +139,7 @@ class DataConfig:
         one_of("data.source", self.source, ("stdlib", "files", "hub"))
         one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
         at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
+        at_least(1, data__tokens_per_step=self.tokens_per_step)
         at_least(0, data__num_workers=self.num_workers)
         if self.files is not None and not isinstance(self.files, (str, list)):
             raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
@@ -194,6 +197,7 @@ class TrainerConfig:
     val_batches: int = 40  # batches of every validation, the last one included
     log_every: int = 10
     activation_checkpointing: bool = False
+    loss_rows: int | None = None  # positions whose logits exist at once; None: all of a batch
     deterministic: bool = False
     profile: bool = False  # a trace and a table of kernels of a few steps, in the run's folder
     lightning: dict[str, Any] = field(default_factory=dict)  # further arguments of its Trainer: +trainer.lightning.KEY=VALUE
@@ -203,7 +207,7 @@ class TrainerConfig:
         one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
         one_of("trainer.precision", self.precision, PRECISIONS)
         at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
-        at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every)
+        at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every, trainer__loss_rows=self.loss_rows)
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__timeout_seconds=self.timeout_seconds)
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
@@ -267,3 +271,39 @@ class Config:
                 f"data.seq_len={self.data.seq_len} is longer than the learned position table, model.max_seq_len="
                 f"{self.model.max_seq_len}; raise max_seq_len or take model.position=rotary"
             )
+        # The devices are counted when the run starts; what does not come out on one does not on several.
+        with_batch_size(self, n_devices=1)
+
+
+# ---- tokens a step ----
+
+
+def with_batch_size(cfg: Config, n_devices: int) -> Config:
+    """`cfg` with the batch_size and accumulate that data.tokens_per_step asks for; `cfg` itself where it asks for nothing.
+
+    n_devices: of the whole run. Raises UserError where the step cannot be cut evenly.
+    """
+    if cfg.data.tokens_per_step is None:
+        return cfg
+    batch_size, accumulate = batching(cfg.data.tokens_per_step, cfg.data.seq_len, cfg.trainer.accumulate, n_devices)
+    return replace(cfg, data=replace(cfg.data, batch_size=batch_size), trainer=replace(cfg.trainer, accumulate=accumulate))
+
+
+def batching(tokens_per_step: int, seq_len: int, accumulate: int, n_devices: int) -> tuple[int, int]:
+    """The batch_size of a device and the batches of a step that make up `tokens_per_step` tokens on all devices together.
+
+    A step has `accumulate` batches, or as many as a device has sequences where those are fewer.
+    Raises UserError, with the nearest number that would work, where it does not come out even.
+    """
+    unit = seq_len * n_devices  # a sequence on every device
+    sequences = tokens_per_step // unit  # of a device
+    accumulate = min(accumulate, max(1, sequences))
+    if sequences and sequences * unit == tokens_per_step and sequences % accumulate == 0:
+        return sequences // accumulate, accumulate
+    nearest = max(1, round(tokens_per_step / unit / accumulate)) * accumulate * unit
+    devices = f" on {n_devices} devices" if n_devices > 1 else ""
+    batches = f" in {accumulate} batches a step" if accumulate > 1 else ""
+    raise UserError(
+        f"data.tokens_per_step={tokens_per_step} is not a whole number of sequences of data.seq_len={seq_len}{devices}{batches}; "
+        f"data.tokens_per_step={nearest} would work"
+    )

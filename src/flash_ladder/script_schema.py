@@ -233,6 +233,21 @@ class DoctorConfig:
 
 
 @dataclass
+class ReportConfig:
+    """scripts/conf/report.yaml: the runs to report on."""
+
+    runs: str | None = None  # a folder that train.py wrote, or one above it
+    out: str | None = None  # a folder for the report; None: the folder of the runs
+    baseline: str | None = None  # the backend that speed-ups are over; None: eager, or sdpa where eager was not measured
+
+    def validate(self) -> None:
+        if not self.runs:
+            raise UserError("runs=FOLDER is missing: name a folder that train.py wrote or one above it: runs=outputs/DATE/TIME")
+        if self.baseline is not None:
+            one_of("baseline", self.baseline, BACKENDS)
+
+
+@dataclass
 class TuneConfig:
     """scripts/conf/tune_tiles.yaml: which of flash_v2's kernels, and the shapes that candidates are timed on."""
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from flash_ladder.benchmark.grid import benchmark, complete, measure_cell
-from flash_ladder.benchmark.result import Panel, growth
+from flash_ladder.benchmark.result import Panel
 from flash_ladder.benchmark.timing import median_milliseconds
+from flash_ladder.measure.growth import growth
 from flash_ladder.measure.peak_memory import peak_bytes
 from flash_ladder.script_schema import BenchmarkConfig
 

@@ -4,22 +4,36 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import flash_ladder.front_door
 from flash_ladder.errors import UserError
-from flash_ladder.front_door import CONF, front_door
-from flash_ladder.schema import Config, DataConfig
-from flash_ladder.script_schema import BenchmarkConfig, DoctorConfig, EvaluateConfig, ExportConfig, GenerateConfig, TuneConfig
+from flash_ladder.front_door import CONF, front_door, store_defaults
+from flash_ladder.overrides import as_typed, for_hydra, quoted
+from flash_ladder.schema import Config, DataConfig, with_batch_size
+from flash_ladder.script_schema import (
+    BenchmarkConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ReportConfig,
+    TuneConfig,
+)
+from flash_ladder.sweep import launcher
 
 
 @pytest.fixture
 def train(monkeypatch, tmp_path, capsys):
     """Calls the front door of train.py with a `main` that only listens; returns exit code, stderr, and what main was given."""
     monkeypatch.chdir(tmp_path)
+    launcher.register()
 
     def call(*arguments, main=None):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -63,6 +77,7 @@ SCHEMAS = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
+    "report": ReportConfig,
     "tune_tiles": TuneConfig,
 }
 
@@ -85,16 +100,27 @@ def options():
         yield path, path.stem, yaml.safe_load(path.read_text())
 
 
+def overridden(said):
+    """What the options that an experiment names (override /model: ...) set: its own values are said on top of them."""
+    values = {}
+    for entry in said.get("defaults", ()):
+        for key, option in entry.items() if isinstance(entry, dict) else ():
+            if key.startswith("override /") and (file := CONF / key.removeprefix("override /") / f"{option}.yaml").exists():
+                values |= dict(leaves({key.removeprefix("override /"): yaml.safe_load(file.read_text())}))
+    return values
+
+
 def test_no_option_repeats_a_default():
     """A default has one home, the schema; an option file holds only what differs."""
     repeated, n_files = [], 0
     for path, command, said in options():
+        options_below = overridden(said)
         said = {key: value for key, value in said.items() if key not in ("defaults", "hydra")}
         if path.stem == "command":  # what all scripts ask of Hydra
             assert not said
             continue
-        defaults = dict(leaves(asdict(SCHEMAS[command]())))
-        repeated += [f"{path.name}: {key}" for key, value in leaves(said) if value == defaults[key]]
+        defaults = dict(leaves(asdict(SCHEMAS[command]()))) | options_below
+        repeated += [f"{path.name}: {key}" for key, value in leaves(said) if value == defaults.get(key)]
         n_files += 1
     assert repeated == [] and n_files > 20
 
@@ -113,6 +139,21 @@ def test_groups_keys_and_an_experiment(train):
     assert (cfg.model.n_layer, cfg.model.n_kv_head, cfg.model.position) == (12, 12, "learned")
     assert cfg.data.seq_len == cfg.model.max_seq_len == 512  # one refers to the other
     assert (cfg.attention.backend, cfg.optimizer.lr, cfg.seed, cfg.trainer.compile) == ("eager", 1e-3, 7, True)
+
+
+@pytest.mark.parametrize(("experiment", "longest", "backends"), [("seq_len_scaling", 262144, 4), ("seq_len_scaling_cpu", 2048, 2)])
+def test_an_experiment_brings_the_axes_of_its_sweep(train, experiment, longest, backends):
+    """As many tokens a step at every length, and no length that leaves a step uneven."""
+    store_defaults(Config)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        axes = compose("train", [f"experiment={experiment}"], return_hydra_config=True).hydra.sweeper.params
+    assert set(axes) == {"attention", "data.seq_len"} and len(axes["attention"].split(",")) == backends
+    lengths = [int(n) for n in axes["data.seq_len"].split(",")]
+    assert lengths[-1] == longest
+    for seq_len in lengths:
+        _, said, [(cfg, _)] = train(f"experiment={experiment}", f"data.seq_len={seq_len}")
+        cfg = with_batch_size(cfg, 1)
+        assert said == "" and cfg.data.batch_size * cfg.trainer.accumulate * seq_len == cfg.data.tokens_per_step
 
 
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in (CONF / "experiment").glob("*.yaml")))
@@ -149,12 +190,23 @@ def test_exit_codes_are_mains(train):
     assert train(main=interrupted)[:2] == (130, "\ninterrupted\n")
 
 
-PROMPTS = ["def ", "  a=b, 'c' \"d\" # e", "${HOME} \\${a}\\", "null", "", "[1, 2", "def f():\n    return '\\n'\n", "é 漢字"]
+PROMPTS = [
+    "def ",
+    "  a=b, 'c' \"d\" # e",
+    "${HOME} \\${a}\\",
+    "\\\\${a}\\'",
+    "null",
+    "",
+    "[1, 2",
+    "def f():\n    return '\\n'\n",
+    "é 漢字",
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_taken_as_it_is(train, prompt):
     assert train(f"prompt={prompt}")[2][0][0].prompt == prompt
+    assert as_typed(for_hydra(f"prompt={prompt}")) == f"prompt={prompt}"
 
 
 # ---- what does not ----
@@ -256,7 +308,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(refused, tmp_path_fa
 
 
 def test_a_sweep_runs_every_point(train):
-    code, said, given = train("-m", "seed=1,2", "model.n_layer=range(1,3)")
+    code, said, given = train("-m", "seed=1,2", "model.n_layer=range(1,3)", "hydra/launcher=basic")
     assert (code, said) == (0, "")
     assert [(cfg.seed, cfg.model.n_layer) for cfg, _ in given] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert len({folder for _, folder in given}) == 4
@@ -265,7 +317,108 @@ def test_a_sweep_runs_every_point(train):
 def test_a_sweep_that_cannot_begin_is_refused(refused):
     refused("did you mean eager?", "-m", "attention=egaer,sdpa")
     refused("did you mean sdpa?", "-m", "attention=eager,sdap")
+    refused("model.n_head=3: model.d_model=128 is not divisible", "-m", "model.n_head=4,3,2")
     refused("n_kv_head can be 1, 2, 4", "-m", "model.n_kv_head=3,4")
+
+
+def test_under_hydras_own_launcher_a_bad_point_is_not_the_end(train):
+    given = []
+
+    def main(cfg, folder):
+        given.append(cfg.seed)
+        if cfg.seed == 1:
+            raise UserError("not finite")
+
+    code, said, _ = train("-m", "seed=1,2,3", "hydra/launcher=basic", main=main)
+    assert code == 1 and given == [1, 2, 3]
+    assert said.startswith("error: not finite\n") and "Traceback" not in said
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"]])
+def test_hydras_own_values_pass(train, tmp_path, flags):
+    """Also one whose default refers to what only a running job has, an option that is in no folder of ours, and other folders."""
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "wide.yaml").write_text("d_model: 256\n")
+    mine = f"hydra.searchpath=[file://{tmp_path}/mine]"
+    code, said, [(cfg, folder)] = train(*flags, "hydra.sweep.subdir=abc", "hydra/launcher=basic", mine, "model=wide")
+    assert (code, said, cfg.model.d_model) == (0, "", 256)
+    assert (folder.name == "abc") == bool(flags)
+
+
+def test_keys_of_hydras_are_not_ours(refused):
+    refused("Could not find 'hydra/launcher/slrm' Available options in 'hydra/launcher': basic processes", "hydra/launcher=slrm")
+    refused("hydrax is not a key", "hydrax=1")
+
+
+def test_a_sweep_makes_its_own_folder_alone(train, tmp_path):
+    train("-m", "seed=1", "hydra/launcher=basic", "hydra.sweep.dir=s", "hydra.run.dir=r")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
+
+
+def test_globs_and_ranges_are_sweeps(train):
+    _, said, given = train("-m", "attention=glob(flash_v*)", "model.n_layer=range(1,3)", "hydra/launcher=basic")
+    assert said == "" and [cfg.attention.backend for cfg, _ in given] == ["flash_v1"] * 2 + ["flash_v2"] * 2 + ["flash_v3"] * 2
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(train, tmp_path, monkeypatch):
+    OmegaConf.register_new_resolver("now", lambda pattern: "now", replace=True)
+    monkeypatch.setattr("hydra.core.utils.setup_globals", lambda: None)
+    monkeypatch.setattr("hydra._internal.hydra.setup_globals", lambda: None)
+    folders = [train()[2][0][1] for _ in range(3)]
+    assert [folder.name for folder in folders] == ["now", "now_2", "now_3"]
+    OmegaConf.clear_resolver("now")
+
+
+@dataclass
+class Lightning:
+    lightning: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Open:
+    """A schema with a place for another library's keys."""
+
+    seed: int = 0
+    trainer: Lightning = field(default_factory=Lightning)
+
+    def validate(self):
+        pass
+
+
+def test_another_librarys_keys_are_added_with_a_plus(monkeypatch, tmp_path, capsys):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "open.yaml").write_text("defaults:\n  - schema\n  - _self_\nhydra:\n  output_subdir: null\n")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        given = []
+        monkeypatch.setattr(sys, "argv", ["open.py", *arguments])
+        front_door("open", Open, lambda cfg, folder: given.append(cfg.trainer.lightning), conf=tmp_path / "conf")
+        return given
+
+    assert call("+trainer.lightning.limit_train_batches=4") == [{"limit_train_batches": 4}]
+    assert call("-m", "+trainer.lightning.limit_train_batches=4,8") == [{"limit_train_batches": n} for n in (4, 8)]
+    with pytest.raises(SystemExit):
+        call("trainer.lightning.limit_train_batches=4")
+    assert (
+        "trainer.lightning.limit_train_batches is not set yet; +trainer.lightning.limit_train_batches=VALUE"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_folder_with_any_name_can_be_resumed(train, tmp_path):
+    for name in ("lr=0.1,b=(2)", "12e4567", "ü #$'{x}"):
+        folder = tmp_path / name
+        train(f"hydra.run.dir={quoted(str(folder))}", "seed=5")
+        _, said, [(cfg, resumed)] = train(f"resume={folder}")
+        assert said == "" and (cfg.seed, cfg.resume, resumed) == (5, str(folder), folder)
+
+
+def test_the_processes_that_ddp_starts_are_typed_what_the_user_typed(train):
+    """Lightning starts them with sys.argv, and they read it as this process did."""
+    typed = []
+    train("prompt=it's, ${x}", "seed=3", "hydra.run.dir=r", main=lambda cfg, folder: typed.extend(sys.argv[1:]))
+    assert typed == ["prompt=it's, ${x}", "seed=3", "hydra.run.dir=r", "hydra.run.dir='r'"]
 
 
 def test_resume_takes_the_runs_own_values_and_then_the_new_ones(train, tmp_path):

@@ -50,5 +50,7 @@ def test_help_has_every_name_with_its_purpose(tmp_path, script):
 
 def test_no_help_text_writes_the_list_itself():
     for path in [*CONF.rglob("*.yaml"), *(SCRIPTS / "conf").rglob("*.yaml")]:
+        if path.parent.name == "experiment":
+            continue  # an axis of a sweep picks backends, and is no list of them
         spelt = [line for line in path.read_text().splitlines() if sum(name in line for name in names.BACKENDS) > 2]
         assert not spelt, f"{path.name}: {spelt}"

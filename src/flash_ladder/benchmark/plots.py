@@ -13,26 +13,28 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from flash_ladder.benchmark.looks import (
+from flash_ladder.benchmark.looks import add_legend, full_name
+from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Panel, Result
+from flash_ladder.benchmark.tables import eager_error
+from flash_ladder.drawing import (
     FAINT,
     LABEL_SIZE,
     STYLE,
+    WIDTH,
     Label,
     add_labels,
-    add_legend,
-    full_name,
+    bytes_in_words,
+    figure_with_labels,
     ink,
     line_style,
     looks,
+    set_lengths,
 )
-from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Growth, Panel, Result, growth
-from flash_ladder.benchmark.tables import eager_error
+from flash_ladder.measure.growth import Growth, growth
 from flash_ladder.names import is_kernel
-from flash_ladder.units import size
 
-WIDTH = 13.0  # inches at least, for the caption and the legend
 PANELS = 2  # side by side in a picture; speed has two rows of them
 RESULT_MARKERS = {"output": "o", "dq": "s", "dk": "^", "dv": "D"}
 BREAK = 2.0  # the axis of speed may break between two neighbouring figures if the higher is over this multiple of the lower
@@ -72,32 +74,6 @@ def add_caption(figure: Figure, result: Result, what: str) -> None:
     where = " · ".join([result.device, result.config["dtype"], *versions, *([result.date] if result.date else [])])
     more = "" if len(shown(result.panels)) == len(result.panels) else " · other shapes: in the tables"
     figure.suptitle(f"{what}\n{where}{more}", x=0.02, ha="left", fontsize=14)
-
-
-def set_lengths(axis: Axes, lengths: list[int]) -> None:
-    """A logarithmic axis of sequence lengths, "4k" for 4096."""
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_locator(FixedLocator(lengths))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda s, _: length_in_words(s)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("sequence length, tokens")
-
-
-def figure_with_labels(columns: int, *, labels: float, height: float, bottom: float) -> tuple[Figure, dict[str, float]]:
-    """A figure for columns of panels with `labels` inches of room on the right of each, and where in it the panels go.
-
-    height, bottom: inches; the legend is at the bottom.
-    """
-    left = 1.25
-    width = max(WIDTH, columns * (left + 3.6 + labels))
-    panel = width / columns - left - labels
-    room = {"left": left / width, "right": 1 - labels / width, "top": 1 - 1.15 / height, "bottom": bottom / height}
-    return Figure(figsize=(width, height)), room | {"wspace": (left + labels) / panel}
-
-
-def length_in_words(seq_len: float) -> str:
-    """ "4k" for 4096."""
-    return f"{seq_len / 1024:.0f}k" if seq_len >= 1024 and seq_len % 1024 == 0 else f"{seq_len:.0f}"
 
 
 # ---- speed ----
@@ -219,11 +195,6 @@ def draw_memory(result: Result) -> Figure:
     add_caption(figure, result, f"Attention memory ({heads})")
     add_legend(figure, result, {b: "" for b in result.backends if any(result.sequence_bytes(panel, b) for panel in panels)})
     return figure
-
-
-def bytes_in_words(n_bytes: float) -> str:
-    """ "1.02 GiB", and TiB where there are a thousand of those."""
-    return size(n_bytes) if n_bytes < 1000 * GIB else f"{n_bytes / 2**40:.2g} TiB"
 
 
 def memory_points(result: Result, panel: Panel, backend: str) -> dict[int, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from textwrap import wrap
 
-from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Masked, Result, batch_size, growth, mean_speedup
+from flash_ladder.benchmark.result import GIB, GRADIENTS, Cell, Error, Masked, Result, batch_size, mean_speedup
+from flash_ladder.measure.growth import growth
 from flash_ladder.names import is_kernel
 from flash_ladder.units import size
 

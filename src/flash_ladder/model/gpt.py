@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_ladder.errors import UserError
 from flash_ladder.kernels import attention
-from flash_ladder.model.loss import mean_loss
+from flash_ladder.model.loss import mean_loss, mean_loss_in_pieces
 from flash_ladder.schema import ModelConfig
 
 
@@ -27,7 +27,8 @@ class GPT(nn.Module):
     """A decoder-only transformer with GPT-2's initialisation.
 
     `backend` names the attention backend that every block calls. `activation_checkpointing` makes a block keep only its input for
-    the backward pass. Both may be set at any time. `torch.compile(net, fullgraph=True)` compiles it, loss included.
+    the backward pass. `loss_rows` is how many positions' logits the loss holds at once (None: all). All three may be set at any
+    time. `torch.compile(net, fullgraph=True)` compiles it, loss included.
     """
 
     def __init__(self, cfg: ModelConfig, *, backend: str = "eager") -> None:
@@ -37,6 +38,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.backend = backend
         self.activation_checkpointing = False
+        self.loss_rows: int | None = None
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.position = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.position == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
@@ -96,10 +98,11 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length = end
 
-        logits = F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
-        if targets is None:
-            return logits
-        return mean_loss(logits, targets)
+        x, words = self.norm(x), self.embedding.weight if self.head is None else self.head.weight
+        if targets is not None and self.loss_rows is not None:
+            return mean_loss_in_pieces(x, words, targets, self.loss_rows)
+        logits = F.linear(x, words)
+        return logits if targets is None else mean_loss(logits, targets)
 
     @property
     def n_params(self) -> int:

@@ -1,13 +1,15 @@
 """The loss: cross-entropy in nats of the token that follows each position, computed in float32.
 
-`mean_loss` is what training minimises. `token_losses` gives the same loss token by token, for evaluation. The logits stay in
-the precision they come in and become float32 probabilities a chunk at a time, so that a window of 32k tokens with a vocabulary of
-50k needs little more memory than its logits.
+`mean_loss` is what training minimises, and `mean_loss_in_pieces` the same without ever holding all logits, which a long sequence
+has no room for. `token_losses` gives the loss token by token, for evaluation. The logits stay in the precision they come in and
+become float32 probabilities a chunk at a time, so that a window of 32k tokens with a vocabulary of 50k needs little more memory
+than its logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,3 +34,72 @@ def chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors [B, S, ...] cut along B · S, so that pieces of the first one have at most CHUNK_ELEMENTS."""
     size = max(1, CHUNK_ELEMENTS // rows[0].shape[-1])
     return zip(*(r.flatten(0, 1).split(size) for r in rows), strict=True)
+
+
+# ---- the loss in pieces ----
+
+
+def mean_loss_in_pieces(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    """`mean_loss(F.linear(hidden, weight), targets)` with the logits of `rows` positions at a time, also under autocast.
+
+    hidden [B, S, E], weight [V, E], targets int64 [B, S] -> float32 scalar. What is left for the backward is one gradient as large
+    as `hidden` and one as large as `weight`: 262,144 positions of a vocabulary of 50k need 1 GiB, where their logits would take 49
+    in float32, three times over.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    wanted = targets.flatten()
+    with torch.autocast(kind, enabled=False):
+        total, _, _ = loss_in_pieces(hidden.flatten(0, 1), weight, wanted, rows, dtype, torch.is_grad_enabled())
+    return total / (wanted != IGNORED).sum()
+
+
+# A piece's gradients are made with its logits, so that nothing of it outlives it. They are added up in float32: checkpointed pieces
+# of F.linear would be shorter to write, but autocast adds the weight's gradient up in bf16, once a piece, which loses digits. As a
+# torch operator it passes through torch.compile in one graph.
+@torch.library.custom_op("flash_ladder::loss_in_pieces", mutates_args=())
+def loss_in_pieces(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the losses, float32 scalar, and its gradients of hidden [N, E] and weight [V, E]; empty unless `differentiate`.
+
+    targets: int64 [N]. dtype: of the products. The gradients have the dtypes of their tensors.
+    """
+    words = weight.to(dtype)
+    total = torch.zeros((), device=hidden.device, dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden) if differentiate else hidden.new_empty(0)
+    grad_weight = torch.zeros(weight.shape if differentiate else 0, device=weight.device, dtype=torch.float32)
+    for start in range(0, len(hidden), rows):
+        part, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
+        counts = wanted != IGNORED
+        wanted = wanted.clamp(min=0)
+        logits = (part @ words.T).float()
+        lse = logits.logsumexp(1, keepdim=True)
+        total += ((lse - logits.gather(1, wanted)) * counts).sum()
+        if differentiate:
+            grad = logits.sub_(lse).exp_()  # the probabilities
+            grad.scatter_add_(1, wanted, torch.full_like(lse, -1.0))
+            grad = grad.mul_(counts).to(dtype)
+            grad_hidden[start : start + rows] = grad @ words
+            grad_weight += grad.T @ part
+    return total, grad_hidden, grad_weight.to(weight.dtype)
+
+
+@loss_in_pieces.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [torch.empty_like(x) if differentiate else x.new_empty(0) for x in (hidden, weight)]
+    return hidden.new_empty((), dtype=torch.float32), grads[0], grads[1]
+
+
+def _save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, grad_total: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None
+
+
+loss_in_pieces.register_autograd(_scale_gradients, setup_context=_save_gradients)

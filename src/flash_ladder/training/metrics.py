@@ -6,9 +6,13 @@ and backward. measure/probe.py measures it once before training, beside eager at
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flash_ladder.measure.flops import attention_flops
-from flash_ladder.measure.probe import Probe
 from flash_ladder.units import GIB
+
+if TYPE_CHECKING:  # it loads torch, and a sweep reads these names in a process without
+    from flash_ladder.measure.probe import Probe
 
 # ---- of an optimiser step ----
 

@@ -36,6 +36,7 @@ class GPTModule(L.LightningModule):
         self.trainer_config = TrainerConfig(**config["trainer"])
         self.net = GPT(ModelConfig(**config["model"]), backend=backend)
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
+        self.net.loss_rows = self.trainer_config.loss_rows
         self.losses = LossWatch(self.trainer_config.accumulate)
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step

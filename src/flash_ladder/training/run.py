@@ -26,7 +26,7 @@ from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.weights import load_weights
-from flash_ladder.schema import Config
+from flash_ladder.schema import Config, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Stopped
 from flash_ladder.training.checkpoint import load_run
@@ -60,6 +60,7 @@ def train(cfg: Config, run_dir: Path) -> float:
         if first and not cfg.resume:
             refuse_taken(run_dir)
         place = decide(cfg)
+        cfg = with_batch_size(cfg, place.n_devices)
         say(f"attention: {place.attention}")
         say(f"precision: {place.precision} ({place.precision_reason})")
         arguments = extra_arguments(cfg.trainer.lightning, run_dir)

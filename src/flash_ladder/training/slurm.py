@@ -24,7 +24,8 @@ AGAIN = 128 + signal.SIGUSR1  # how a run ends that was stopped by SIGUSR1
 def submit(cfg: Config, run_dir: Path, overrides: list[str]) -> None:
     """Writes `run_dir`/job.sbatch and submits it; without `sbatch` on this machine it says how to do so.
 
-    overrides: the command line's KEY=VALUE. Raises UserError where SLURM refuses the job, or the number of GPUs is not given.
+    overrides: the command line's KEY=VALUE, as typed. Raises UserError where SLURM refuses the job, or the number of GPUs is not
+    given.
     """
     job = run_dir.absolute() / JOB_FILE
     job.write_text(job_file(cfg, run_dir.absolute(), overrides), encoding="utf-8")
@@ -68,8 +69,7 @@ def job_file(cfg: Config, run_dir: Path, overrides: list[str]) -> str:
         *slurm.extra,
     ]
     train = [sys.executable, str(Path(sys.argv[0]).resolve())]
-    # Hydra has put quotes around the prompt, and would again.
-    asked = [*(o for o in overrides if not o.startswith(("prompt=", "resume=", "slurm"))), f"prompt={cfg.prompt}"]
+    asked = [override for override in overrides if not override.startswith(("resume=", "slurm=", "slurm."))]
     anew = [*train, *asked, f"hydra.run.dir={run_dir}", "slurm.submit=false"]
     go_on = [*train, f"resume={run_dir}", "slurm.submit=false"]
     folder = shlex.quote(str(run_dir))

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from flash_ladder.benchmark.looks import LOOKS
 from flash_ladder.benchmark.plots import alike, draw_errors, draw_memory, draw_speed, plot, shown, split
 from flash_ladder.benchmark.result import Cell, Panel, read
+from flash_ladder.drawing import LOOKS
 from tests.helpers.made_up_benchmark import made_up
 
 DOCS = Path(__file__).parents[3] / "docs"

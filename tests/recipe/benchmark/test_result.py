@@ -1,33 +1,16 @@
-"""What follows from a benchmark's cells: growth, means, and the file they are kept in."""
+"""What follows from a benchmark's cells: memory of a sequence, means, and the file they are kept in."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from flash_ladder.benchmark.result import Cell, Panel, batch_size, growth, mean_speedup, read, save
+from flash_ladder.benchmark.result import Cell, Panel, batch_size, mean_speedup, read, save
 from flash_ladder.errors import UserError
+from flash_ladder.measure.growth import growth
 from tests.helpers.made_up_benchmark import made_up
 
 CAUSAL = Panel(True, 64, None)
-
-
-@pytest.mark.parametrize("power", [1, 2, 1.5])
-def test_growth_is_the_power(power):
-    law = growth({s: 7 * s**power for s in (256, 512, 2048)})
-    assert law.exponent == pytest.approx(power)
-    assert law.bytes(8192) == pytest.approx(7 * 8192**power)
-
-
-def test_growth_looks_at_the_longest_three():
-    bytes_by_length = {s: s**2 + (10**9 if s < 512 else 0) for s in (4096, 64, 128, 512, 1024)}
-    law = growth(bytes_by_length)
-    assert law.exponent == pytest.approx(2) and law.lengths == (512, 1024, 4096)
-
-
-def test_growth_needs_two_lengths():
-    assert growth({}) is None and growth({64: 10.0}) is None and growth({64: 10.0, 128: 0.0}) is None
-    assert growth({64: 10.0, 128: 20.0}).exponent == pytest.approx(1)
 
 
 def test_memory_of_one_sequence():

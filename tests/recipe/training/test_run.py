@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import decide
@@ -134,6 +135,20 @@ def test_every_backend_trains_the_same_model(tmp_path, whole, backend):
     train(replace(cfg, attention=AttentionConfig(backend=backend)), tmp_path / "run")
     expected = {step: loss for step, loss in values(whole[1], "train/loss").items() if step <= 3}
     assert values(tmp_path / "run", "train/loss") == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_step_of_so_many_tokens(tmp_path, whole):
+    """The run of two sequences of 16 tokens a step, asked for by the tokens: the same losses, and the batch is on record."""
+    before, folder, _ = whole
+    cfg = tiny_config(tmp_path)
+    cfg = replace(cfg, data=replace(cfg.data, batch_size=7, tokens_per_step=32, files=before.data.files))
+    train(cfg, tmp_path / "run")
+    saved = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert (saved.data.batch_size, saved.trainer.accumulate, saved.data.tokens_per_step) == (2, 1, 32)
+    assert values(tmp_path / "run", "train/loss") == values(folder, "train/loss")
+    again = replace(cfg, resume=str(tmp_path / "run"), trainer=replace(cfg.trainer, max_steps=8))
+    train(again, tmp_path / "run")
+    assert list(values(tmp_path / "run", "train/loss")) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_control_characters_do_not_reach_the_terminal():

@@ -1,0 +1,176 @@
+"""The command line: what is Hydra's, what is text to be taken as it is, and which points a sweep over it has."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from flash_ladder.errors import UserError
+from flash_ladder.files import read_json
+
+AS_TYPED = ("prompt", "resume", "sweep")  # any text, or a path: Hydra's grammar has no say in the value
+SWEEP = {"-m", "--multirun"}
+WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"}  # flags whose value is the next argument
+ONE_RUN = {"--cfg", "-c", "--info", "-i", "--run", "-r", "--shell-completion", "-sc"}  # flags that Hydra does not take beside -m
+HELP = {"--help", "-h", "--hydra-help"}
+
+# ---- arguments ----
+
+
+def split(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags, with the values that follow them, and the overrides."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flags.append(argument)
+        if argument in WITH_VALUE:
+            flags += itertools.islice(rest, 1)
+    return flags, overrides
+
+
+def is_hydras(key: str) -> bool:
+    """Whether a key or group is Hydra's own: hydra.sweep.dir, hydra/launcher."""
+    return re.split("[./]", key)[0] == "hydra"
+
+
+def asks_for_a_sweep(flags: Iterable[str], overrides: Iterable[str]) -> bool:
+    """Whether Hydra would run several points: -m, or the mode by its name."""
+    return not SWEEP.isdisjoint(flags) or "hydra.mode=MULTIRUN" in overrides
+
+
+def quoted(text: str) -> str:
+    """Any text as a quoted value for Hydra, which gives spaces, quotes, commas and ${ a meaning."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    text = re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text)
+    return f"'{text}'"
+
+
+def for_hydra(argument: str) -> str:
+    """Quotes the value of an argument that is taken as typed: any text, or a path."""
+    key, equals, text = argument.partition("=")
+    given = equals and (key == "prompt" or text not in ("", "null"))
+    return f"{key}={quoted(text)}" if key in AS_TYPED and given else argument
+
+
+def as_typed(override: str) -> str:
+    """What a user types for an override in Hydra's grammar; `for_hydra` undone."""
+    key, _, text = override.partition("=")
+    if key not in AS_TYPED or not text.startswith("'"):
+        return override
+    value = str(parse_override(override).value())  # in which Hydra leaves the backslashes before ${ to OmegaConf
+    return f"{key}=" + re.sub(r"(\\*)\\\$\{", lambda start: start[1][: len(start[1]) // 2] + "${", value)
+
+
+def for_sweeper(argument: str) -> str:
+    """Quotes a value that begins with a reference to another, ${data.seq_len}: Hydra's sweeper would take its braces for text."""
+    key, _, value = argument.partition("=")
+    return f'{key}="{value}"' if value.startswith("${") and '"' not in value else argument
+
+
+def parse_override(argument: str, loader: ConfigLoader | None = None) -> Override:
+    """One argument of the command line as Hydra reads it; `loader` knows the groups that glob() looks into.
+
+    Raises UserError where Hydra cannot read it, saying what to type instead.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals and not argument.startswith("~"):
+        raise UserError(f"{argument} is not KEY=VALUE; --help lists the keys")
+    try:
+        [override] = OverridesParser.create(config_loader=loader).parse_overrides([argument])
+    except HydraException:
+        typed = f"'{key}=\"{value}\"'"
+        raise UserError(f"{argument} cannot be read: such a value needs quotes that the shell leaves on, {typed}") from None
+    if not override.is_sweep_override() and override.value() == "???":
+        raise UserError(f"{argument} says that the value is missing; give one")
+    return override
+
+
+# ---- the points of a sweep ----
+
+
+def points_of(asked: list[Override]) -> list[list[str]]:
+    """Every point of a sweep over lists of values, in the order of Hydra's own sweeper: the last key changes fastest.
+
+    Raises UserError for an interval, which has no list of values.
+    """
+    choices: dict[str, list[str]] = {}
+    for override in asked:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices[key] = [override.input_line or ""]
+        elif override.is_discrete_sweep():
+            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            if not choices[key]:
+                raise UserError(f"{override.input_line} matches nothing")
+        else:
+            raise UserError(
+                f"{override.input_line} has no list of values: Hydra's own sweeper takes a,b, choice(), range() and glob(); "
+                f"intervals are for a sweeper that searches (hydra/sweeper=optuna, once its plugin is installed)"
+            )
+    return [list(point) for point in itertools.product(*choices.values())]
+
+
+def one_point(asked: list[Override]) -> list[str]:
+    """The first value of everything that has a list of values. Intervals are left out: their sweeper picks a value."""
+    listed = [o for o in asked if not o.is_sweep_override() or o.is_discrete_sweep()]
+    return [point[0] for point in (points_of([o])[0] for o in listed)]
+
+
+def differing(points: list[list[str]]) -> list[str]:
+    """What sets each point apart from the others, in a few words; with one point alone, nothing."""
+    shared = set.intersection(*map(set, points)) if points else set()
+    return [" ".join(override for override in point if override not in shared) for point in points]
+
+
+# ---- what an earlier command left ----
+
+
+def named(word: str, overrides: Iterable[str]) -> str | None:
+    """The folder that the last `word=FOLDER` names (resume, sweep); None where there is none."""
+    folders = [o.partition("=")[2] for o in overrides if o.startswith(f"{word}=") and o not in (f"{word}=", f"{word}=null")]
+    return folders[-1] if folders else None
+
+
+def saved_run(folder: str) -> Path:
+    """The file with the overrides of the run in `folder`. Raises UserError where there is no run."""
+    saved = Path(folder) / ".hydra" / "overrides.yaml"
+    if not saved.is_file():
+        raise UserError(f"resume={folder}: there is no run here (no {saved}); name a folder that train.py wrote, outputs/DATE/TIME")
+    return saved
+
+
+def resumed(saved: Path, overrides: list[str]) -> list[str]:
+    """The run's own overrides, then the new ones, then the run's folder, in which it goes on."""
+    before: Any = OmegaConf.to_container(OmegaConf.load(saved))
+    return [*(o for o in before if not o.startswith("resume=")), *overrides, f"hydra.run.dir={quoted(str(saved.parents[1]))}"]
+
+
+def swept(folder: str, overrides: list[str]) -> list[str]:
+    """The overrides of the sweep in `folder`, which goes on there, with new values for its launcher.
+
+    Raises UserError where there is no sweep, and for a new value of anything else.
+    """
+    saved = Path(folder) / "points.json"
+    if not saved.is_file():
+        raise UserError(f"sweep={folder}: there is no sweep here (no {saved}); name a folder that train.py -m wrote")
+    new = [o for o in overrides if not o.startswith("sweep=")]
+    for override in new:
+        if not override.startswith("hydra.launcher."):
+            raise UserError(
+                f"{override}: sweep={folder} goes on with that sweep's own values, and only hydra.launcher.KEY=VALUE may be new; "
+                f"start another sweep for other points"
+            )
+    return [*read_json(saved)["overrides"], *new, f"hydra.sweep.dir={quoted(folder)}", "hydra.launcher.go_on=true"]
