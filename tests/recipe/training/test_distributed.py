@@ -26,6 +26,16 @@ def start(cfg, folder, *further, launcher=(sys.executable,), run="run"):
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process):
+    """What a process of `start` printed, and its errors; a process that hangs is stopped, with those that it started."""
+    try:
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, errors
+    return printed
+
+
 def checkpoint(run):
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
@@ -47,9 +57,7 @@ def pair(request, alone):
     folder.mkdir()
     prompt = 'prompt=it\'s "x" {1}\\'  # 13 of seq_len's 16 tokens; quoted twice it would be more
     process = start(replace(cfg, trainer=replace(cfg.trainer, strategy=request.param)), folder, prompt)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return folder, printed
+    return folder, finish(process)
 
 
 def test_two_processes_share_one_run(pair):
@@ -100,9 +108,7 @@ def test_two_sharded_processes_of_torchrun_go_on_where_one_stopped(alone, tmp_pa
     _, cfg = alone
     cfg = replace(cfg, trainer=replace(cfg.trainer, devices=None, strategy="fsdp", max_steps=6))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = start(cfg, tmp_path, "resume=run", launcher=torchrun, run=None)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    finish(start(cfg, tmp_path, "resume=run", launcher=torchrun, run=None))
     losses = values(tmp_path / "run", "train/loss")
     assert [losses[5], losses[6]] == pytest.approx(go_on_alone(tmp_path / "one", alone), rel=1e-5)
     assert {p.name for p in tmp_path.iterdir()} == {"one", "run"}
