@@ -3,12 +3,20 @@
 from pathlib import Path
 
 from flash_ladder.front_door import front_door
+from flash_ladder.overrides import as_typed
 from flash_ladder.schema import Config
 from flash_ladder.sweep import launcher
 
 
 def main(cfg: Config, run_dir: Path) -> float | None:
     """Trains what the configuration asks for; results go to `run_dir`. Returns the validation loss, in nats per token."""
+    if cfg.slurm.submit:
+        from hydra.core.hydra_config import HydraConfig
+
+        from flash_ladder.training.slurm import submit
+
+        submit(cfg, run_dir, [as_typed(override) for override in HydraConfig.get().overrides.task])
+        return None
     from flash_ladder.training.run import train  # torch and Lightning are imported once the configuration is known to be good
 
     return train(cfg, run_dir)

@@ -48,6 +48,7 @@ SLOW = {
     "recipe/test_scripts.py",
     "recipe/training/test_distributed.py",
     "recipe/training/test_run.py",
+    "recipe/training/test_slurm.py",
     "recipe/training/test_wandb_copy.py",
 }
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can put right: one line that says what, why and what would work. The front door exits with 2."""
 
+    exit_code = 2
+
 
 def nearest(word: str, among: Iterable[str]) -> str:
     """Returns "; did you mean X?", or "" when nothing in `among` is close to `word`."""

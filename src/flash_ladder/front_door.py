@@ -8,7 +8,6 @@ The dataclasses that a configuration is checked against are in flash_ladder.sche
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from flash_ladder import names
 from flash_ladder import overrides as command_line
 from flash_ladder.errors import UserError, nearest, one_of
 from flash_ladder.files import make_writable
+from flash_ladder.processes import is_first, started
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -190,11 +190,6 @@ def _check_either(config_name: str, first: DictConfig, fixed: list[str], schema:
 # ---- the folder that a command writes to ----
 
 
-def is_one_of_several() -> bool:
-    """Whether this process is one of several that train one run: the others write to the same folder."""
-    return "LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
     """Makes the folder of a run or a sweep and returns it: another name beside it, where the clock's name is taken.
 
@@ -202,7 +197,7 @@ def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
     """
     if is_chosen and is_new and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{key}={folder} is not empty; name another folder (a sweep goes on with sweep={folder})")
-    if is_chosen or is_one_of_several():
+    if is_chosen:
         make_writable(folder, "the output folder", key)
         return folder
     make_writable(folder.parent, "the output folder", key)
@@ -250,12 +245,14 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
         import flash_ladder.kernels  # noqa: F401
 
-        sys.argv[1:] = [*asked.flags, *map(command_line.as_typed, asked.overrides)]  # DDP starts its processes with these
+        sys.argv[1:] = [*asked.flags, *map(command_line.as_typed, asked.overrides)]  # training.ranks starts processes with these
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
             result = main(parse(cfg, schema), folder)
         except UserError as error:
-            if asked.resumes:  # Hydra has written the new overrides into a run that could not go on: undo that
+            if asked.resumes and is_first(
+                started()
+            ):  # Hydra has written the new overrides into a run that could not go on: undo that
                 asked.resumes.write_text(saved_text)
             elif HydraConfig.get().output_subdir is not None:
                 _remove_bare(folder)
@@ -309,7 +306,10 @@ def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked
     if sweep:
         overrides = [command_line.for_sweeper(override) for override in overrides]
     cfg = _check(conf, config_name, overrides, schema, sweep)
-    if cfg.hydra.output_subdir is not None:  # the scripts have no run folder, nor have the processes that DDP starts
+    if not is_first(started()):  # the run's folder is the first process's, which alone writes to it
+        named = any(override.startswith("hydra.run.dir=") for override in overrides)
+        overrides = [*overrides, "hydra.output_subdir=null", *([] if named else ["hydra.run.dir=."])]
+    elif cfg.hydra.output_subdir is not None:  # the scripts have no run folder
         key, folder = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if sweep else ("hydra.run.dir", cfg.hydra.run.dir)
         is_chosen = any(override.startswith(f"{key}=") for override in overrides)
         claimed = _claim(Path(folder), key, is_chosen, is_new=sweep and not go_on)
@@ -326,7 +326,7 @@ def _check_flags(flags: list[str], sweep: bool, resume: str | None) -> None:
         raise UserError(f"{other.pop()} is about one run: leave -m out")
     if resume:
         raise UserError(f"resume={resume} goes on with one run, so leave -m out; a sweep goes on with sweep=FOLDER")
-    if is_one_of_several():
+    if started() is not None:
         raise UserError("a sweep starts the processes of every point itself: start it once, without torchrun or the like")
 
 
@@ -343,4 +343,4 @@ def _leave_script_folder() -> None:
 def fail(error: UserError) -> NoReturn:
     """Ends the command with the one line and exit code 2."""
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(error.exit_code)

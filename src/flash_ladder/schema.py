@@ -22,6 +22,7 @@ WANDB_MODES = ("offline", "online", "disabled")
 OWN_KEYS = {
     "accelerator": "trainer.accelerator",
     "devices": "trainer.devices",
+    "num_nodes": "trainer.num_nodes",
     "strategy": "trainer.strategy",
     "precision": "trainer.precision",
     "max_steps": "trainer.max_steps",
@@ -187,8 +188,11 @@ class TrainerConfig:
 
     max_steps: int = 800
     accelerator: str = "auto"  # auto | cpu | gpu
-    devices: int | str = 1  # how many; -1 or auto: all
-    strategy: str = "auto"  # auto | ddp
+    # On each node; -1 or auto: all. None: as many as torchrun or srun started processes, else 1.
+    devices: int | str | None = None
+    num_nodes: int | None = None  # None: as many as torchrun or srun started processes on, else 1
+    strategy: str = "auto"  # auto (ddp on several devices) | ddp | fsdp
+    timeout_seconds: float = 600  # how long a process may leave the others waiting before the run ends and names it
     precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
     accumulate: int = 1  # batches per optimiser step
     compile: bool = False  # torch.compile the network
@@ -204,10 +208,11 @@ class TrainerConfig:
 
     def validate(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        one_of("trainer.strategy", self.strategy, ("auto", "ddp"))
+        one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
         one_of("trainer.precision", self.precision, PRECISIONS)
         at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
         at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every, trainer__loss_rows=self.loss_rows)
+        at_least(1, trainer__num_nodes=self.num_nodes, trainer__timeout_seconds=self.timeout_seconds)
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
         for name in self.lightning:
@@ -242,6 +247,25 @@ class LoggerConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """conf/slurm: train.py as a job of a SLURM cluster. Nodes and GPUs are trainer.num_nodes and trainer.devices."""
+
+    submit: bool = False  # write RUN/job.sbatch and submit it, instead of training here
+    partition: str | None = None
+    account: str | None = None
+    time: str = "1-00:00:00"  # days-hours:minutes:seconds; the job is stopped, queued again and goes on
+    cpus: int = 8  # per GPU
+    mem: str | None = None  # of a node, such as 200G
+    constraint: str | None = None  # such as h100
+    extra: list[str] = field(default_factory=list)  # further lines for #SBATCH, such as --qos=high
+    setup: list[str] = field(default_factory=list)  # shell lines before the run, such as `module load cuda`
+    signal_seconds: int = 120  # how long before the time is up the run is told to write a checkpoint
+
+    def validate(self) -> None:
+        at_least(1, slurm__cpus=self.cpus, slurm__signal_seconds=self.signal_seconds)
+
+
+@dataclass
 class Config:
     """conf/train.yaml: one run."""
 
@@ -251,13 +275,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)  # further callbacks of Lightning, by name: {"_target_": class, ...}
     seed: int = 1337
     resume: str | None = None  # a run's folder: goes on from its last checkpoint, with its configuration
     prompt: str = "def "  # the beginning of the sample that a run ends with
 
     def validate(self) -> None:
-        for group in (self.attention, self.model, self.data, self.optimizer, self.trainer, self.logger):
+        for group in (self.attention, self.model, self.data, self.optimizer, self.trainer, self.logger, self.slurm):
             group.validate()
         if self.model.position == "learned" and self.data.seq_len > self.model.max_seq_len:
             raise UserError(

@@ -279,7 +279,7 @@ def test_a_mistake_is_one_line_with_the_nearest_right_one(refused, argument, mes
         ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must lie in [0, 1]"),
         ("trainer.precision=fp8", "trainer.precision=fp8 is not a choice"),
         ("trainer.accelerator=tpu", "trainer.accelerator=tpu is not a choice"),
-        ("trainer.strategy=fsdp", "trainer.strategy=fsdp is not a choice"),
+        ("trainer.strategy=deepspeed", "trainer.strategy=deepspeed is not a choice"),
         ("trainer.devices=0", "trainer.devices=0 must be a number of devices"),
         ("trainer.max_steps=0", "trainer.max_steps=0 must be at least 1"),
         ("logger.mode=on", "logger.mode"),

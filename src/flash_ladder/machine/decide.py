@@ -6,7 +6,6 @@ a device and a backend. A UserError refuses whatever cannot run here; nothing is
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from flash_ladder.errors import UserError
 from flash_ladder.kernels import Choice, Unsupported, choose
 from flash_ladder.kernels.generations import dtype_name
+from flash_ladder.processes import Processes, started
 from flash_ladder.schema import Config, ModelConfig, TrainerConfig
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}  # what attention computes in, by precision
@@ -25,10 +25,12 @@ class Place:
     """Where a run happens and in which arithmetic, each with its reason."""
 
     device: torch.device  # of this process
-    n_devices: int
+    n_devices: int  # of all nodes together
     precision: str
     precision_reason: str
     attention: Choice
+    n_nodes: int = 1
+    processes: Processes | None = None  # that something started together with this one
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,32 +40,57 @@ class Place:
 
 def decide(cfg: Config) -> Place:
     """Device, precision and attention of a training run; raises UserError where what was asked for cannot run here."""
-    device, n_devices = pick_devices(cfg.trainer)
+    processes = started()
+    device, per_node, n_nodes = pick_devices(cfg.trainer, processes)
     precision, reason = pick_precision(cfg.trainer.precision, device)
+    if precision == "16-mixed" and cfg.trainer.strategy == "fsdp":
+        raise UserError("trainer.precision=16-mixed has no trainer=fsdp (the loss scale needs whole gradients); trainer=ddp has it")
     deterministic = (
         cfg.trainer.deterministic and cfg.attention.backend != "sdpa"
     )  # sdpa follows PyTorch's switch, which Lightning sets
     choice = pick_backend(cfg.attention.backend, cfg.model, device, precision, cfg.data.document_ids, deterministic)
-    return Place(device, n_devices, precision, reason, choice)
+    return Place(device, per_node * n_nodes, precision, reason, choice, n_nodes, processes)
 
 
-def pick_devices(cfg: TrainerConfig) -> tuple[torch.device, int]:
-    """This process's device, and how many of its kind take part."""
+def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tuple[torch.device, int, int]:
+    """This process's device, how many of its kind take part on each node, and the number of nodes.
+
+    processes: those that torchrun or srun started; they decide, and a configuration that says otherwise is refused.
+    """
     has_gpu = torch.cuda.is_available()
     if cfg.accelerator == "gpu" and not has_gpu:
         raise UserError("trainer.accelerator=gpu: PyTorch finds no GPU here; trainer.accelerator=auto runs on the CPU")
     on_gpu = has_gpu and cfg.accelerator != "cpu"
     there = torch.cuda.device_count() if on_gpu else 1
-    if cfg.devices in ("auto", "-1", -1):
-        n_devices = there
-    elif isinstance(cfg.devices, int):
-        n_devices = cfg.devices
-    else:
+    if isinstance(cfg.devices, str) and cfg.devices not in ("auto", "-1"):
         raise UserError(f"trainer.devices={cfg.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen")
-    if on_gpu and n_devices > there:
-        raise UserError(f"trainer.devices={n_devices}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # set for the processes that DDP starts
-    return (torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")), n_devices
+    asked = None if cfg.devices in ("auto", "-1", -1) else cfg.devices
+    if processes is None:
+        if cfg.num_nodes is not None and cfg.num_nodes > 1:
+            raise UserError(
+                f"trainer.num_nodes={cfg.num_nodes}: one process cannot start those of other nodes; torchrun, srun and "
+                f"slurm=submit do (docs/devices.md)"
+            )
+        per_node = there if cfg.devices is not None and asked is None else int(asked or 1)
+    else:
+        per_node = processes.per_node
+        for key, value, is_so in (("devices", asked, per_node), ("num_nodes", cfg.num_nodes, processes.n_nodes)):
+            if value not in (None, is_so):
+                raise UserError(
+                    f"trainer.{key}={value}, but {processes.by} started {processes.n} processes, {per_node} on each of "
+                    f"{processes.n_nodes} nodes; leave trainer.{key} out, or start as many"
+                )
+    if on_gpu and per_node > there:
+        plural = "s" * (there > 1)
+        if processes is None:
+            raise UserError(f"trainer.devices={per_node}: PyTorch finds {there} GPU{plural} here; auto takes all there are")
+        raise UserError(
+            f"{processes.by} started {per_node} processes on this node, and PyTorch finds {there} GPU{plural}: start one a GPU, "
+            f"and let every process see all of them (srun: --gpus-per-node, not --gpus-per-task)"
+        )
+    local_rank = 0 if processes is None else processes.local_rank
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return device, per_node, 1 if processes is None else processes.n_nodes
 
 
 def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:

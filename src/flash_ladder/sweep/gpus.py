@@ -58,11 +58,12 @@ def gpus_needed(trainer: TrainerConfig, there: int) -> int:
         return 0
     if trainer.devices in ("auto", "-1", -1):
         return there
-    if not isinstance(trainer.devices, int) and not trainer.devices.isdigit():
+    devices = 1 if trainer.devices is None else trainer.devices
+    if not isinstance(devices, int) and not devices.isdigit():
         raise UserError(
             f"trainer.devices={trainer.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen"
         )
-    n = int(trainer.devices)
+    n = int(devices)
     if n > there:
         raise UserError(f"trainer.devices={n}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
     return n

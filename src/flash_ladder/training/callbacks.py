@@ -1,4 +1,4 @@
-"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on Ctrl-C or SIGTERM."""
+"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on Ctrl-C, SIGTERM or SIGUSR1."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ class Stopped(Exception):
 
 
 class StopOnSignal(Callback):
-    """On the first Ctrl-C or SIGTERM, raises Stopped at the end of an optimiser step; the second one acts at once.
+    """On the first Ctrl-C, SIGTERM or SIGUSR1, raises Stopped at the end of an optimiser step; the second one acts at once.
+
+    SLURM sends SIGUSR1 some time before a job's time is up.
 
     Several processes must stop at the same step, or one would wait for the others for ever. So they ask each other every
     `log_every` steps, where they synchronise anyway.
@@ -82,7 +84,7 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step = trainer.global_step
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self.before[signum] = signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:

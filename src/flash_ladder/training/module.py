@@ -9,12 +9,14 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
 from flash_ladder.training import metrics
 from flash_ladder.training.optimizer import build_optimizer, build_schedule
+from flash_ladder.training.sharding import is_sharded, shard
 
 
 class NotFinite(UserError):
@@ -36,13 +38,19 @@ class GPTModule(L.LightningModule):
         self.net = GPT(ModelConfig(**config["model"]), backend=backend)
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
         self.net.loss_rows = self.trainer_config.loss_rows
-        if self.trainer_config.compile:
-            self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
         self.losses = LossWatch(self.trainer_config.accumulate)
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step
         self.total_norm: Tensor | None = None  # of that step's gradients, before clipping
         self.val_losses: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        """Compiles the network, and cuts it over the devices where the strategy (FSDP2) has given a mesh of them."""
+        if self.device_mesh is None:
+            if self.trainer_config.compile:
+                self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
+        elif not is_sharded(self.net):
+            shard(self.net, self.device_mesh["data_parallel"], compiled=self.trainer_config.compile)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy in nats per token of predicting each token from those before it, float32 scalar."""
@@ -74,8 +82,10 @@ class GPTModule(L.LightningModule):
             self.total_norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
 
     def grad_norm(self) -> float:
-        """The global norm of the last step's gradients, before clipping. Waits for the device."""
-        return math.nan if self.total_norm is None else self.total_norm.item()
+        """The global norm of the last step's gradients, before clipping. Waits for the device; all processes call it together."""
+        if self.total_norm is None:
+            return math.nan
+        return (self.total_norm.full_tensor() if isinstance(self.total_norm, DTensor) else self.total_norm).item()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.val_losses.append(self.loss(batch))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -36,9 +35,11 @@ from flash_ladder.training.extras import extra_arguments, extra_callbacks
 from flash_ladder.training.log import run_log, say
 from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_look, log_probe, log_sample, open_loggers
 from flash_ladder.training.module import GPTModule, NotFinite
+from flash_ladder.training.ranks import Ranks
 from flash_ladder.training.record import MetricsFile
 from flash_ladder.training.report import out_of_memory, report, write_sample
 from flash_ladder.training.result import FINISHED, STOPPED, Result, is_out_of_memory, setting
+from flash_ladder.training.sharding import whole
 from flash_ladder.training.speed import Speed
 from flash_ladder.training.strategy import is_first_process
 from flash_ladder.training.trainer import make_trainer, quiet_lightning, work
@@ -88,47 +89,54 @@ def train(cfg: Config, run_dir: Path) -> float:
             write_log_to(run_dir / "train.log")
         of_a_step = work(cfg, place, module)
         speed = Speed(of_a_step, cfg.trainer.log_every, started)
-        trainer = make_trainer(cfg, run_dir, place, loggers=loggers, speed=speed, arguments=arguments, callbacks=callbacks)
+        ranks = Ranks(cfg, place)
+        trainer = make_trainer(
+            cfg, run_dir, place, ranks.processes, loggers=loggers, speed=speed, arguments=arguments, callbacks=callbacks
+        )
         result = Result(setting(cfg, place, module.net.n_params, of_a_step.tokens), cfg.trainer.max_steps)
+
+        def close(failed: bool) -> None:
+            if record is not None:
+                result.step, result.seconds = trainer.global_step, time.perf_counter() - started
+                result.metrics = came_to(record, speed, trainer)
+                result.write(run_dir)
+            close_loggers(loggers, failed=failed)
+
+        def lost(error: UserError) -> None:  # in place of all below, where another process is gone and this one hangs
+            result.ended_by(error)
+            close(failed=True)
+
         try:
             if first:
                 probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
                 say(f"attention memory: {probe}")
                 log_probe(loggers, probe, start)
+            ranks.join(cfg, lost)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            net = whole(module.net)
             if first:
-                result.sample = write_sample(module.net, data, place, cfg.prompt, sample_tokens)
+                result.sample = write_sample(net, data, place, cfg.prompt, sample_tokens)
                 log_sample(loggers, cfg.prompt, result.sample, trainer.global_step)
                 look = how_to_look(loggers)
             result.status = FINISHED
         except Stopped as stop:
             result.status, result.error = STOPPED, f"stopped by {stop} after step {trainer.global_step}"
-            way_on = (
-                f"to go on: python train.py resume={shlex.quote(str(run_dir))}"
-                if cfg.trainer.checkpoints
-                else "no checkpoint is kept"
-            )
-            say(f"{result.error}; {way_on}")
-            if first:  # elsewhere Lightning would take an exit code other than 0 for a crash and kill this process
-                sys.exit(128 + stop.signum)
+            way_on = f"to go on: python train.py resume={shlex.quote(str(run_dir))}"
+            say(f"{result.error}; {way_on if cfg.trainer.checkpoints else 'no checkpoint was kept'}")
+            sys.exit(128 + stop.signum)
         except NotFinite as error:  # raised by all processes together
             result.ended_by(error)
             if first:
                 raise
         except BaseException as error:
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(signal.SIGKILL)  # the other processes would wait for this one for ever
-            told = in_our_words(error, cfg, place, trainer.global_step + 1)
+            told = ranks.failed(in_our_words(error, cfg, place, trainer.global_step + 1))
             result.ended_by(told)
             if told is not error:
                 raise told from error
             raise
         finally:
-            if record is not None:
-                result.step, result.seconds = trainer.global_step, time.perf_counter() - started
-                result.metrics = came_to(record, speed, trainer)
-                result.write(run_dir)
-            close_loggers(loggers, failed=sys.exc_info()[0] is not None)
+            close(failed=sys.exc_info()[0] is not None)
+            ranks.leave()
         if result.status == FINISHED:
             report(cfg, run_dir, result, place, data.stats.unigram_entropy)
             if look is not None:

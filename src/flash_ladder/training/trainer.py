@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import Place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
+from flash_ladder.processes import Processes
 from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Bar, StopOnSignal, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
@@ -29,6 +30,7 @@ def make_trainer(
     cfg: Config,
     run_dir: Path,
     place: Place,
+    processes: Processes | None = None,
     *,
     loggers: list[Logger],
     speed: Speed,
@@ -37,12 +39,12 @@ def make_trainer(
 ) -> L.Trainer:
     """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps.
 
-    arguments, callbacks: what the user adds (training.extras).
+    processes: of training.ranks. arguments, callbacks: what the user adds (training.extras).
     """
     bar = [Bar(speed)] if is_first_process() else []
     kept = checkpoints(run_dir / "checkpoints") if cfg.trainer.checkpoints else ()
     ours: dict[str, Any] = {
-        **devices_and_strategy(cfg.trainer, place),
+        **devices_and_strategy(cfg.trainer, place, processes),
         "precision": "32-true" if place.precision == "32" else place.precision,  # in Lightning's words
         "max_steps": cfg.trainer.max_steps,
         "max_epochs": -1,

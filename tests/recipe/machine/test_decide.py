@@ -27,8 +27,8 @@ def test_precision_follows_the_device_and_says_why(monkeypatch):
 
 
 def test_devices_are_counted_or_refused(monkeypatch):
-    assert pick_devices(TrainerConfig(devices="auto", accelerator="cpu")) == (CPU, 1)
-    assert pick_devices(TrainerConfig(devices=2, accelerator="cpu")) == (CPU, 2)
+    assert pick_devices(TrainerConfig(devices="auto", accelerator="cpu")) == (CPU, 1, 1)
+    assert pick_devices(TrainerConfig(devices=2, accelerator="cpu")) == (CPU, 2, 1)
     with pytest.raises(UserError, match="must be a number, or auto"):
         pick_devices(TrainerConfig(devices="0,1"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -36,7 +36,7 @@ def test_devices_are_counted_or_refused(monkeypatch):
         pick_devices(TrainerConfig(accelerator="gpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert pick_devices(TrainerConfig(devices=-1)) == (torch.device("cuda", 0), 4)
+    assert pick_devices(TrainerConfig(devices=-1)) == (torch.device("cuda", 0), 4, 1)
     with pytest.raises(UserError, match="finds 4 GPUs here"):
         pick_devices(TrainerConfig(devices=8))
 

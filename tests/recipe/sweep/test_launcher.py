@@ -230,7 +230,8 @@ def test_all_points_are_checked_first_and_nothing_is_written(train, tmp_path, mo
 
 
 def test_a_sweep_inside_one_of_several_processes_is_refused(train, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
     code, said, _ = train(*NEW, "seed=1,2")
     assert code == 2 and "without torchrun" in said
 

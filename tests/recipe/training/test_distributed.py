@@ -1,6 +1,10 @@
 """Two processes on one machine, joined by gloo, train as one process does on the same global batch."""
 
+import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,43 +15,126 @@ import pytest
 import torch
 
 from flash_ladder.training.run import train
-from tests.helpers.tiny import metrics, overrides, tiny_config, values
+from tests.helpers.tiny import overrides, tiny_config, values
 
 ROOT = Path(__file__).parents[3]
 
 
+def start(cfg, folder, *further, launcher=(sys.executable,), run="run"):
+    """train.py on `cfg` in `folder`, with both its streams in pipes."""
+    command = [*launcher, ROOT / "train.py", *overrides(cfg), *([f"hydra.run.dir={run}"] if run else []), *further]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """What a process of `start` printed, and its errors; a process that hangs is stopped, with those that it started."""
+    try:
+        printed, errors = process.communicate(timeout=120)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, errors
+    return printed
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    cfg = tiny_config(
-        folder, devices=2, strategy="ddp", max_steps=4, val_every=2, val_batches=4
-    )  # of one window each, so the same 4
-    cfg = replace(cfg, data=replace(cfg.data, batch_size=1))  # of one window, where `alone` has two
-    train_py = [sys.executable, ROOT / "train.py", *overrides(cfg), "hydra.run.dir=run"]
-    done = subprocess.run(train_py, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return folder, done
+def alone(tmp_path_factory):
+    """A run of one process: the folder, and what every run on two is given, batches of one window where this one has two."""
+    folder = tmp_path_factory.mktemp("alone")
+    cfg = tiny_config(folder, max_steps=4, val_every=2)
+    train(cfg, folder / "run")
+    cfg = replace(cfg, trainer=replace(cfg.trainer, devices=2, val_batches=4))  # of one window each, so the same 4
+    return folder, replace(cfg, data=replace(cfg.data, batch_size=1))
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def pair(request, alone):
+    _, cfg = alone
+    folder = alone[0] / request.param
+    folder.mkdir()
+    prompt = 'prompt=it\'s "x" {1}\\'  # 13 of seq_len's 16 tokens; quoted twice it would be more
+    process = start(replace(cfg, trainer=replace(cfg.trainer, strategy=request.param)), folder, prompt)
+    return folder, finish(process)
 
 
 def test_two_processes_share_one_run(pair):
-    folder, done = pair
-    assert {p.name for p in folder.iterdir()} == {"text", "cache", "run"}
-    assert done.stdout.count("attention: sdpa") == 1 and done.stdout.count("validation   loss") == 1
-    assert [line["step"] for line in metrics(folder / "run")] == [0, 1, 2, 2, 3, 4, 4]
+    folder, printed = pair
+    assert {p.name for p in folder.iterdir()} == {"run"}
+    assert printed.count("attention: sdpa") == 1 and printed.count("validation   loss") == 1
+    assert sorted(values(folder / "run", "train/loss")) == [1, 2, 3, 4] and sorted(values(folder / "run", "val/loss")) == [2, 4]
 
 
-def test_two_processes_train_as_one_on_the_same_global_batch(pair):
-    folder, _ = pair
-    alone = tiny_config(folder, max_steps=4, val_every=2)
-    train(alone, folder / "alone")
+def test_two_processes_train_as_one_on_the_same_global_batch(pair, alone):
+    one, both = alone[0] / "run", pair[0] / "run"
     for name in ("train/loss", "val/loss"):
-        expected = values(folder / "alone", name)
-        assert values(folder / "run", name) == pytest.approx(expected, rel=1e-5), name
-    one, both = (
-        torch.load(folder / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in ("alone", "run")
-    )
-    for name in one:
-        torch.testing.assert_close(both[name], one[name], rtol=1e-4, atol=1e-5)
+        assert values(both, name) == pytest.approx(values(one, name), rel=1e-5), name
+
+
+def test_their_checkpoint_is_the_file_of_one_process(pair, alone):
+    one, both = checkpoint(alone[0] / "run"), checkpoint(pair[0] / "run")
+    assert list(both) == list(one) and list(both["state_dict"]) == list(one["state_dict"])
+    (mine,), (theirs,) = one["optimizer_states"], both["optimizer_states"]
+    assert theirs["param_groups"] == mine["param_groups"] and list(theirs["state"]) == list(mine["state"])
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(both["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
+    for number, state in mine["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(theirs["state"][number][name], value, rtol=1e-3, atol=1e-6)
+
+
+def go_on_alone(run, alone):
+    """Resumes `run`, of 4 steps, on one process up to step 6; returns the losses of steps 5 and 6."""
+    cfg = tiny_config(alone[0], max_steps=6, val_every=2)
+    train(replace(cfg, resume=str(run)), run)
+    losses = values(run, "train/loss")
+    return [losses[5], losses[6]]
+
+
+def test_one_process_goes_on_where_two_stopped(pair, alone, tmp_path):
+    shutil.copytree(alone[0] / "run", tmp_path / "one")
+    shutil.copytree(pair[0] / "run", tmp_path / "both")
+    assert go_on_alone(tmp_path / "both", alone) == pytest.approx(go_on_alone(tmp_path / "one", alone), rel=1e-5)
+
+
+def test_two_sharded_processes_of_torchrun_go_on_where_one_stopped(alone, tmp_path):
+    shutil.copytree(alone[0] / "run", tmp_path / "one")
+    shutil.copytree(alone[0] / "run", tmp_path / "run")
+    hydra = tmp_path / "run" / ".hydra"  # which a run in this process does not write
+    hydra.mkdir()
+    (hydra / "overrides.yaml").write_text("[]\n")
+    _, cfg = alone
+    cfg = replace(cfg, trainer=replace(cfg.trainer, devices=None, strategy="fsdp", max_steps=6))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    finish(start(cfg, tmp_path, "resume=run", launcher=torchrun, run=None))
+    losses = values(tmp_path / "run", "train/loss")
+    assert [losses[5], losses[6]] == pytest.approx(go_on_alone(tmp_path / "one", alone), rel=1e-5)
+    assert {p.name for p in tmp_path.iterdir()} == {"one", "run"}
+
+
+def wait_for_steps(process, record, n=3):
+    while process.poll() is None and not (record.exists() and record.read_text().count("\n") > n):
+        time.sleep(0.1)
+
+
+def test_a_process_that_dies_ends_the_run_and_is_named(alone, tmp_path):
+    _, cfg = alone
+    cfg = replace(cfg, trainer=replace(cfg.trainer, strategy="fsdp", max_steps=1_000_000, val_every=1_000_000))
+    process = start(cfg, tmp_path)
+    try:
+        wait_for_steps(process, tmp_path / "run" / "metrics.jsonl")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (other,) = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(other, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1, errors
+    assert f"error: rank 1 (process {other} on {socket.gethostname()}) has died (SIGKILL)" in errors
+    assert "Traceback" not in errors
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
 
 
 def test_a_signal_to_the_first_process_stops_both_at_one_step(tmp_path):
