@@ -201,6 +201,8 @@ class Watch(threading.Thread):
     def leave(self) -> None:
         """Ends the watch. The first process waits for the others, because the store ends with it."""
         self.left.set()
+        # A thread that is inside the store when Python goes down would end the process by SIGABRT.
+        self.join(GRACE_SECONDS)
         if self.store is None or self.lost is not None:
             return
         with contextlib.suppress(RuntimeError):
