@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from flash_ladder.errors import UserError
@@ -92,6 +93,8 @@ class Ranks:
             # Under torchrun the store is its agent's, and outlives a restart of the processes.
             holds = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             self.store = connect(here, self.timeout, is_master=holds)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # what a process sends to the others goes through its current GPU
         start = f"flash_ladder/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
