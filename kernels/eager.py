@@ -37,14 +37,14 @@ def _scores(query: Tensor, key: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
 def scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Q Kᵀ · scale of float16 inputs, as float32 [B, H, Sq, Sk].
 
-    float16 ends at 65504, which a raw product soon passes. So the product is scaled, and by 2^-8 besides, before it is rounded:
-    scores up to 2^24 fit, and tiny ones are off by 2^-17 at most. A score beyond that is set to the largest, not to infinity.
+    float16 ends at 65504, which a raw product soon passes. So the product is scaled before it is rounded. A scaled score beyond
+    that takes all probability or none; it is set to the largest, so that none becomes infinite.
     """
     batch, n_head, seq_q, _ = query.shape
     nothing = query.new_zeros(1, 1, 1)
-    product = torch.baddbmm(nothing, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale / 256)
+    product = torch.baddbmm(nothing, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale)
     largest = torch.finfo(query.dtype).max
-    return product.clamp(-largest, largest).float().view(batch, n_head, seq_q, key.shape[2]) * 256
+    return product.clamp(-largest, largest).float().view(batch, n_head, seq_q, key.shape[2])
 
 
 def _repeat_heads(query: Tensor, *shared: Tensor) -> list[Tensor]:

@@ -149,7 +149,7 @@ class TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return _differentiate(ctx, *grads, run=_TransformedBackward.apply)
+        return _differentiate(ctx, grads[0], grads[1], run=_TransformedBackward.apply)
 
 
 class _TransformedBackward(torch.autograd.Function):
