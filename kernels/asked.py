@@ -72,8 +72,49 @@ def numbers_for_kernels(asked: Asked, seq_q: int, seq_k: int) -> Numbers:
     return Numbers(asked.scale, reach, 0 if asked.is_causal else reach, cap)
 
 
-def upstream(grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The upstream gradients, made contiguous where the kernels need it: `.sum()` passes back an expanded one of last stride 0."""
-    if grad_output.stride(-1) != 1:
-        grad_output = grad_output.contiguous()
-    return grad_output, None if grad_lse is None else grad_lse.contiguous()
+class ForBackward(NamedTuple):
+    """What a backward reads, in a layout that the kernels read: last strides of 1, and lse [B, Hq, Sq] contiguous."""
+
+    grad_output: Tensor
+    grad_lse: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    lse: Tensor
+
+
+def for_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    asked: Asked,
+) -> ForBackward:
+    """Copies what the kernels could not read, and clears the upstream gradients of rows that see no key.
+
+    `.sum()` passes back an expanded gradient of last stride 0. A saved-tensor hook may return any layout, and so may whoever merges
+    the outputs of a ring. A row that sees no key has zero gradients whatever comes from above: 0 · nan would be nan.
+    """
+    blind = n_blind(asked, query.shape[2], key.shape[2])
+    if blind > 0:
+        grad_output = grad_output.clone()
+        grad_output[:, :, :blind] = 0.0
+        if grad_lse is not None:
+            grad_lse = grad_lse.clone()
+            grad_lse[:, :, :blind] = 0.0
+    tensors = (grad_output, query, key, value, output)
+    grad_output, query, key, value, output = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return ForBackward(
+        grad_output, None if grad_lse is None else grad_lse.contiguous(), query, key, value, output, lse.contiguous()
+    )
+
+
+def n_blind(asked: Asked, seq_q: int, seq_k: int) -> int:
+    """How many queries, the first ones, see no key: they stand before the first key, out of its reach."""
+    before = seq_q - seq_k  # query i stands at i - before
+    reach = 0 if asked.is_causal else asked.window_size
+    return 0 if reach is None else min(seq_q, before - max(0, reach - 1))

@@ -6,17 +6,17 @@ generation's order that can run the call.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from . import eager, sdpa
 from .generations import ELSEWHERE, describe, dtype_name, generation
+from .jit import has_triton
 
 # Modules; None for the rungs where Triton is not installed.
 BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa, "flash_v1": None, "flash_v2": None, "flash_v3": None}
-if find_spec("triton") is not None:  # a machine that only evaluates may have torch alone
+if has_triton():  # a machine that only evaluates may have torch alone
     from . import flash_v1, flash_v2
     from .flash_v3 import launch as flash_v3
 

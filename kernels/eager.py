@@ -25,12 +25,26 @@ def _scores(query: Tensor, key: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
     seq_q, seq_k = query.shape[2], key.shape[2]
     hidden = ~visible(*key_bounds(asked, seq_q, seq_k, query.device), seq_k)
     blind = hidden.all(-1, keepdim=True)
-    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * asked.scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = scaled_product(query, key, asked.scale) if query.dtype == torch.float16 else (query @ key.mT).to(wide) * asked.scale
     if asked.softcap is not None:
         scores = asked.softcap * torch.tanh(scores / asked.softcap)
     if asked.alibi_slopes is not None:
         scores = scores - asked.alibi_slopes.to(scores.dtype)[:, None, None] * distance(seq_q, seq_k, query.device)
     return scores.masked_fill(hidden & ~blind, -torch.inf), blind
+
+
+def scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Q Kᵀ · scale of float16 inputs, as float32 [B, H, Sq, Sk].
+
+    float16 ends at 65504, which a raw product soon passes. So the product is scaled before it is rounded. A scaled score beyond
+    that takes all probability or none; it is set to the largest, so that none becomes infinite.
+    """
+    batch, n_head, seq_q, _ = query.shape
+    nothing = query.new_zeros(1, 1, 1)
+    product = torch.baddbmm(nothing, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0, alpha=scale)
+    largest = torch.finfo(query.dtype).max
+    return product.clamp(-largest, largest).float().view(batch, n_head, seq_q, key.shape[2])
 
 
 def _repeat_heads(query: Tensor, *shared: Tensor) -> list[Tensor]:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .asked import Asked, numbers_for_kernels, upstream
+from .asked import Asked, for_backward, numbers_for_kernels
 from .documents import tensors_for_kernels
 from .jit import INTERPRET
 from .launch import launch, refusal, warn_once
@@ -269,7 +269,9 @@ def backward(
     dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)
     if query.numel() == 0 or seq_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    grad_output, grad_lse = upstream(grad_output, grad_lse)
+    grad_output, grad_lse, query, key, value, output, lse = for_backward(
+        grad_output, grad_lse, query, key, value, output, lse, asked
+    )
     numbers = numbers_for_kernels(asked, seq_q, seq_k)
     running = torch.zeros(query.shape, device=query.device, dtype=torch.float32)  # line 5
     tile = tiles_v1(query.device, query.dtype, head_dim).backward

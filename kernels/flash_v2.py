@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .asked import Asked, numbers_for_kernels, upstream
+from .asked import Asked, for_backward, numbers_for_kernels
 from .documents import tensors_for_kernels
 from .flash_v2_backward import dkdv_kernel, dq_kernel
 from .jit import INTERPRET
@@ -216,7 +216,9 @@ def backward(
     dq, dk, dv = heads_last(query), heads_last(key), heads_last(value)
     if query.numel() == 0 or seq_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    grad_output, grad_lse = upstream(grad_output, grad_lse)
+    grad_output, grad_lse, query, key, value, output, lse = for_backward(
+        grad_output, grad_lse, query, key, value, output, lse, asked
+    )
     delta = torch.empty_like(lse)
     numbers = numbers_for_kernels(asked, seq_q, seq_k)
     more = tensors_for_kernels(asked, query.device)

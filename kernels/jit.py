@@ -1,13 +1,14 @@
 """Compiled on a GPU, interpreted without one.
 
-Triton's interpreter runs a kernel in NumPy on the CPU, for checking. Triton decides at its import whether to
-interpret, so this module sets TRITON_INTERPRET before any kernel is defined. It does so where there is no GPU, unless the user has
-set the variable.
+Triton's interpreter runs a kernel in NumPy on the CPU, for checking. Triton decides whether to interpret at its own import and
+again where a kernel is defined. Where there is no GPU, and unless the user has set TRITON_INTERPRET, this module imports Triton
+under that variable and then takes it away again: a child process, which may have a GPU, decides for itself.
 """
 
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
@@ -18,6 +19,12 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def has_triton() -> bool:
+    """Whether the package triton is there: a folder of that name without code is not."""
+    found = find_spec("triton")
+    return found is not None and found.origin is not None
 
 
 def numpy_trouble(triton: str | None, numpy: str | None) -> str | None:
@@ -38,10 +45,17 @@ NUMPY_TROUBLE = numpy_trouble(installed("triton"), NUMPY)  # computed at import:
 if "TRITON_INTERPRET" in os.environ:
     INTERPRET, TOO_LATE = os.environ["TRITON_INTERPRET"] == "1", False
 else:
-    INTERPRET = not torch.cuda.is_available() and NUMPY is not None  # Triton's interpreter imports NumPy at once
+    # The number of GPUs, unlike torch.cuda.is_available, is known without starting CUDA, which a forked child could not use then.
+    INTERPRET = torch.cuda.device_count() == 0 and NUMPY is not None  # Triton's interpreter imports NumPy at once
     TOO_LATE = INTERPRET and "triton" in sys.modules  # Triton was imported before, to compile, and cannot be switched
-    if INTERPRET and not TOO_LATE:
+    if INTERPRET and not TOO_LATE and has_triton():
         os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            import triton
+
+            triton.knobs.runtime.interpret = True
+        finally:
+            del os.environ["TRITON_INTERPRET"]
 
 
 def interpreter_trouble() -> str | None:

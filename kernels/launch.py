@@ -1,8 +1,11 @@
 """What the launches of the Triton rungs share: where a rung can run, and a fast launch."""
 
+import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from .jit import INTERPRET, interpreter_trouble
 from .tiles import Tile
 from .turing import tensor_cores
 
+_ONE_AT_A_TIME = threading.Lock()  # Triton's interpreter keeps its state in globals
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -97,6 +101,19 @@ def on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
+@contextmanager
+def readable_cache_errors() -> Iterator[None]:
+    """Names the folder where Triton keeps what it compiles, and the way to another one, when that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        folder = Path(triton.knobs.cache.dir)
+        if error.filename is None or folder not in (path := Path(error.filename), *path.parents):
+            raise
+        advice = f"Triton cannot keep what it compiles in {folder} ({error.strerror}); TRITON_CACHE_DIR=PATH names another folder"
+        raise OSError(error.errno, advice) from error
+
+
 class Launch:
     """One kernel, ready to launch on inputs of one kind.
 
@@ -116,10 +133,12 @@ class Launch:
         if compiled is not None:
             compiled[self.grid](*tensors, *self.values)
             return
-        with tensor_cores(self.capability) as turing:
-            compiled = self.kernel[self.grid](*tensors, *self.values, **self.options, **turing)
-        if not INTERPRET:
-            self.compiled[aligned] = compiled
+        if INTERPRET:
+            with _ONE_AT_A_TIME:
+                self.kernel[self.grid](*tensors, *self.values, **self.options)
+            return
+        with tensor_cores(self.capability) as turing, readable_cache_errors():
+            self.compiled[aligned] = self.kernel[self.grid](*tensors, *self.values, **self.options, **turing)
 
 
 @lru_cache(maxsize=4096)

@@ -13,15 +13,17 @@ Those made of torch operations (eager, sdpa) have `attend(query, key, value, ask
 neither forward nor backward. The flash rungs, in Triton (flash_v1, flash_v2) and Gluon (flash_v3), go through `kernels.operators`.
 """
 
+import math
 from functools import lru_cache
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .asked import FEATURES, Asked
 from .choice import BACKENDS, choose
-from .operators import Attention, attention_forward
+from .operators import attention_forward, differentiable
 
 
 # For type checkers: return_lse decides what comes back. The other arguments are those of the function itself.
@@ -68,7 +70,8 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
         ValueError: shapes, dtypes or devices that do not fit together.
         Unsupported: the backend asked for by name cannot run this; it is never replaced silently.
     """
-    if torch.is_autocast_enabled(query.device.type) and query.dtype.is_floating_point and query.dtype != torch.float64:
+    device = query.device.type  # "meta" has no autocast to ask about
+    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype.is_floating_point and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_tensors(query, key, value)
@@ -85,22 +88,27 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
         deterministic=deterministic,
     )
     check_asked(asked, query, key)
+    if window_size is not None:  # sys.maxsize is somebody's word for no window; arithmetic on positions must not overflow
+        asked = asked._replace(window_size=min(window_size, 2**62))
     if alibi_slopes is not None:
         asked = asked._replace(alibi_slopes=alibi_slopes.detach())
     compiling = torch.compiler.is_compiling()  # torch.compile traces the choice itself; a cache would be in its way
-    pick = _pick.__wrapped__ if compiling else _pick
+    symbolic = type(query.shape[-1]) is not int  # under make_fx and ShapeEnv; such a number is no key of a cache
+    pick = _pick.__wrapped__ if compiling or symbolic else _pick
     switched = torch.are_deterministic_algorithms_enabled()
     name = pick(query.device, query.dtype, query.shape[-1], backend, asked.used(), switched)
 
     module = BACKENDS[name]
+    if asked.scale <= 0 and name != "eager":  # fused kernels mask before they scale, so the query takes the sign
+        query = query * (-1.0 if asked.scale < 0 else 0.0)
+        asked = asked._replace(scale=-asked.scale or 1.0)
     if hasattr(module, "attend"):
         output, lse = module.attend(query, key, value, asked)
     else:
-        if asked.scale <= 0:  # the kernels need a positive scale, so the query takes its sign
-            query = query * (-1.0 if asked.scale < 0 else 0.0)
-            asked = asked._replace(scale=-asked.scale or 1.0)
         differentiate = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        run = Attention.apply if differentiate and not compiling else attention_forward
+        if not differentiate:
+            refuse_tangents(query, key, value)
+        run = differentiable(compiling) if differentiate else attention_forward
         output, lse = run(query, key, value, *asked, name)
     return (output, lse) if return_lse else output
 
@@ -112,6 +120,13 @@ def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str,
     return choose(device, dtype, head_dim, backend=backend, features=features).backend
 
 
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raises NotImplementedError where a tensor carries a forward-mode tangent, which an operator of ours would drop silently."""
+    for x in tensors:
+        if unpack_dual(x).tangent is not None:
+            raise NotImplementedError("the flash rungs have no forward-mode derivative; attention's eager backend has one")
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raises ValueError, in one line, for tensors that do not fit together."""
     if not query.dim() == key.dim() == value.dim() == 4:
@@ -121,6 +136,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have the same shape")
     if batch != key_batch or head_dim != key_dim:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch and head_dim")
+    if head_dim == 0:
+        raise ValueError(f"query {tuple(query.shape)} has head_dim 0: there is nothing to take products of")
     if n_kv_head == 0 or n_head % n_kv_head:
         raise ValueError(f"{n_head} query heads cannot share {n_kv_head} key/value heads: the first must be a multiple")
     if not query.dtype == key.dtype == value.dtype or not query.dtype.is_floating_point:
@@ -135,10 +152,14 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_asked(asked: Asked, query: Tensor, key: Tensor) -> None:
     """Raises ValueError, in one line, for arguments that no backend could give a meaning to."""
     (batch, n_head, seq_q, _), seq_k = query.shape, key.shape[2]
+    if not -math.inf < asked.scale < math.inf:
+        raise ValueError(f"scale={asked.scale} must be a finite number")
+    if asked.window_size is not None and not isinstance(asked.window_size, (int, torch.SymInt)):
+        raise ValueError(f"window_size={asked.window_size} must be a whole number; None is no window")
     if asked.window_size is not None and asked.window_size < 1:
         raise ValueError(f"window_size={asked.window_size} must be at least 1: a query sees itself")
-    if asked.softcap is not None and asked.softcap <= 0:
-        raise ValueError(f"softcap={asked.softcap} must be positive")
+    if asked.softcap is not None and not 0 < asked.softcap < math.inf:
+        raise ValueError(f"softcap={asked.softcap} must be positive and finite; None is no cap")
     alibi_slopes, document_ids = asked.alibi_slopes, asked.document_ids
     if alibi_slopes is not None and (alibi_slopes.shape != (n_head,) or not alibi_slopes.is_floating_point()):
         raise ValueError(f"alibi_slopes must be floating [Hq] = [{n_head}], not {alibi_slopes.dtype} {tuple(alibi_slopes.shape)}")

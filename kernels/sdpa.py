@@ -31,7 +31,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> tuple[Ten
     explicit mask, which costs O(Sq·Sk) memory and keeps PyTorch from its flash backend.
     """
     seq_q, seq_k = query.shape[2], key.shape[2]
-    options: dict[str, Any] = {"scale": asked.scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {"scale": asked.scale}
+    if query.shape[1] != key.shape[1]:  # a branch, as the comparison of symbolic sizes is no bool
+        options["enable_gqa"] = True
     plain = asked.window_size is None and asked.alibi_slopes is None and asked.document_ids is None
     if plain and (not asked.is_causal or seq_q == seq_k):
         return F.scaled_dot_product_attention(query, key, value, is_causal=asked.is_causal, **options), None
@@ -42,7 +44,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> tuple[Ten
     blind = ~mask.any(-1, keepdim=True)
     mask = mask | blind
     if asked.alibi_slopes is not None:
-        bias = -asked.alibi_slopes[:, None, None] * distance(seq_q, seq_k, query.device)
-        mask = bias.masked_fill(~mask, -torch.inf).to(query.dtype)
+        # A constant added to a row changes no probability. With the nearest key at 0, the bias keeps its digits in half precision.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        bias = -asked.alibi_slopes.to(wide)[:, None, None] * distance(seq_q, seq_k, query.device)
+        bias = bias.masked_fill(~mask, -torch.inf)
+        mask = (bias - bias.amax(-1, keepdim=True)).to(query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     return output.masked_fill(blind, 0.0), None

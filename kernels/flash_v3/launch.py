@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..asked import Asked, Numbers, numbers_for_kernels, upstream
+from ..asked import Asked, Numbers, for_backward, numbers_for_kernels
 from ..documents import tensors_for_kernels
 from ..generations import capability, dtype_name
 from ..launch import on
@@ -342,7 +342,9 @@ def backward(
     plan = backward_plan(_inputs(query, key, asked), asked.deterministic)
     d, box = plan.block_d, (1, 1, 64, protocol.width_of(plan.block_d))  # what TMA moves at a time, of queries and of keys
     with on(query.device):
-        grad_output, grad_lse = upstream(grad_output.to(query.dtype), grad_lse)
+        grad_output, grad_lse, query, key, value, output, lse = for_backward(
+            grad_output.to(query.dtype), grad_lse, query, key, value, output, lse, asked
+        )
         query, key, value, output, grad_output = map(reachable, (query, key, value, output, grad_output))
         tiles = batch * n_head * -(-seq_q // QUERIES)
         stats = torch.empty((tiles, 2 * QUERIES), device=query.device, dtype=torch.float32)
