@@ -8,6 +8,7 @@ an exact resume needs nothing stored, and the number of loading processes change
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +126,15 @@ class TrainingOrder:
             yield windows
 
 
+def ignore_signals(worker: int) -> None:
+    """Keeps a loading process alive when Ctrl-C or a scheduler signals the whole group: its parent still wants a step's batches.
+
+    It ends when its parent does.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class TextData(lightning.LightningDataModule):
     """The text that `cfg` names, as batches of {"tokens": int64 [B, seq_len + 1]}.
 
@@ -220,6 +230,7 @@ class TextData(lightning.LightningDataModule):
         return DataLoader(
             windows,
             num_workers=num_workers,
+            worker_init_fn=ignore_signals,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # else a loader draws from the global one, and dropout would shift

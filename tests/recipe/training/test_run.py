@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -329,3 +330,23 @@ def test_the_command_trains_resumes_and_keeps_one_folder(tmp_path):
     assert list(values(run, "train/loss")) == [1, 2, 3, 4]
     assert len(list(run.glob("wandb/offline-run-*"))) == 2
     assert {p.name for p in tmp_path.iterdir()} == {"text", "cache", "run"}
+
+
+def test_ctrl_c_reaches_the_loading_processes_too_and_loses_nothing(tmp_path):
+    cfg = tiny_config(tmp_path, max_steps=10**6, val_every=10**6, accumulate=4)
+    arguments = [*overrides(replace(cfg, data=replace(cfg.data, num_workers=2))), f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 4):
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and "to go on: python train.py resume=" in printed
+    assert checkpoint(tmp_path / "run")["global_step"] > 3
