@@ -51,11 +51,12 @@ class Processes:
         }
 
 
-def started(environ: Mapping[str, str] = os.environ) -> Processes | None:
+def started(environ: Mapping[str, str] | None = None) -> Processes | None:
     """The processes that something started together with this one; None where it stands alone.
 
     Raises UserError where what the environment says cannot be a run of equally many processes on every node.
     """
+    environ = os.environ if environ is None else environ
     if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environ.keys():
         return _by_torchrun(environ)
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # a job's script and salloc's shell have SLURM_NTASKS, but one process

@@ -33,6 +33,7 @@ def call(script: Path, *arguments: str, other: Path, cwd: Path) -> subprocess.Co
 LIKE_TRAIN = """
 from flash_ladder.front_door import front_door
 from flash_ladder.schema import Config
+from flash_ladder.sweep import launcher
 
 def main(cfg, run_dir):
     import evaluate
@@ -41,6 +42,7 @@ def main(cfg, run_dir):
     print(kernels.whose, evaluate.whose, flash_ladder.kernels.attention.__name__, sep=", ")
 
 if __name__ == "__main__":
+    launcher.register()
     front_door("train", Config, main)
 """
 
