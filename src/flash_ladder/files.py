@@ -26,6 +26,15 @@ def make_writable(folder: Path, what: str, key: str) -> None:
         raise UserError(f"{what} {folder} cannot be written ({reason}); set {key}=PATH")
 
 
+def refuse_taken(run_dir: Path) -> None:
+    """Raises UserError where `run_dir` holds a run, which a new one would destroy."""
+    there = [name for name in ("config.yaml", "metrics.jsonl", "train.log", "checkpoints") if (run_dir / name).exists()]
+    if there:
+        raise UserError(
+            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and resume={run_dir} goes on"
+        )
+
+
 def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from flash_ladder import names
 from flash_ladder import overrides as command_line
 from flash_ladder.errors import UserError, nearest, one_of
-from flash_ladder.files import make_writable
+from flash_ladder.files import make_writable, refuse_taken
 from flash_ladder.processes import is_first, started
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -131,9 +131,9 @@ def _check_key(conf: Path, defaults: DictConfig, override: Override) -> None:
         return
     if (conf / key).is_dir():
         options = sorted(path.stem for path in (conf / key).glob("*.yaml"))
-        value = str(override.value()).split(",") if not override.is_sweep_override() else override.sweep_string_iterator()
-        for option in value:
-            one_of(key, option, options)
+        value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
+        for option in value if isinstance(value, list) else [value]:
+            one_of(key, str(option), options)
     elif not override.is_add() and not _has(defaults, key):
         raise _unknown_key(key, without_hydra(defaults))
 
@@ -250,9 +250,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         try:
             result = main(parse(cfg, schema), folder)
         except UserError as error:
-            if asked.resumes and is_first(
-                started()
-            ):  # Hydra has written the new overrides into a run that could not go on: undo that
+            if asked.resumes and is_first(started()):
+                # Hydra has written the new overrides into a run that could not go on: undo that
                 asked.resumes.write_text(saved_text)
             elif HydraConfig.get().output_subdir is not None:
                 _remove_bare(folder)
@@ -312,6 +311,8 @@ def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked
     elif cfg.hydra.output_subdir is not None:  # the scripts have no run folder
         key, folder = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if sweep else ("hydra.run.dir", cfg.hydra.run.dir)
         is_chosen = any(override.startswith(f"{key}=") for override in overrides)
+        if not sweep and not saved:
+            refuse_taken(Path(folder))  # before Hydra writes its notes there
         claimed = _claim(Path(folder), key, is_chosen, is_new=sweep and not go_on)
         # Hydra would read the clock again, and might make another folder a second later.
         overrides = [*overrides, f"{key}={command_line.quoted(str(claimed))}"]

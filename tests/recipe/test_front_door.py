@@ -480,3 +480,20 @@ def test_help_lists_the_choices(train, capsys, monkeypatch, flag):
         assert "model: gpt2_124m, gpt2_350m, llama_1b, tiny" in said
         assert "python train.py resume=outputs/DATE/TIME" in said
     assert f"seq_len: {DataConfig().seq_len}" in said
+
+
+def test_a_group_takes_several_options(train):
+    _, _, [(cfg, _)] = train("callbacks=[early_stopping,model_summary]")
+    assert set(cfg.callbacks) == {"early_stopping", "model_summary"}
+    code, said, _ = train("callbacks=[early_stoping]")
+    assert code == 2 and "did you mean early_stopping?" in said
+
+
+def test_a_folder_that_holds_a_run_is_not_touched(train, tmp_path):
+    train("hydra.run.dir=run", "seed=1")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    code, said, _ = train("hydra.run.dir=run", "seed=2")
+    assert code == 2 and "holds a run already" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert any(path.name == "overrides.yaml" for path in before)

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
+from flash_ladder.files import refuse_taken
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
@@ -263,12 +264,3 @@ def as_run(config: dict[str, Any], place: Place) -> dict[str, Any]:
         "attention": chosen | {"asked": config["attention"]["backend"]},
         "trainer": {**config["trainer"], "precision": place.precision, "devices": place.n_devices},
     }
-
-
-def refuse_taken(run_dir: Path) -> None:
-    """Raises UserError where `run_dir` holds a run, which a new one would destroy."""
-    there = [name for name in ("config.yaml", "metrics.jsonl", "train.log", "checkpoints") if (run_dir / name).exists()]
-    if there:
-        raise UserError(
-            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and resume={run_dir} goes on"
-        )
