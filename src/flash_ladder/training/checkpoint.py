@@ -53,11 +53,30 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads `path` as plain data, whatever `weights_only` says. Raises UserError for a file that is missing or damaged."""
-        return read_checkpoint(path, map_location or "cpu")
+        return rehomed(read_checkpoint(path, map_location or "cpu"), Path(path).parent)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes `path` if it is there."""
         Path(path).unlink(missing_ok=True)
+
+
+def rehomed(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`checkpoint` with its notes on other files (the best one, and its score) pointing into `folder`, in which it lies now.
+
+    A run that was moved or copied would otherwise forget its best score, and replace best.ckpt by a worse one. Where the best file
+    did not come along, the score is of no use and is left to be forgotten.
+    """
+    home = os.path.realpath(folder)
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict) or state.get("dirpath") in (None, home):
+            continue
+        moved = {path: os.path.join(home, os.path.basename(path)) for path in state.get("best_k_models", {})}
+        if all(os.path.isfile(path) for path in moved.values()):
+            state["dirpath"] = home
+            state["best_k_models"] = {moved[path]: score for path, score in state["best_k_models"].items()}
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[name] = state[name] and os.path.join(home, os.path.basename(state[name]))
+    return checkpoint
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:

@@ -216,6 +216,20 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(tmp_path, whole, mon
     assert same_weights(checkpoint(tmp_path / "run")["state_dict"], checkpoint(uninterrupted)["state_dict"])
 
 
+def test_a_run_that_moved_keeps_its_best(tmp_path, monkeypatch, recwarn):
+    factor = {0: 1, 1: 1, 2: -1, 3: -1}  # two steps down, then up
+    monkeypatch.setattr("flash_ladder.training.optimizer.lr_factor", lambda step, *_: factor.get(step, -1))
+    cfg = tiny_config(tmp_path, val_every=1, max_steps=2)
+    train(cfg, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(replace(cfg, resume=str(tmp_path / "moved"), trainer=replace(cfg.trainer, max_steps=4)), tmp_path / "moved")
+    losses = values(tmp_path / "moved", "val/loss")
+    assert min(losses, key=losses.get) == 2 and losses[4] > losses[2]
+    assert checkpoint(tmp_path / "moved", "best")["global_step"] == 2
+    assert json.loads((tmp_path / "moved" / "result.json").read_text())["metrics"]["val/best_loss"] == losses[2]
+    assert not [warning for warning in recwarn if "dirpath" in str(warning.message)]
+
+
 def resumable(tmp_path, **trainer):
     """A finished run of three steps, and the configuration that would go on to six."""
     cfg = tiny_config(tmp_path, **trainer)
