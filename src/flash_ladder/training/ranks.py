@@ -27,11 +27,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, first_line
 from flash_ladder.machine.decide import Place
 from flash_ladder.processes import PARENT, Processes
 from flash_ladder.schema import Config
-from flash_ladder.training.result import OutOfMemory, one_line
+from flash_ladder.training.result import OutOfMemory
 
 LOOK_SECONDS = 1.0  # between two looks of the watch
 GRACE_SECONDS = 5.0  # that a process gets to end by itself once another one is lost
@@ -198,7 +198,7 @@ class Watch(threading.Thread):
                 return self.lost
         if self.known.is_set():
             self.taken.set()
-        self._tell(Lost(self.processes.rank, f"failed: {one_line(error)}", isinstance(error, OutOfMemory)))
+        self._tell(Lost(self.processes.rank, f"failed: {first_line(error)}", isinstance(error, OutOfMemory)))
         return None
 
     def leave(self) -> None:
@@ -255,6 +255,8 @@ class Watch(threading.Thread):
         if verdict := self._verdict():
             return verdict
         for rank, peer in enumerate(self.peers):
+            if 0 < rank <= len(self.others) and self.others[rank - 1].poll() is None:
+                continue  # one that this process started: its exit code, which says how it died, comes with the next look
             if peer["host"] == socket.gethostname() and not is_alive(peer["pid"]) and not self._has_left(rank):
                 return self._verdict() or Lost(rank, "has died")
         return self._silent(self.store) if self.processes.rank == 0 else None
