@@ -12,6 +12,11 @@ class UserError(Exception):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(word: str, among: Iterable[str]) -> str:
     """Returns "; did you mean X?", or "" when nothing in `among` is close to `word`."""
     close = difflib.get_close_matches(word, list(among), n=1, cutoff=0.5)

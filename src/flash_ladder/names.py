@@ -1,4 +1,5 @@
-"""The names of attention: this repository's backends, and other people's attention that the benchmark sets beside them.
+"""Names that several rooms read: this repository's backends, other people's attention that the benchmark sets beside them, and
+how a run can end.
 
 Schemas, help texts and reports read these tables. The code behind the names is in flash_ladder.kernels and benchmark/peers.py;
 tests/recipe/test_names.py checks that the two agree. Nothing heavy is imported here.
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+# How a run can end, in result.json and in a sweep's record.
+FINISHED, OUT_OF_MEMORY, NOT_FINITE, STOPPED, FAILED = "finished", "out_of_memory", "not_finite", "stopped", "failed"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from flash_ladder.names import FINISHED
 from flash_ladder.sweep.rows import Sweep
-from flash_ladder.sweep.run_files import FINISHED, Row
+from flash_ladder.sweep.run_files import Row
 from flash_ladder.sweep.series import Picture
 from flash_ladder.sweep.table import Column, cell, columns, totals
 

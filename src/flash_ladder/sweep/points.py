@@ -15,11 +15,12 @@ from filelock import FileLock, Timeout
 
 from flash_ladder.errors import UserError
 from flash_ladder.files import read_json, write_json
+from flash_ladder.names import FINISHED, OUT_OF_MEMORY
 from flash_ladder.overrides import differing
 
 RECORD = "points.json"
 LOCK = ".points.lock"
-GOOD = ("finished", "out_of_memory")  # out of memory is what some sweeps are run to find
+GOOD = (FINISHED, OUT_OF_MEMORY)  # out of memory is what some sweeps are run to find
 ENDED_FROM_OUTSIDE = ("running", "interrupted", "killed", "timed_out", "stopped")  # training itself had not come to an end
 
 

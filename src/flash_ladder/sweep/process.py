@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flash_ladder.names import FAILED, FINISHED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
 from flash_ladder.overrides import as_typed, quoted
-from flash_ladder.sweep.points import Point, Sweep
+from flash_ladder.sweep.points import GOOD, Point, Sweep
 
 CONSOLE = "console.log"
 WANDB_LONGEST = 128  # characters of a run's name in wandb
-RESULTS = ("finished", "out_of_memory", "not_finite", "stopped", "failed")  # what result.json may say
+RESULTS = (FINISHED, OUT_OF_MEMORY, NOT_FINITE, STOPPED, FAILED)  # what result.json may say
 
 
 class PointProcess:
@@ -131,18 +132,18 @@ def outcome(exit_code: int, folder: Path, reason: str | None) -> tuple[str, str 
     same is finished.
     """
     result = read_result(folder)
-    if result is not None and (reason is None or result["status"] in ("finished", "out_of_memory")):
+    if result is not None and (reason is None or result["status"] in GOOD):
         return result["status"], result.get("error")
     if reason is not None:
         return reason, None
     if exit_code == 0:
-        return "finished", None
+        return FINISHED, None
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         return "killed", f"killed by {name}" + ("; the system's out-of-memory killer does so" if name == "SIGKILL" else "")
     if exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        return "stopped", f"stopped by {signal.Signals(exit_code - 128).name}"
-    return "failed", last_error(folder / CONSOLE) or f"exit code {exit_code}"
+        return STOPPED, f"stopped by {signal.Signals(exit_code - 128).name}"
+    return FAILED, last_error(folder / CONSOLE) or f"exit code {exit_code}"
 
 
 def last_error(console: Path) -> str | None:

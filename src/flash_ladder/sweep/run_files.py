@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from flash_ladder.names import FINISHED
 from flash_ladder.training import metrics
 
-FINISHED, OUT_OF_MEMORY = "finished", "out_of_memory"
 UNFINISHED = "unfinished"  # of a run without a result.json: it was killed, or is still going
 # Metrics of a run in a row, by the row's field.
 MEASURED = {

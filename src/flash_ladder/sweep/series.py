@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from flash_ladder.measure.growth import Growth, growth
+from flash_ladder.names import OUT_OF_MEMORY
 from flash_ladder.sweep.rows import Sweep
-from flash_ladder.sweep.run_files import OUT_OF_MEMORY, Row, curve, in_words
+from flash_ladder.sweep.run_files import Row, curve, in_words
 from flash_ladder.training import metrics
 from flash_ladder.units import GIB
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flash_ladder.files import write_json
+from flash_ladder.names import FINISHED
 from flash_ladder.sweep.rows import Sweep
-from flash_ladder.sweep.run_files import FINISHED, Row
+from flash_ladder.sweep.run_files import Row
 from flash_ladder.sweep.series import Picture
 from flash_ladder.units import GIB, size
 

@@ -6,7 +6,6 @@ over a good one. Here the bytes reach the disk beside their target before they t
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import struct
@@ -23,6 +22,7 @@ from flash_ladder.errors import UserError, one_of
 from flash_ladder.files import sync
 from flash_ladder.schema import DataConfig, ModelConfig
 from flash_ladder.training import metrics
+from flash_ladder.training.record import read_metrics
 
 SAVING = ".saving"  # suffix of a checkpoint that is being written, or that a killed process left
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error)
@@ -155,14 +155,8 @@ def _check_same_model(path: Path, model: dict[str, Any], config: Path) -> None:
 
 def recorded(file: Path, name: str, step: int) -> float | None:
     """The last value of `name` at optimiser step `step` in a run's metrics.jsonl; None where there is none."""
-    if not file.is_file():
-        return None
     value = None
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line that a killed run was writing
-            continue
+    for row in read_metrics(file):
         if row.get("step") == step:
             value = row.get(name, value)
     return value

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,8 +71,3 @@ def best_validation(lines: list[dict[str, Any]]) -> tuple[float, int] | None:
     """The lowest val/loss among the lines of a metrics.jsonl, and its step; None before a validation."""
     found = [(line[metrics.VAL_LOSS], line["step"]) for line in lines if line.get(metrics.VAL_LOSS) is not None]
     return min(found, default=None)
-
-
-def warn(text: str) -> None:
-    """One line on the screen, without the source line that Python's warnings add."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, first_line
 from flash_ladder.files import write_json
 from flash_ladder.machine.decide import Place
+from flash_ladder.names import FAILED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
 from flash_ladder.schema import Config
 from flash_ladder.training.module import NotFinite
-
-# How a run can end.
-FINISHED, OUT_OF_MEMORY, NOT_FINITE, STOPPED, FAILED = "finished", "out_of_memory", "not_finite", "stopped", "failed"
 
 
 class OutOfMemory(UserError):
@@ -38,7 +36,7 @@ class Result:
     def ended_by(self, error: BaseException) -> None:
         """Takes status and error from what ended the run."""
         self.status = {OutOfMemory: OUT_OF_MEMORY, NotFinite: NOT_FINITE, KeyboardInterrupt: STOPPED}.get(type(error), FAILED)
-        self.error = one_line(error)
+        self.error = first_line(error)
 
     def write(self, run_dir: Path) -> None:
         """Writes `run_dir`/result.json, all of it or nothing."""
@@ -69,8 +67,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -28,6 +28,7 @@ from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.weights import load_weights
+from flash_ladder.names import FINISHED, STOPPED
 from flash_ladder.schema import Config, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Stopped
@@ -39,7 +40,7 @@ from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.ranks import Ranks
 from flash_ladder.training.record import MetricsFile
 from flash_ladder.training.report import out_of_memory, report, write_sample
-from flash_ladder.training.result import FINISHED, STOPPED, Result, is_out_of_memory, setting
+from flash_ladder.training.result import Result, is_out_of_memory, setting
 from flash_ladder.training.sharding import whole
 from flash_ladder.training.speed import Speed
 from flash_ladder.training.strategy import is_first_process

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, first_line
 from flash_ladder.machine.decide import Place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
 from flash_ladder.processes import Processes
@@ -21,7 +21,6 @@ from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Bar, StopOnSignal, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
-from flash_ladder.training.result import one_line
 from flash_ladder.training.speed import Speed, Work
 from flash_ladder.training.strategy import devices_and_strategy, is_first_process
 
@@ -69,7 +68,7 @@ def make_trainer(
     except (MisconfigurationException, TypeError, ValueError) as error:
         if not arguments:
             raise
-        raise UserError(f"trainer.lightning={arguments}: Lightning refuses it ({one_line(error)})") from None
+        raise UserError(f"trainer.lightning={arguments}: Lightning refuses it ({first_line(error)})") from None
 
 
 def quiet_lightning() -> None:

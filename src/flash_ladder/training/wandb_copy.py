@@ -17,12 +17,13 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from packaging.version import Version
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, first_line
 from flash_ladder.files import read_json, write_json
 from flash_ladder.measure.probe import Probe
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training import metrics as names
-from flash_ladder.training.record import best_validation, read_metrics, warn
+from flash_ladder.training.log import warn
+from flash_ladder.training.record import best_validation, read_metrics
 from flash_ladder.units import GIB
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
     except UserError:
         raise
     except Exception as error:  # such as a broken installation, or a home folder that does not exist
-        warn(f"wandb could not start ({_one_line(error)}); going on without it")
+        warn(f"wandb could not start ({first_line(error)}); going on without it")
         return None
 
     if mode is None:
@@ -143,7 +144,7 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
             run = wandb.init(mode=attempt, dir=run_dir, config=about.get("config"), id=run_id, resume="allow", settings=settings)
             copy = WandbCopy(run, run_dir, mode)
         except Exception as error:  # whatever it is, the run goes on
-            failures.append(_one_line(error))
+            failures.append(first_line(error))
             continue
         if failures:
             warn(f"wandb is offline ({failures[0]}); `{_sync(run_dir)}` uploads the run later")
@@ -159,13 +160,9 @@ def _leave_to_agent() -> None:
 def _refused(error: Exception) -> str:
     """What a pydantic or wandb error says of a value, in one line."""
     if not hasattr(error, "errors"):
-        return _one_line(error)
+        return first_line(error)
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))}={first['input']} ({first['msg']})"
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _sync(run_dir: Path) -> str:
@@ -228,7 +225,7 @@ class WandbCopy(WandbLogger):
             action()
         except Exception as error:  # whatever wandb raises must not stop the run
             self.failed = True
-            warn(f"wandb stopped working ({_one_line(error)}); metrics.jsonl goes on")
+            warn(f"wandb stopped working ({first_line(error)}); metrics.jsonl goes on")
 
     def log_savings(self, probe: Probe, step: int) -> None:
         """What one attention layer saves beside eager: its figures as a table, memory and time as bars."""
