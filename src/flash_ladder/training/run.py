@@ -61,8 +61,6 @@ def train(cfg: Config, run_dir: Path) -> float:
     quiet_lightning()
     with run_log() as write_log_to:
         first = is_first_process()
-        if first and not cfg.resume:
-            refuse_taken(run_dir)
         if first:
             check_loggers(cfg.logger)
         place = decide(cfg)
