@@ -21,14 +21,15 @@ def say(*words: object) -> None:
     """Prints on the first process."""
     text = " ".join(map(str, words))
     print(text, flush=True)
-    if text:
+    if text and SAID.handlers:
         SAID.info(text)
 
 
 def warn(text: str) -> None:
     """One line on the screen, without the source line that Python's warnings add."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
-    SAID.warning(text)
+    if SAID.handlers:  # without a run's file, logging would print it once more
+        SAID.warning(text)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """flash_ladder.training.result and log: what a run leaves behind, whichever way it ends."""
 
 import json
+import logging
 import os
 import signal
 from dataclasses import replace
@@ -123,6 +124,16 @@ def test_what_is_said_is_written_from_the_first_line_on(tmp_path, capsys):
     assert [line.split(maxsplit=2)[2] for line in lines] == ["INFO    before 1", "WARNING look out"]
     assert capsys.readouterr().out == "before 1\n\nafter\n"
     assert not SAID.handlers
+
+
+def test_a_warning_outside_a_run_is_printed_once(capfd):
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, []  # pytest's own would take it
+    try:
+        warn("look out")
+    finally:
+        root.handlers = handlers
+    assert capfd.readouterr().err == "warning: look out\n"
 
 
 def test_a_run_that_never_began_leaves_no_log(tmp_path):
