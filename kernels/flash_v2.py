@@ -129,7 +129,7 @@ def _forward_kernel(
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     l = tl.zeros([BLOCK_Q], tl.float32)
-    m = tl.full([BLOCK_Q], 0.0, tl.float32) + LOWEST / tl.maximum(qk_scale, 1.0)
+    m = tl.full([BLOCK_Q], LOWEST, tl.float32)
     positions = rows + (seq_k - seq_q)
     if FROM:
         first, last = interval(rows, seq_q, seq_k, seq_k - seq_q, behind, ahead, FIRST, LAST)

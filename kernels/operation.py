@@ -52,7 +52,8 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
         query: [B, Hq, Sq, D]; any strides with a contiguous last dimension, so a transposed [B, S, H, D] view costs no copy.
         key, value: [B, Hkv, Sk, D] with Hq a multiple of Hkv: query head h reads key/value head h // (Hq / Hkv).
         is_causal: query i sees keys j <= i, with i aligned bottom-right: i counts from Sk - Sq.
-        scale: factor of the scores; None means 1/sqrt(D). torch.compile makes a graph for each value, of softcap too.
+        scale: factor of the scores; None means 1/sqrt(D). Beyond ±1024 only eager takes it. torch.compile makes a graph for each
+            value, of softcap too.
         window_size: w keeps i - w < j <= i under causality and |i - j| < w without it.
         softcap: c turns the scaled score s into c * tanh(s / c).
         alibi_slopes: [Hq] float32, adds -slope * |i - j| (Press et al., 2022); not differentiated.
@@ -65,8 +66,8 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
     Returns:
         The output [B, Hq, Sq, D] in the inputs' dtype, and the log-sum-exp if asked for. Sums are kept in float32. A row that
         sees no key gives output 0, log-sum-exp -inf and zero gradients. Under autocast the inputs are cast to its dtype.
-        A mask multiplies a hidden value by 0, so a NaN there reaches rows that do not see it. The rungs' backward makes the
-        probabilities again from a float32 log-sum-exp: scores beyond 1e5 lose digits there.
+        A mask multiplies a hidden value by 0, so a NaN there reaches rows that do not see it. Scores beyond 1e5, scaled, lose
+        digits in the fused backends, and from about 1e9 on may give NaN: their float32 has 24 bits.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.

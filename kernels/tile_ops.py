@@ -13,9 +13,9 @@ from .jit import INTERPRET
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-# The initial row maximum is LOWEST over the larger of 1 and the scores' factor: below any score, and finite times that factor. -inf
-# would give NaN in rows that have seen nothing yet.
-LOWEST = tl.constexpr(-(2.0**126))
+# The initial row maximum. It is below any score, and its product with any scale in use is finite. -inf would give NaN in rows that
+# have seen nothing yet.
+LOWEST = tl.constexpr(-(2.0**100))
 # Which tiles of a loop are masked: none, all, or those that a bound cuts.
 NONE, ALL, SOME = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WIDEN = tl.constexpr(INTERPRET)  # the interpreter's dot misreads bfloat16 as integers; float32 holds the same values

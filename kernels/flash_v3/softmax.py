@@ -21,10 +21,10 @@ from ..tile_ops import LOWEST
 
 @gluon.jit
 def softmax_of_first(s, qk_scale, dtype: gl.constexpr):
-    """P of a tile's first block of scores, the rows' maxima (of a row without keys the lowest there is) and sums."""
+    """P of a tile's first block of scores, the rows' maxima (of a row without keys LOWEST) and sums."""
     s = s.reshape([64, s.shape[1] // 8, 4, 2])
     lanes: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, s.type.layout))
-    high = gl.maximum(gl.max(gl.max(gl.max(s, 3), 1), 1), LOWEST / gl.maximum(qk_scale, 1.0))
+    high = gl.maximum(gl.max(gl.max(gl.max(s, 3), 1), 1), LOWEST)
     m = gl.convert_layout(high, gl.SliceLayout(1, lanes))[:, None] + gl.full([64, 4], 0.0, gl.float32, lanes)
     p = gl.exp2(s * qk_scale - (m * qk_scale)[:, None, :, None])
     low, high = gl.split(p.to(dtype).to(gl.int16, bitcast=True))

@@ -192,7 +192,7 @@ class TrainerConfig:
     devices: int | str | None = None
     num_nodes: int | None = None  # None: as many as torchrun or srun started processes on, else 1
     strategy: str = "auto"  # auto (ddp on several devices) | ddp | fsdp
-    shard: str = "weights"  # of fsdp, what stays in pieces between the batches of a step: weights (all) | optimizer (its state alone)
+    shard: str = "weights"  # what fsdp keeps in pieces between the batches of a step: weights (all) | optimizer (its state)
     timeout_seconds: float = 600  # how long a process may leave the others waiting before the run ends and names it
     precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
     accumulate: int = 1  # batches per optimiser step
