@@ -29,7 +29,7 @@ from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.model.weights import load_weights
 from flash_ladder.names import FINISHED, STOPPED
-from flash_ladder.schema import Config, with_batch_size
+from flash_ladder.schema import Config, ModelConfig, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Stopped
 from flash_ladder.training.checkpoint import load_run
@@ -200,11 +200,10 @@ def fitting_sample(cfg: Config, tokenizer: Tokenizer) -> int:
 def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Tokenizer) -> tuple[Path, int]:
     """The checkpoint to resume from, and its step. Raises UserError where it is missing, damaged, another model's or complete."""
     saved, weights, info = load_run(run_dir, "last")
+    trained = asdict(ModelConfig(**saved["model"]))  # an earlier version's has fewer keys
     for name, value in asdict(cfg.model).items():
-        if saved["model"].get(name) != value:
-            raise UserError(
-                f"resume={cfg.resume} was trained with model.{name}={saved['model'].get(name)}, not {value}; start a new run"
-            )
+        if trained[name] != value:
+            raise UserError(f"resume={cfg.resume} was trained with model.{name}={trained[name]}, not {value}; start a new run")
     load_weights(module.net, weights, info["checkpoint"])
     if Tokenizer.load(run_dir).fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -230,6 +229,9 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
         dtype=place.dtype,
         device=place.device,
         document_ids=cfg.data.document_ids,
+        window_size=cfg.model.window_of(0),
+        softcap=cfg.model.softcap,
+        alibi=cfg.model.position == "alibi",
     )
 
 
