@@ -42,6 +42,7 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     document_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
@@ -58,7 +59,9 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
         softcap: c turns the scaled score s into c * tanh(s / c).
         alibi_slopes: [Hq] float32, adds -slope * |i - j| (Press et al., 2022); not differentiated.
         document_ids: [B, S] integers, non-decreasing; positions see their own document only (needs Sq == Sk).
-        return_lse: also return the log-sum-exp of each row's scores, natural log, float32 [B, Hq, Sq], differentiable.
+        sinks: [Hq], differentiable: the score of a further key, which takes probability and has no value (GPT-OSS).
+        return_lse: also return the log-sum-exp of each row's scores, its sink among them, natural log, float32 [B, Hq, Sq],
+            differentiable.
         deterministic: the backward gives the same bits every time. None follows PyTorch's switch
             (torch.use_deterministic_algorithms), which is what makes sdpa deterministic on a GPU.
         backend: "eager", "sdpa", "flash_v1", "flash_v2", "flash_v3", or "auto": the best one for this GPU (`choose` says which).
@@ -87,10 +90,12 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         document_ids=document_ids,
-        return_lse=return_lse,
+        return_lse=return_lse or sinks is not None,
         deterministic=deterministic,
     )
     check_asked(asked, query, key)
+    if sinks is not None:
+        check_sinks(sinks, query)
     if window_size is not None:  # sys.maxsize is somebody's word for no window; arithmetic on positions must not overflow
         asked = asked._replace(window_size=min(window_size, 2**62))
     if alibi_slopes is not None:
@@ -115,6 +120,8 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
             refuse_tangents(query, key, value)
         run = differentiable(compiling) if differentiate else attention_forward
         output, lse = run(query, key, value, *asked, name)
+    if sinks is not None:
+        output, lse = with_sinks(output, lse, sinks)
     return (output, lse) if return_lse else output
 
 
@@ -123,6 +130,16 @@ def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str,
     """The backend that `choose` names, cached without its reason. `used`: which of FEATURES. `switched`: PyTorch's switch."""
     features = frozenset(name for name, one in zip(FEATURES, used, strict=True) if one)
     return choose(device, dtype, head_dim, backend=backend, features=features).backend
+
+
+def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B, Hq, Sq, D] and log-sum-exp [B, Hq, Sq] of a softmax that has sinks [Hq] as one more score in every row.
+
+    A sink scales what the row's keys give by their share of the probability, e^lse / (e^lse + e^sink) = σ(lse − sink).
+    """
+    sinks = sinks.to(lse.dtype)[:, None]
+    share = torch.sigmoid(lse - sinks)
+    return (output * share[..., None]).to(output.dtype), torch.logaddexp(lse, sinks)
 
 
 def constant(number: float) -> float:
@@ -161,6 +178,15 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1 and head_dim > 1:
         name, stride = next((n, x.stride(-1)) for n, x in (("query", query), ("key", key), ("value", value)) if x.stride(-1) != 1)
         raise ValueError(f"{name}'s last dimension must be contiguous (its stride is {stride}); call .contiguous()")
+
+
+def check_sinks(sinks: Tensor, query: Tensor) -> None:
+    """Raises ValueError, in one line, for sinks that are not one number a query head."""
+    n_head = query.shape[1]
+    if sinks.shape != (n_head,) or not sinks.is_floating_point():
+        raise ValueError(f"sinks must be floating [Hq] = [{n_head}], not {sinks.dtype} {tuple(sinks.shape)}")
+    if sinks.device != query.device:
+        raise ValueError(f"sinks must be on the query's device, {query.device}, not {sinks.device}")
 
 
 def check_asked(asked: Asked, query: Tensor, key: Tensor) -> None:

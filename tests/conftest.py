@@ -37,6 +37,7 @@ SLOW = {
     "kernels/test_flash_v2.py",
     "kernels/test_mutations.py",
     "kernels/test_package.py",
+    "kernels/test_sinks.py",
     "kernels/test_turing.py",
     "recipe/benchmark/test_grid.py",
     "recipe/export/test_to_wandb.py",
