@@ -31,6 +31,7 @@ SLOW = {
     "hopper/test_flash_v3.py",
     "hopper/test_flash_v3_faults.py",
     "kernels/test_compile.py",
+    "kernels/test_door_transformers.py",
     "kernels/test_edges.py",
     "kernels/test_flash.py",
     "kernels/test_flash_memory.py",
