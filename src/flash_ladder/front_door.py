@@ -11,6 +11,7 @@ import itertools
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -29,10 +30,11 @@ from tqdm import tqdm
 from flash_ladder import names
 from flash_ladder import overrides as command_line
 from flash_ladder.errors import UserError, nearest, one_of
-from flash_ladder.files import make_writable, refuse_taken
+from flash_ladder.files import LOCK, make_writable, owned, refuse_taken
 from flash_ladder.processes import is_first, started
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+NOTES = ".hydra"  # in the folder of a run, as Hydra calls it
 
 # Placeholders that a help text in YAML may hold: the list of backends, and the list of the benchmark's peers.
 OmegaConf.register_new_resolver("backends", lambda: names.listing(names.BACKENDS), replace=True)
@@ -212,9 +214,23 @@ def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
 
 
 def _remove_bare(folder: Path) -> None:
-    """Removes the folder of a run that never began: one that holds nothing but Hydra's notes."""
-    if {path.name for path in folder.iterdir()} == {".hydra"}:
+    """Removes the folder of a run that never began: one that holds nothing but a lock and maybe Hydra's notes."""
+    if {path.name for path in folder.iterdir()} <= {NOTES, LOCK}:
         shutil.rmtree(folder)
+
+
+def hydra_notes(cfg: Any) -> dict[str, str]:
+    """Texts by file name, in the folder of the run that Hydra is at, of what Hydra says about it. resume= reads them.
+
+    Hydra itself would write them before `main` knows whether the run can start, over those of the run that it goes on with.
+    """
+    about = HydraConfig.instance().cfg
+    assert about is not None
+    return {
+        f"{NOTES}/config.yaml": OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+        f"{NOTES}/hydra.yaml": OmegaConf.to_yaml(about),
+        f"{NOTES}/overrides.yaml": OmegaConf.to_yaml(about.hydra.overrides.task),
+    }
 
 
 # ---- the door ----
@@ -237,24 +253,17 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         asked = _read(sys.argv[1:], conf, config_name, schema)
     except UserError as error:
         fail(error)
-    sys.argv[1:] = [*asked.flags, *asked.overrides]
-    saved_text = asked.resumes.read_text() if asked.resumes else ""
+    writes_notes = asked.has_folder and not asked.is_sweep  # `hydra_notes`, in place of Hydra
+    sys.argv[1:] = [*asked.flags, *asked.overrides, *(["hydra.output_subdir=null"] if writes_notes else [])]
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
     def run(cfg: DictConfig) -> float | None:
-        # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
-        import flash_ladder.kernels  # noqa: F401
-
         sys.argv[1:] = [*asked.flags, *map(command_line.as_typed, asked.overrides)]  # training.ranks starts processes with these
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            result = main(parse(cfg, schema), folder)
+            with owned(folder) if asked.has_folder else nullcontext():
+                result = _call(lambda: main(parse(cfg, schema), folder), folder if asked.has_folder and not asked.resumes else None)
         except UserError as error:
-            if asked.resumes and is_first(started()):
-                # Hydra has written the new overrides into a run that could not go on: undo that
-                asked.resumes.write_text(saved_text)
-            elif HydraConfig.get().output_subdir is not None:
-                _remove_bare(folder)
             if asked.is_sweep:
                 print(f"error: {error}", file=sys.stderr)
                 raise PointFailed(str(error)) from None
@@ -272,6 +281,19 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         sys.exit(130)
 
 
+def _call(main: Callable[[], float | None], folder: Path | None) -> float | None:
+    """Calls a command's `main`, and removes its folder where it refuses before it has written anything there."""
+    # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
+    import flash_ladder.kernels  # noqa: F401
+
+    try:
+        return main()
+    except UserError:
+        if folder is not None:
+            _remove_bare(folder)
+        raise
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a command was asked for, in Hydra's grammar, checked, with the folder that it writes to."""
@@ -279,7 +301,8 @@ class Asked:
     flags: list[str]
     overrides: list[str]
     is_sweep: bool
-    resumes: Path | None = None  # the file with the overrides of the run that goes on
+    has_folder: bool = False  # of its own: not so for a script, and for the further processes of a run
+    resumes: bool = False  # a run that is there already
 
 
 def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked:
@@ -296,27 +319,26 @@ def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked
     _check_flags(flags, sweep, resume)
     if not set(flags) <= command_line.SWEEP:  # Hydra's own flags, --cfg or --config-dir, need no check
         return Asked(flags, overrides, sweep)
-    saved = None
     if go_on:
         overrides = command_line.swept(go_on, overrides)
     elif resume:
-        saved = command_line.saved_run(resume)
-        overrides = command_line.resumed(saved, overrides)
+        overrides = command_line.resumed(command_line.saved_run(resume), overrides)
     if sweep:
         overrides = [command_line.for_sweeper(override) for override in overrides]
     cfg = _check(conf, config_name, overrides, schema, sweep)
+    has_folder = is_first(started()) and cfg.hydra.output_subdir is not None  # the scripts' conf says null
     if not is_first(started()):  # the run's folder is the first process's, which alone writes to it
         named = any(override.startswith("hydra.run.dir=") for override in overrides)
         overrides = [*overrides, "hydra.output_subdir=null", *([] if named else ["hydra.run.dir=."])]
-    elif cfg.hydra.output_subdir is not None:  # the scripts have no run folder
+    elif has_folder:
         key, folder = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if sweep else ("hydra.run.dir", cfg.hydra.run.dir)
         is_chosen = any(override.startswith(f"{key}=") for override in overrides)
-        if not sweep and not saved:
-            refuse_taken(Path(folder))  # before Hydra writes its notes there
+        if not sweep and not resume:
+            refuse_taken(Path(folder))
         claimed = _claim(Path(folder), key, is_chosen, is_new=sweep and not go_on)
         # Hydra would read the clock again, and might make another folder a second later.
         overrides = [*overrides, f"{key}={command_line.quoted(str(claimed))}"]
-    return Asked(flags, overrides, sweep, saved)
+    return Asked(flags, overrides, sweep, has_folder, bool(resume))
 
 
 def _check_flags(flags: list[str], sweep: bool, resume: str | None) -> None:
