@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from errno import EPIPE
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -32,6 +33,7 @@ from flash_ladder import overrides as command_line
 from flash_ladder.errors import UserError, nearest, one_of
 from flash_ladder.files import LOCK, make_writable, owned, refuse_taken
 from flash_ladder.processes import is_first, started
+from flash_ladder.screen import outlive_readers
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 NOTES = ".hydra"  # in the folder of a run, as Hydra calls it
@@ -247,6 +249,7 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     `output_dir` is Hydra's run folder (the working folder for commands that write none). An int that `main` returns is the exit
     code; a float is the result, for Hydra's sweepers. The process exits with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
+    printed = outlive_readers()
     _leave_script_folder()
     store_defaults(schema)
     try:
@@ -279,6 +282,10 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    sys.stdout.flush()
+    lost = [file.error for file in printed if file.error is not None and file.error.errno != EPIPE]
+    if lost and not asked.has_folder:  # what a run prints is in its train.log as well
+        fail(UserError(f"what this command prints could not be written ({lost[0].strerror})"))
 
 
 def _call(main: Callable[[], float | None], folder: Path | None) -> float | None:
