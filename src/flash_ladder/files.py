@@ -111,14 +111,32 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def json_of(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError where it is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Raises UserError where `path` is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_of(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy it again, or export again") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again, or export again") from None
+
+
+def yaml_of(path: Path) -> Any:
+    """A YAML file as plain dicts, lists and values. Raises OSError, and ValueError where it is not YAML."""
+    from yaml import YAMLError, safe_load  # Hydra's
+
+    try:
+        return safe_load(path.read_text(encoding="utf-8"))
+    except (YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,16 +6,14 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from flash_ladder.errors import UserError
-from flash_ladder.files import read_json
+from flash_ladder.files import read_json, yaml_of
 
 AS_TYPED = ("prompt", "resume", "sweep")  # any text, or a path: Hydra's grammar has no say in the value
 SWEEP = {"-m", "--multirun"}
@@ -153,8 +151,15 @@ def saved_run(folder: str) -> Path:
 
 
 def resumed(saved: Path, overrides: list[str]) -> list[str]:
-    """The run's own overrides, then the new ones, then the run's folder, in which it goes on."""
-    before: Any = OmegaConf.to_container(OmegaConf.load(saved))
+    """The run's own overrides, then the new ones, then the run's folder, in which it goes on. Raises UserError where `saved` is
+    damaged.
+    """
+    try:
+        before = yaml_of(saved)
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, list) or not all(isinstance(override, str) for override in before):
+        raise UserError(f"{saved} is damaged; write the run's KEY=VALUE into it, each in a line that begins with a dash")
     return [*(o for o in before if not o.startswith("resume=")), *overrides, f"hydra.run.dir={quoted(str(saved.parents[1]))}"]
 
 

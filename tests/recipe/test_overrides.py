@@ -14,6 +14,7 @@ from flash_ladder.overrides import (
     one_point,
     parse_override,
     points_of,
+    resumed,
     split,
 )
 
@@ -78,3 +79,28 @@ def test_the_last_folder_named_counts():
     assert named("sweep", ["sweep=a", "seed=1", "sweep=b"]) == "b"
     assert named("sweep", ["sweep=a", "sweep=null"]) == "a"
     assert named("sweep", ["sweep="]) is named("resume", ["sweep=a"]) is None
+
+
+DAMAGED = [
+    "",
+    "null",
+    "hello",
+    "{",
+    "a:\n\t- b",
+    "a: 2024-99-99",
+    "!!python/object/apply:os.system ['true']",
+    "- 1\n- a=b\n",
+    "a: b",
+]
+
+
+@pytest.mark.parametrize("text", [*(text.encode() for text in DAMAGED), b"\xff\x00"])
+def test_damaged_notes_of_a_run_are_one_line(tmp_path, text):
+    (tmp_path / ".hydra").mkdir()
+    saved = tmp_path / ".hydra" / "overrides.yaml"
+    saved.write_bytes(b"- seed=1\n- resume=old\n")
+    assert resumed(saved, ["seed=2"]) == ["seed=1", "seed=2", f"hydra.run.dir='{tmp_path}'"]
+    saved.write_bytes(text)
+    with pytest.raises(UserError, match=r"overrides.yaml is damaged; write the run's KEY=VALUE into it") as caught:
+        resumed(saved, [])
+    assert "\n" not in str(caught.value)

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from flash_ladder.errors import UserError, one_of
-from flash_ladder.files import sync
+from flash_ladder.errors import UserError, first_line, one_of
+from flash_ladder.files import sync, yaml_of
 from flash_ladder.schema import DataConfig, ModelConfig
 from flash_ladder.training import metrics
 from flash_ladder.training.record import read_metrics
@@ -47,8 +46,9 @@ class AtomicCheckpointIO(CheckpointIO):
                 sync(path.parent)
             finally:
                 saving.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # torch.save's RuntimeError hides what the disk said
+            said = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(said, "strerror", None) or first_line(error)
             raise UserError(f"{path} cannot be written ({reason}); a checkpoint that was there before is untouched") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -147,8 +147,12 @@ def _check_same_model(path: Path, model: dict[str, Any], config: Path) -> None:
     """Raises UserError where the checkpoint's model is not the one of the run's config.yaml."""
     if not config.is_file():
         raise UserError(f"{config} is missing: {config.parent} is not a folder that train.py wrote")
-    saved: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-    for name, value in saved["model"].items():
+    try:
+        saved = yaml_of(config)
+        shape = saved["model"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{config} is damaged; copy it again, or from {config.parent / '.hydra' / 'config.yaml'}") from None
+    for name, value in shape:
         if value is not None and model.get(name) != value:  # None: filled in when the run started
             raise UserError(f"{path} is from another model: its {name} is {model.get(name)}, and {value} in {config}")
 

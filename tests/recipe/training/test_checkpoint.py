@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, read as plain data, and a clear line for everything else."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -82,7 +83,9 @@ def test_no_flipped_bit_gets_through(saved):
 def test_a_full_disk_keeps_the_old_checkpoint(saved):
     before = saved.read_bytes()
     with disk_with(bytes_left=100_000):
-        refused("last.ckpt cannot be written .*untouched", IO.save_checkpoint, {"weights": torch.zeros(10**6)}, saved)
+        refused(
+            r"last.ckpt cannot be written \(File too large.*untouched", IO.save_checkpoint, {"weights": torch.zeros(10**6)}, saved
+        )
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
 
@@ -177,6 +180,13 @@ def test_what_is_no_run_is_refused(run, tmp_path):
     refused("has no checkpoint best.ckpt; checkpoint=last is there", load_run, tmp_path)
     refused("was not written by this version of train.py .'hyper_parameters'", load_run, tmp_path, "last")
     refused("checkpoint=bset is not a choice.*did you mean best", load_run, run, "bset")
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"model: 3", b"data: {}", b"\xff", b"a: !!python/name:os.system", b"[" * 1100])
+def test_a_damaged_configuration_is_one_line(run, tmp_path, text):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_bytes(text)
+    refused("config.yaml is damaged; copy it again, or from .*/.hydra/config.yaml", load_run, tmp_path / "run")
 
 
 def test_another_runs_checkpoint_is_refused(run, tmp_path):
