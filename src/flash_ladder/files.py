@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from flash_ladder.errors import UserError
 
 LOCK = ".lock"  # in the folder of a run: locked for as long as a process trains there
+LEASE_SECONDS = 180  # how long a lock of a machine that is gone may last: NFS 4 gives it up after 90
 
 
 def make_writable(folder: Path, what: str, key: str) -> None:
@@ -38,8 +39,10 @@ def owned(folder: Path) -> Iterator[None]:
     Raises UserError where another process owns it, and where it cannot be written.
     """
     lock = FileLock(folder / LOCK)
+    # A network file system keeps the lock of a node that failed for a while, when SLURM has queued its job again.
+    patience = LEASE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(
             f"{folder} is another process's, which still runs (fuser {folder / LOCK} names it); wait for its end, or end it"
