@@ -290,13 +290,13 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
 
 
 def _call(main: Callable[[], float | None], folder: Path | None) -> float | None:
-    """Calls a command's `main`, and removes its folder where it refuses before it has written anything there."""
+    """Calls a command's `main`, and removes its folder where it ends before it has written anything there."""
     # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
     import flash_ladder.kernels  # noqa: F401
 
     try:
         return main()
-    except UserError:
+    except BaseException:
         if folder is not None:
             _remove_bare(folder)
         raise
