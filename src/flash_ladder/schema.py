@@ -144,7 +144,8 @@ class DataConfig:
         at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
         at_least(1, data__tokens_per_step=self.tokens_per_step)
         at_least(0, data__num_workers=self.num_workers)
-        if self.files is not None and not isinstance(self.files, (str, list)):
+        files = self.files if isinstance(self.files, list) else [self.files]
+        if self.files is not None and not all(isinstance(file, str) for file in files):
             raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
         if self.source == "files" and not self.paths():
             raise UserError("data=text needs data.files=PATH (txt, jsonl or parquet; a glob or a [list, of, paths] works too)")

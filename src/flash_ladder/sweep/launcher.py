@@ -6,7 +6,6 @@ that fails gives them inf, and the sweep goes on.
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 import sys
@@ -24,9 +23,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
+from flash_ladder.composition import parse, without_hydra
 from flash_ladder.errors import UserError
-from flash_ladder.front_door import fail, parse, without_hydra
-from flash_ladder.overrides import WITH_VALUE, split
+from flash_ladder.flags import FILES, split, typed
+from flash_ladder.front_door import fail
 from flash_ladder.schema import Config
 from flash_ladder.sweep.gpus import Pool, gpus_here, gpus_needed
 from flash_ladder.sweep.points import LOCK, Point, Sweep
@@ -153,8 +153,7 @@ class ProcessLauncher(Launcher):
 
     def _script(self) -> list[str]:
         """train.py, and what Hydra needs to find the same configuration files and to treat a run as asked."""
-        flags = split(sys.argv[1:])[0]
-        found = [word for flag, value in itertools.pairwise(flags) if flag in WITH_VALUE for word in (flag, value)]
+        found = typed({flag: value for flag, value in split(sys.argv[1:])[0].items() if flag in FILES})
         hydras = [o for o in self._asked("hydra") if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
         return [str(Path(sys.argv[0]).absolute()), *found, *hydras]
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from flash_ladder.names import FAILED, FINISHED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
-from flash_ladder.overrides import as_typed, quoted
+from flash_ladder.overrides import as_typed, quoted, text_keys
+from flash_ladder.schema import Config
 from flash_ladder.sweep.points import GOOD, Point, Sweep
 
+TEXTS = text_keys(Config)
 CONSOLE = "console.log"
 WANDB_LONGEST = 128  # characters of a run's name in wandb
 RESULTS = (FINISHED, OUT_OF_MEMORY, NOT_FINITE, STOPPED, FAILED)  # what result.json may say
@@ -95,7 +97,12 @@ def command_of(point: Point, script: list[str], folder: Path, goes_on: bool) -> 
     numbered = [f"hydra.job.num={point.number}", f"hydra.job.id={point.number}"]
     if goes_on:
         return [*script, *numbered, f"resume={folder}"]
-    return [*script, *map(as_typed, point.overrides), *numbered, f"hydra.run.dir={quoted(str(folder))}"]
+    return [
+        *script,
+        *(as_typed(override, TEXTS) for override in point.overrides),
+        *numbered,
+        f"hydra.run.dir={quoted(str(folder))}",
+    ]
 
 
 def labels(point: Point, sweep: Sweep) -> list[str]:
@@ -107,7 +114,7 @@ def labels(point: Point, sweep: Sweep) -> list[str]:
     found = {"group": "/".join(sweep.folder.resolve().parts[-2:]), "name": sweep.names()[point.number][:WANDB_LONGEST]}
     variables = {"group": "WANDB_RUN_GROUP", "name": "WANDB_NAME"}
     return [
-        f"logger.{key}={quoted(value)}"
+        f"logger.{key}={value}"
         for key, value in found.items()
         if value and f"logger.{key}" not in asked and variables[key] not in os.environ
     ]
