@@ -30,6 +30,8 @@ from flash_ladder.flags import Flags
 
 # Placeholders that a help text in YAML may hold: the list of backends, and the list of the benchmark's peers.
 OmegaConf.register_new_resolver("backends", lambda: names.listing(names.BACKENDS), replace=True)
+# ${only_for:KEY,VALUE,THEN}: THEN where KEY has that value, else null.
+OmegaConf.register_new_resolver("only_for", lambda found, value, then: then if found == value else None, replace=True)
 OmegaConf.register_new_resolver("peers", lambda: names.listing(names.PEERS), replace=True)
 
 # ---- from a composed DictConfig to a checked dataclass ----

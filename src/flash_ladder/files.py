@@ -52,6 +52,8 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
     files than `names`, which would be lost, and where `out` cannot be written.
     """
     out = out.absolute()
+    if not out.name:
+        raise UserError(f"out={out} cannot be replaced; name a folder below it")
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     if old.is_dir() and not out.exists():  # killed between the two renames below
         old.rename(out)
@@ -91,8 +93,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy it again, or export again") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again, or export again") from None
+
+
+def check_file(path: Path, key: str) -> None:
+    """Raises UserError where `path`, which `key` names, cannot become a file: said before there is something to write."""
+    folder = path.absolute().parent
+    if os.path.isdir(path):
+        raise UserError(f"{key}={path} is a folder; name a file")
+    if not os.path.isdir(folder):
+        raise UserError(f"{key}={path} cannot be written: there is no folder {path.parent}; make it, or name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={path} cannot be written (permission denied); name a file elsewhere")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, check_values
 from flash_ladder.export.losses import Windows
 from flash_ladder.files import checksum, read_json, write_json
 from flash_ladder.model.gpt import GPT
@@ -61,7 +61,9 @@ def load_export(folder: Path, backend: str = "eager", device: torch.device | str
         _check(folder, name, config)
     try:
         cfg = ModelConfig(**config["model"])
+        check_values(cfg, "model.")
         cfg.validate()
+        cfg.check_memory()
         model = GPT(cfg, backend=backend)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} describes no model of this version ({error}); export again") from None

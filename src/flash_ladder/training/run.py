@@ -73,8 +73,11 @@ def train(cfg: Config, run_dir: Path) -> float:
         data = TextData(cfg.data, seed=cfg.seed, accumulate=cfg.trainer.accumulate, val_batches=cfg.trainer.val_batches)
         data.prepare()
         say(f"data: {describe_data(data)}")
+        check_step(cfg, data)
         cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size(cfg, data.tokenizer)))
         sample_tokens = fitting_sample(cfg, data.tokenizer)
+        if place.device.type == "cpu":
+            cfg.check_cpu_memory()
 
         torch.manual_seed(cfg.seed)
         module = GPTModule(asdict(cfg), place.attention.backend)
@@ -175,6 +178,16 @@ def describe_data(data: TextData) -> str:
     size = "" if stats.n_bytes is None else f", {stats.n_bytes / 1e6:.1f} MB"
     tokens = "" if stats.n_train_tokens is None else f"{stats.n_train_tokens:,} tokens to train on, "
     return f"{documents}{size}: {tokens}{stats.n_val_tokens:,} held out ({stats.split}); vocabulary {data.tokenizer.vocab_size:,}"
+
+
+def check_step(cfg: Config, data: TextData) -> None:
+    """Raises UserError for an optimiser step of more batches than the text has windows: each would be seen again and again."""
+    n_windows = None if data.stats.n_train_tokens is None else data.stats.n_train_tokens // cfg.data.seq_len
+    if n_windows is not None and cfg.trainer.accumulate > n_windows:
+        raise UserError(
+            f"trainer.accumulate={cfg.trainer.accumulate}: a step would have more batches than the text has windows, and see each "
+            f"many times; {n_windows} (of data.seq_len={cfg.data.seq_len}) is the most"
+        )
 
 
 def vocab_size(cfg: Config, tokenizer: Tokenizer) -> int:
