@@ -7,12 +7,18 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from errno import EACCES, EISDIR
 from pathlib import Path
 from typing import Any
 
+import yaml  # Hydra's
+from filelock import FileLock, Timeout
+
 from flash_ladder.errors import UserError
+
+LOCK = ".lock"  # in the folder of a run: locked for as long as a process trains there
 
 
 def make_writable(folder: Path, what: str, key: str) -> None:
@@ -24,6 +30,27 @@ def make_writable(folder: Path, what: str, key: str) -> None:
         reason = error.strerror
     if reason:
         raise UserError(f"{what} {folder} cannot be written ({reason}); set {key}=PATH")
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Makes `folder` this process's own until the block ends, or the process, however it dies.
+
+    Raises UserError where another process owns it, and where it cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder} is another process's, which still runs (fuser {folder / LOCK} names it); wait for its end, or end it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder / LOCK} cannot be written ({error.strerror}); a run locks its folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_taken(run_dir: Path) -> None:
@@ -110,13 +137,50 @@ def check_file(path: Path, key: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path`, all of it or nothing; nan and inf, which JSON lacks, become null. Raises UserError."""
-    saving = path.with_name(f".{path.name}.saving")
     try:
-        saving.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        sync(saving)
-        os.replace(saving, path)
+        replace_files({path: as_json(value)})
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
+
+
+def as_json(value: Any) -> str:
+    """`value` as the text of a JSON file; nan and inf, which JSON lacks, become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def as_yaml(value: Any) -> str:
+    """Plain values as the text of a YAML file. A ${ in a text is text, which OmegaConf's own writer would try to follow."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raises OSError where a file is there that may not be written, or a folder."""
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        code = EISDIR if path.is_dir() else EACCES
+        raise OSError(code, os.strerror(code), str(path))
+
+
+def replace_files(texts: Mapping[Path, str]) -> None:
+    """Writes every text to its file, in place of what is there. All are on the disk before the first takes its name.
+
+    Raises OSError, whose filename is the file, where one cannot be written; then all are as they were.
+    """
+    saving = {path: path.with_name(f".{path.name}.saving") for path in texts}
+    path = Path()
+    try:
+        for path in texts:
+            refuse_unwritable(path)
+        for path, text in texts.items():
+            saving[path].write_text(text, encoding="utf-8")
+            sync(saving[path])
+        for path in texts:
+            os.replace(saving[path], path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        for left_over in saving.values():
+            with suppress(OSError):
+                left_over.unlink()
 
 
 def _finite(value: Any) -> Any:

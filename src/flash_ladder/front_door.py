@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -29,12 +28,13 @@ from flash_ladder import flags as hydras_flags
 from flash_ladder import overrides as command_line
 from flash_ladder.composition import Source, check, parse, store_defaults
 from flash_ladder.errors import UserError
-from flash_ladder.files import make_writable, refuse_taken
+from flash_ladder.files import LOCK, as_yaml, make_writable, owned, refuse_taken
 from flash_ladder.flags import Flags
 from flash_ladder.processes import is_first, started
-from flash_ladder.stdout import NOT_READ, drop, flushed, is_read
+from flash_ladder.screen import outlive_readers
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+NOTES = ".hydra"  # in the folder of a run, as Hydra calls it
 
 T = TypeVar("T")
 
@@ -81,15 +81,30 @@ def _first_missing(folder: Path) -> Path | None:
 
 
 def _remove_bare(folder: Path, made: Path | None) -> None:
-    """Removes what a run that never began leaves: Hydra's notes, and the folders from `made` down that were made for it."""
-    if {path.name for path in folder.iterdir()} != {".hydra"}:
+    """Removes what a run that never began leaves: a lock, Hydra's notes, and the folders from `made` down, made for it."""
+    if not {path.name for path in folder.iterdir()} <= {NOTES, LOCK}:
         return
-    shutil.rmtree(folder / ".hydra")
+    shutil.rmtree(folder / NOTES, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
     folder = folder.absolute()
     with contextlib.suppress(OSError):  # another run has begun beside it
         while made is not None and folder.is_relative_to(made):
             folder.rmdir()
             folder = folder.parent
+
+
+def hydra_notes(cfg: Any) -> dict[str, str]:
+    """Texts by file name, in the folder of the run that Hydra is at, of what Hydra says about it. resume= reads them.
+
+    Hydra itself would write them before `main` knows whether the run can start, over those of the run that it goes on with.
+    """
+    about = HydraConfig.instance().cfg
+    assert about is not None
+    return {
+        f"{NOTES}/config.yaml": as_yaml(asdict(cfg)),
+        f"{NOTES}/hydra.yaml": OmegaConf.to_yaml(about),
+        f"{NOTES}/overrides.yaml": OmegaConf.to_yaml(about.hydra.overrides.task),
+    }
 
 
 # ---- the door ----
@@ -104,9 +119,9 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     calls `main(cfg, output_dir)`.
 
     `output_dir` is Hydra's run folder (the working folder for commands that write none). An int that `main` returns is the exit
-    code; a float is the result, for Hydra's sweepers. The process exits with 2 and one line on a UserError, with 130 on Ctrl-C, and
-    with 141 without a word where the reader of its output has gone.
+    code; a float is the result, for Hydra's sweepers. The process exits with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
+    printed = outlive_readers()
     _leave_script_folder()
     store_defaults(schema)
     try:
@@ -116,30 +131,19 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     if "--version" in asked.flags:
         print(f"Flash Ladder {version('flash-ladder')}")
         return
-    texts = command_line.text_keys(schema)
-    sys.argv[1:] = [*hydras_flags.typed(asked.flags), *asked.overrides]
-    saved_text = asked.resumes.read_text() if asked.resumes else ""
+    flags, texts = hydras_flags.typed(asked.flags), command_line.text_keys(schema)
+    writes_notes = asked.has_folder and not asked.is_sweep  # `hydra_notes`, in place of Hydra
+    sys.argv[1:] = [*flags, *asked.overrides, *(["hydra.output_subdir=null"] if writes_notes else [])]
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
     def run(cfg: DictConfig) -> float | None:
-        # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
-        import flash_ladder.kernels  # noqa: F401
-
         # training.ranks starts processes with these
-        sys.argv[1:] = [*hydras_flags.typed(asked.flags), *(command_line.as_typed(o, texts) for o in asked.overrides)]
+        sys.argv[1:] = [*flags, *(command_line.as_typed(override, texts) for override in asked.overrides)]
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            result = main(parse(cfg, schema), folder)
-        except (UserError, OSError) as raised:
-            if isinstance(raised, BrokenPipeError) and not is_read():
-                drop()
-                sys.exit(NOT_READ)
-            error = in_a_line(raised)
-            if asked.resumes and is_first(started()):
-                # Hydra has written the new overrides into a run that could not go on: undo that
-                asked.resumes.write_text(saved_text)
-            elif HydraConfig.get().output_subdir is not None:
-                _remove_bare(folder, asked.made)
+            with owned(folder) if asked.has_folder else contextlib.nullcontext():
+                result = _call(lambda: main(parse(cfg, schema), folder), folder, asked)
+        except UserError as error:
             if asked.is_sweep:
                 print(f"error: {error}", file=sys.stderr)
                 raise PointFailed(str(error)) from None
@@ -150,31 +154,29 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
             sys.exit(result)
         return result
 
-    code: Any = 0
     try:
-        with printed_whole() if asked.shows else contextlib.nullcontext():
-            run()
-    except SystemExit as stop:
-        code = stop.code
+        run()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        code = 130
-    if not flushed():
-        code = code or NOT_READ
-    if code:
-        sys.exit(code)
+        sys.exit(130)
+    sys.stdout.flush()
+    lost = [file.error for file in printed if file.error is not None and file.error.errno != errno.EPIPE]
+    if lost and not asked.has_folder:  # what a run prints is in its train.log as well
+        fail(UserError(f"what this command prints could not be written ({lost[0].strerror})"))
 
 
-@contextlib.contextmanager
-def printed_whole() -> Iterator[None]:
-    """Prints what Hydra prints in one piece, since Hydra reports a reader that has gone with a traceback."""
-    text = io.StringIO()
+def _call(main: Callable[[], float | None], folder: Path, asked: Asked) -> float | None:
+    """Calls a command's `main`, and removes its folder where it refuses before it has written anything there."""
+    # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
+    import flash_ladder.kernels  # noqa: F401
+
     try:
-        with contextlib.redirect_stdout(text):
-            yield
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.write(text.getvalue())
+        return main()
+    except (UserError, OSError) as error:
+        told = in_a_line(error)
+        if asked.has_folder and not asked.resumes:
+            _remove_bare(folder, asked.made)
+        raise told from error
 
 
 NAMED_WRONGLY = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -197,8 +199,8 @@ class Asked:
     flags: Flags
     overrides: list[str]
     is_sweep: bool = False
-    shows: bool = False  # prints something about the command, and does not run it
-    resumes: Path | None = None  # the file with the overrides of the run that goes on
+    has_folder: bool = False  # of its own: not so for a script, and for the further processes of a run
+    resumes: bool = False  # a run that is there already
     made: Path | None = None  # the uppermost folder that was made for it
 
 
@@ -215,7 +217,7 @@ def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked
     overrides = [command_line.plain(override, texts) for override in overrides]
     hydras_flags.check(flags, overrides)
     if "--version" in flags or "--shell-completion" in flags:
-        return Asked(flags, overrides, shows=True)
+        return Asked(flags, overrides)
     source = Source.of(conf, config_name, flags)
     go_on, resume = command_line.named("sweep", overrides), command_line.named("resume", overrides)
     if any(flag in flags for flag in hydras_flags.SHOW):  # of one run
@@ -223,35 +225,34 @@ def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked
         overrides = [o for o in overrides if not command_line.parse_override(o).is_sweep_override()]
         check(source, overrides, schema, sweep=False, shows=True)
         flags.pop("--multirun", None)
-        return Asked(flags, overrides, shows=True)
+        return Asked(flags, overrides)
     if go_on:
         flags["--multirun"] = ""
     sweep = command_line.asks_for_a_sweep(flags, overrides)
     _check_sweep(sweep, resume)
     overrides = [command_line.for_hydra(o if sweep else command_line.absolute(o), texts, sweep) for o in overrides]
-    saved = None
     if go_on:
         overrides = command_line.swept(go_on, overrides)
     elif resume:
-        saved = command_line.saved_run(resume)
-        overrides = command_line.resumed(saved, overrides)
+        overrides = command_line.resumed(command_line.saved_run(resume), overrides)
     if sweep:
         overrides = [command_line.for_sweeper(override) for override in overrides]
     cfg = check(source, overrides, schema, sweep)
+    has_folder = is_first(started()) and cfg.hydra.output_subdir is not None  # the scripts' conf says null
     made = None
     if not is_first(started()):  # the run's folder is the first process's, which alone writes to it
         named = any(override.startswith("hydra.run.dir=") for override in overrides)
         overrides = [*overrides, "hydra.output_subdir=null", *([] if named else ["hydra.run.dir=."])]
-    elif cfg.hydra.output_subdir is not None:  # the scripts have no run folder
+    elif has_folder:
         key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
         folder, is_chosen = _folder(cfg, key), any(override.startswith(f"{key}=") for override in overrides)
-        if not sweep and not saved:
-            refuse_taken(folder)  # before Hydra writes its notes there
+        if not sweep and not resume:
+            refuse_taken(folder)
         made = _first_missing(folder)
         claimed = _claim(folder, key, is_chosen, is_new=sweep and not go_on)
         # Hydra would read the clock again, and might make another folder a second later.
         overrides = [*overrides, f"{key}={command_line.quoted(str(claimed))}" if sweep else command_line.run_folder(claimed)]
-    return Asked(flags, overrides, sweep, resumes=saved, made=made)
+    return Asked(flags, overrides, sweep, has_folder, bool(resume), made)
 
 
 def _check_sweep(sweep: bool, resume: str | None) -> None:

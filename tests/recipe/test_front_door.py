@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 import flash_ladder.front_door
 from flash_ladder.composition import store_defaults
 from flash_ladder.errors import UserError
-from flash_ladder.front_door import CONF, front_door
+from flash_ladder.files import owned
+from flash_ladder.front_door import CONF, front_door, hydra_notes
 from flash_ladder.schema import Config, DataConfig, with_batch_size
 from flash_ladder.script_schema import (
     BenchmarkConfig,
@@ -31,7 +32,9 @@ from flash_ladder.sweep import launcher
 
 @pytest.fixture
 def train(monkeypatch, tmp_path, capsys):
-    """Calls the front door of train.py with a `main` that only listens; returns exit code, stderr, and what main was given."""
+    """Calls the front door of train.py with a `main` that only listens, and begins a run; returns exit code, stderr, and what main
+    was given.
+    """
     monkeypatch.chdir(tmp_path)
     launcher.register()
 
@@ -39,8 +42,15 @@ def train(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         given = []
         code = 0
+
+        def begin(cfg, folder):
+            given.append((cfg, folder))
+            (folder / ".hydra").mkdir(exist_ok=True)
+            for name, text in hydra_notes(cfg).items():
+                (folder / name).write_text(text)
+
         try:
-            front_door("train", Config, main or (lambda cfg, folder: given.append((cfg, folder))))
+            front_door("train", Config, main or begin)
         except SystemExit as stop:
             code = stop.code
         return code, capsys.readouterr().err, given
@@ -57,6 +67,11 @@ def refused(train, tmp_path):
         assert not any(tmp_path.iterdir())  # and nothing is left behind
 
     return check
+
+
+def contents(folder):
+    """The bytes of every file below a folder, by its name there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- what reaches main ----
@@ -441,15 +456,44 @@ def test_resume_takes_the_runs_own_values_and_then_the_new_ones(train, tmp_path)
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(train, tmp_path):
-    """What main refuses (a checkpoint of another shape, say) is not what the run is resumed with next time."""
+    """What main refuses (a checkpoint of another shape, say) is not what the run is resumed with next time; and a traceback."""
     train("hydra.run.dir=run", "data.seq_len=64")
+    before = contents(tmp_path / "run")
+    assert set(before) == {".lock", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"}
 
-    def main(cfg, folder):
+    def refuse(cfg, folder):
         raise UserError("another model")
 
-    assert train("resume=run", "model.n_layer=9", main=main)[:2] == (2, "error: another model\n")
-    _, _, [(cfg, _)] = train("resume=run")
-    assert (cfg.model.n_layer, cfg.data.seq_len) == (4, 64)
+    def fail(cfg, folder):
+        raise ZeroDivisionError
+
+    assert train("resume=run", "model.n_layer=9", main=refuse)[:2] == (2, "error: another model\n")
+    assert train("resume=run", "model.n_layer=9", main=fail)[0] == 1
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_folder_that_another_process_is_at_is_refused_and_left_alone(train, tmp_path):
+    train("hydra.run.dir=run")
+    before = contents(tmp_path / "run")
+    (tmp_path / "new").mkdir()
+    with owned(tmp_path / "run"), owned(tmp_path / "new"):
+        for argument in ("resume=run", "hydra.run.dir=new"):  # the second one has begun in the same second, and written nothing
+            code, said, given = train(argument)
+            assert (code, given) == (2, []) and said.count("\n") == 1 and "is another process's, which still runs" in said
+    assert contents(tmp_path / "run") == before and (tmp_path / "new").is_dir()
+    assert train("resume=run")[0] == train("hydra.run.dir=new")[0] == 0
+
+
+def test_a_lock_dies_with_its_process(train, tmp_path):
+    hold = "import sys, time; from flash_ladder.files import *\nwith owned(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout.read(1) == b"1"
+    with pytest.raises(UserError, match="another process"), owned(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with owned(tmp_path):
+        pass
 
 
 def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
@@ -502,8 +546,7 @@ def test_a_group_takes_several_options(train):
 def test_a_folder_that_holds_a_run_is_not_touched(train, tmp_path):
     train("hydra.run.dir=run", "seed=1")
     (tmp_path / "run" / "metrics.jsonl").touch()
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "run")
     code, said, _ = train("hydra.run.dir=run", "seed=2")
     assert code == 2 and "holds a run already" in said
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    assert any(path.name == "overrides.yaml" for path in before)
+    assert contents(tmp_path / "run") == before and ".hydra/overrides.yaml" in before

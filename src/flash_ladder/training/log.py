@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from logging.handlers import MemoryHandler
+from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler, WatchedFileHandler
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -32,6 +32,21 @@ def warn(text: str) -> None:
         SAID.warning(text)
 
 
+class LogFile(WatchedFileHandler):
+    """train.log, begun anew where it was removed. A line that the disk does not take is on the screen alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Logging would print a traceback."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def run_log() -> Iterator[Callable[[Path], None]]:
     """Keeps what is said from here on; yields the function that writes it to a file, from the first line on.
@@ -46,7 +61,7 @@ def run_log() -> Iterator[Callable[[Path], None]]:
     files: list[logging.Handler] = []
 
     def open_file(path: Path) -> None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = LogFile(path, encoding="utf-8")
         file.setFormatter(LINE)
         files.append(file)
         early.setTarget(file)

@@ -73,7 +73,7 @@ def test_shorter_than_a_window(tmp_path):
 
 
 def order_of(n_batches: int, n_windows: int = 11, batch_size: int = 2, **place) -> list[list[int]]:
-    order = TrainingOrder(n_windows, batch_size, **{"seed": 0, "rank": 0, "world_size": 1, "first_batch": 0, **place})
+    order = TrainingOrder(n_windows, batch_size, **{"seed": 0, "rank": 0, "world_size": 1, "first": 0, **place})
     return [batch for batch, _ in zip(order, range(n_batches), strict=False)]
 
 
@@ -91,8 +91,8 @@ def test_ranks_share_the_sequence_out():
     assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone
 
 
-def test_order_from_a_later_batch_on():
-    assert order_of(5, first_batch=9, rank=1, world_size=2) == order_of(14, rank=1, world_size=2)[9:]
+def test_order_from_a_later_window_on():
+    assert order_of(5, first=9 * 2 * 2, rank=1, world_size=2) == order_of(14, rank=1, world_size=2)[9:]
 
 
 def test_batches_do_not_depend_on_workers(twenty):

@@ -14,18 +14,19 @@ from flash_ladder.machine.decide import Place
 from flash_ladder.measure.probe import Layer, Probe
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_look, log_probe, log_sample, open_loggers
+from flash_ladder.training.record import MetricsFile
 from flash_ladder.training.run import as_run
 
 CPU = torch.device("cpu")
 PROBE = Probe(Layer(8, 4, 2, 128, 32, torch.float32, CPU), "sdpa", 2**20, 0.5, 2**22, 1.0, False)
 
 
-def logged(kind, run_dir):
+def logged(kind, run_dir, step=0):
     """The loggers of a short run, closed, and where they say to look."""
     cfg = LoggerConfig(kind=kind)
     check_loggers(cfg)
     run_dir.mkdir(exist_ok=True)
-    _, loggers = open_loggers(cfg, run_dir, {"seed": 1})
+    loggers = [MetricsFile(run_dir / "metrics.jsonl"), *open_loggers(cfg, run_dir, {"seed": 1}, step)]
     log_probe(loggers, PROBE, 0)
     for logger in loggers:
         logger.log_metrics({"train/loss": 2.5}, step=10)
