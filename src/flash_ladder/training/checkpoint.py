@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from flash_ladder.errors import UserError, one_of
-from flash_ladder.files import sync
+from flash_ladder.errors import UserError, first_line, one_of
+from flash_ladder.files import plain_yaml, sync
 from flash_ladder.schema import DataConfig, ModelConfig
 from flash_ladder.training import metrics
 from flash_ladder.training.record import read_metrics
@@ -147,8 +146,11 @@ def _check_same_model(path: Path, model: dict[str, Any], config: Path) -> None:
     """Raises UserError where the checkpoint's model is not the one of the run's config.yaml."""
     if not config.is_file():
         raise UserError(f"{config} is missing: {config.parent} is not a folder that train.py wrote")
-    saved: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-    for name, value in saved["model"].items():
+    try:
+        saved = plain_yaml(config)["model"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config} is not what train.py wrote ({first_line(error)}); copy it again from its run") from None
+    for name, value in saved:
         if value is not None and model.get(name) != value:  # None: filled in when the run started
             raise UserError(f"{path} is from another model: its {name} is {model.get(name)}, and {value} in {config}")
 

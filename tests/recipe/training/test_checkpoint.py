@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,13 @@ def test_what_is_no_run_is_refused(run, tmp_path):
     refused("has no checkpoint best.ckpt; checkpoint=last is there", load_run, tmp_path)
     refused("was not written by this version of train.py .'hyper_parameters'", load_run, tmp_path, "last")
     refused("checkpoint=bset is not a choice.*did you mean best", load_run, run, "bset")
+
+
+def test_a_configuration_that_is_none_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for text in ("a: &a [1]\nmodel: *a\n", "!!python/name:os.system", "[" * 9999, "model: 5", "", "- 1", "\x00", "#" * (1 << 21)):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        refused("config.yaml is not what train.py wrote", load_run, tmp_path / "run")
 
 
 def test_another_runs_checkpoint_is_refused(run, tmp_path):
