@@ -30,6 +30,7 @@ HELP = {"--help", "-h", "--hydra-help"}
 SAVED_GROUPS = ("experiment", "hydra/launcher", "hydra/sweeper")
 SAVED_HYDRA = ("hydra.sweep.dir", "hydra.sweep.subdir", *(f"hydra.launcher.{key}" for key in ("time_limit", "grace", "at_once")))
 REACHES_CODE = ("callbacks.", "trainer.lightning", "slurm.")
+REACHES_NONE = ("trainer.lightning={}", "slurm.submit=false")
 
 KEYS = {field.name for field in fields(Config)}
 GROUPS = KEYS - {"seed", "resume", "prompt"}
@@ -206,7 +207,7 @@ def reaches_code(argument: str) -> bool:
         return False
     if key in SAVED_GROUPS or key in GROUPS:  # an option is a file's name, and no path to one elsewhere
         return not re.fullmatch(r"[\w,\[\] ()-]*", argument.partition("=")[2])
-    return key.partition(".")[0] not in KEYS or (key.startswith(REACHES_CODE) and argument != "slurm.submit=false")
+    return key.partition(".")[0] not in KEYS or (key.startswith(REACHES_CODE) and argument not in REACHES_NONE)
 
 
 def to_type_again(typed: Iterable[str]) -> list[str]:

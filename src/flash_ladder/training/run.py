@@ -32,7 +32,7 @@ from flash_ladder.names import FINISHED, STOPPED
 from flash_ladder.schema import Config, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Stopped
-from flash_ladder.training.checkpoint import load_run
+from flash_ladder.training.checkpoint import load_to_go_on
 from flash_ladder.training.extras import extra_arguments, extra_callbacks
 from flash_ladder.training.log import run_log, say
 from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_look, log_probe, log_sample, open_loggers
@@ -199,7 +199,7 @@ def fitting_sample(cfg: Config, tokenizer: Tokenizer) -> int:
 
 def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Tokenizer) -> tuple[Path, int]:
     """The checkpoint to resume from, and its step. Raises UserError where it is missing, damaged, another model's or complete."""
-    saved, weights, info = load_run(run_dir, "last")
+    saved, weights, info = load_to_go_on(run_dir)
     for name, value in asdict(cfg.model).items():
         if saved["model"].get(name) != value:
             raise UserError(

@@ -251,6 +251,7 @@ def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
         torch.save(changed, last)
         train(cfg, run)
     last.write_bytes(good[:1000])
+    (run / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(UserError, match=r"last.ckpt"):
         train(cfg, run)
     torch.save({"weights": 1}, last)
