@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flash_ladder.front_door import front_door, hydra_notes
-from flash_ladder.overrides import as_typed, text_keys
+from flash_ladder.overrides import as_typed
 from flash_ladder.schema import Config
 from flash_ladder.sweep import launcher
 
@@ -15,8 +15,7 @@ def main(cfg: Config, run_dir: Path) -> float | None:
 
         from flash_ladder.training.slurm import submit
 
-        texts = text_keys(Config)
-        submit(cfg, run_dir, [as_typed(override, texts) for override in HydraConfig.get().overrides.task])
+        submit(cfg, run_dir, [as_typed(override) for override in HydraConfig.get().overrides.task])
         return None
     from flash_ladder.training.run import train  # torch and Lightning are imported once the configuration is known to be good
 

@@ -16,7 +16,9 @@ from typing import Any
 import yaml  # Hydra's
 from filelock import FileLock, Timeout
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, first_line
+
+YAML_BYTES = 1 << 20  # a file of ours has a few thousand
 
 LOCK = ".lock"  # in the folder of a run: locked for as long as a process trains there
 
@@ -121,7 +123,31 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy it again, or export again") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again, or export again") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again, or export again") from None
+
+
+def plain_yaml(path: Path) -> Any:
+    """A YAML file that train.py or Hydra wrote into a run's folder, as plain values: references (${...}) stay text.
+
+    Raises OSError or ValueError where it cannot be read, is much larger than such a file, or holds an alias.
+    """
+    if path.stat().st_size > YAML_BYTES:
+        raise ValueError(f"it is larger than {YAML_BYTES >> 20} MiB")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Refuses aliases, which no file of ours has: a few lines of nested ones stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias, which no such file has")
+        return super().compose_node(parent, index)
 
 
 def check_file(path: Path, key: str) -> None:

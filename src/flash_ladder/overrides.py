@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,14 +19,24 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
-from flash_ladder.errors import UserError
-from flash_ladder.files import read_json
+from flash_ladder.errors import UserError, first_line
+from flash_ladder.files import plain_yaml, read_json
+from flash_ladder.schema import Config
 
 ONE_TEXT = ("prompt", "resume", "sweep")  # which no sweep goes over: commas in them are text
 FILES = "data.files"  # a text, or a list of them
 SAVED_PATHS = (FILES, "data.cache_dir")  # that a run reads again when it goes on or is exported, from whatever folder
+
+# What a saved override may name beside the keys of schema.Config, and those of its keys that reach other code: classes of
+# callbacks, arguments of Lightning, lines of a job's shell script.
+SAVED_GROUPS = ("experiment", "hydra/launcher", "hydra/sweeper")
+SAVED_HYDRA = ("hydra.sweep.dir", "hydra.sweep.subdir", *(f"hydra.launcher.{key}" for key in ("time_limit", "grace", "at_once")))
+REACHES_CODE = ("callbacks.", "trainer.lightning", "slurm.")
+REACHES_NONE = ("trainer.lightning={}", "slurm.submit=false")
+
+KEYS = {field.name for field in fields(Config)}
+GROUPS = KEYS - {"seed", "resume", "prompt"}
 
 # ---- which keys hold text ----
 
@@ -49,6 +59,8 @@ def _text_keys(schema: type, prefix: str) -> Iterable[tuple[str, str]]:
         elif key == FILES or kind in kinds:
             yield key, TEXT_OR_NULL if key == FILES else kinds[kind]
 
+
+OF_TRAIN = text_keys(Config)
 
 # ---- text in Hydra's grammar ----
 
@@ -97,7 +109,7 @@ def plain(argument: str, texts: Texts) -> str:
     return argument[2:] if argument.startswith("++") and argument[2:].partition("=")[0] in texts else argument
 
 
-def for_hydra(argument: str, texts: Texts, is_sweep: bool = False) -> str:
+def for_hydra(argument: str, texts: Texts = OF_TRAIN, is_sweep: bool = False) -> str:
     """KEY=VALUE as typed, in Hydra's grammar. Under a sweep a,b and the like stay several values."""
     name, equals, text = argument.partition("=")
     kind = texts.get(name.lstrip("+"))
@@ -126,7 +138,7 @@ def _is_several(argument: str) -> bool:
         return False
 
 
-def as_typed(override: str, texts: Texts) -> str:
+def as_typed(override: str, texts: Texts = OF_TRAIN) -> str:
     """What a user types for an override in Hydra's grammar; `for_hydra` undone."""
     name, _, text = override.partition("=")
     if texts.get(name.lstrip("+")) not in (TEXT, TEXT_OR_NULL) or text[:1] not in ("'", '"'):
@@ -250,24 +262,71 @@ def saved_run(folder: str) -> Path:
 
 
 def resumed(saved: Path, overrides: list[str]) -> list[str]:
-    """The run's own overrides, then the new ones, then the run's folder, in which it goes on."""
-    before: Any = OmegaConf.to_container(OmegaConf.load(saved))
-    return [*(o for o in before if not o.startswith("resume=")), *overrides, f"hydra.run.dir={quoted(str(saved.parents[1]))}"]
+    """The run's own overrides, then the new ones, then the run's folder, in which it goes on.
+
+    Raises UserError where the run's own cannot be read, or reach code that the new ones do not name again (`trusted`).
+    """
+    try:
+        before = plain_yaml(saved)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{saved} cannot be read ({first_line(error)}); it lists what the run was started with") from None
+    run = saved.parents[1]
+    before = trusted(before, overrides, saved, f"resume={run}")
+    return [*(o for o in before if not o.startswith("resume=")), *overrides, f"hydra.run.dir={quoted(str(run))}"]
+
+
+def trusted(before: Any, typed: list[str], saved: Path, asked: str) -> list[str]:
+    """The overrides `before`, which the file `saved` holds, less those that `typed` has in their place.
+
+    The folder may come from somebody else. So what it holds may set values of ours and nothing more: an override that reaches
+    other code counts only where the user types it (one with its key) himself. Raises UserError for one that he does not.
+    """
+    if not isinstance(before, list) or not all(isinstance(override, str) for override in before):
+        raise UserError(f"{saved} is no list of KEY=VALUE; it lists what was asked for at the start")
+    named = {parse_override(override).key_or_group for override in typed}
+    reaching = [override for override in before if reaches_code(override)]
+    unnamed = [override for override in reaching if parse_override(override).key_or_group not in named]
+    if unnamed:
+        raise UserError(
+            f"{asked}: its overrides reach other code than this recipe's ({shlex.join(map(as_typed, unnamed))}); where you trust "
+            f"them, type them again after {asked}"
+        )
+    return [override for override in before if override not in reaching]
+
+
+def reaches_code(argument: str) -> bool:
+    """Whether an override may do more than set a value of schema.Config or pick an option of conf/."""
+    override = parse_override(argument)
+    key = override.key_or_group
+    if override.package is not None:
+        return True
+    if key in SAVED_HYDRA:
+        return False
+    if key in SAVED_GROUPS or key in GROUPS:  # an option is a file's name, and no path to one elsewhere
+        return not re.fullmatch(r"[\w,\[\] ()-]*", argument.partition("=")[2])
+    return key.partition(".")[0] not in KEYS or (key.startswith(REACHES_CODE) and argument not in REACHES_NONE)
+
+
+def to_type_again(typed: Iterable[str]) -> list[str]:
+    """Those of a run's own overrides that `resume` takes from the command line alone."""
+    return [o for o in typed if reaches_code(for_hydra(o)) and not is_hydras(o.lstrip("+~").partition("=")[0])]
 
 
 def swept(folder: str, overrides: list[str]) -> list[str]:
     """The overrides of the sweep in `folder`, which goes on there, with new values for its launcher.
 
-    Raises UserError where there is no sweep, and for a new value of anything else.
+    Raises UserError where there is no sweep, for a new value of anything else, and as `trusted` does.
     """
     saved = Path(folder) / "points.json"
     if not os.path.isfile(saved):
         raise UserError(f"sweep={folder}: there is no sweep here (no {saved}); name a folder that train.py -m wrote")
     new = [o for o in overrides if not o.startswith("sweep=")]
+    before = read_json(saved).get("overrides")
     for override in new:
-        if not override.startswith("hydra.launcher."):
+        if not override.startswith("hydra.launcher.") and override not in (before or []):
             raise UserError(
                 f"{override}: sweep={folder} goes on with that sweep's own values, and only hydra.launcher.KEY=VALUE may be new; "
                 f"start another sweep for other points"
             )
-    return [*read_json(saved)["overrides"], *new, f"hydra.sweep.dir={quoted(folder)}", "hydra.launcher.go_on=true"]
+    before = trusted(before, new, saved, f"sweep={folder}")
+    return [*before, *new, f"hydra.sweep.dir={quoted(folder)}", "hydra.launcher.go_on=true"]

@@ -455,6 +455,51 @@ def test_resume_takes_the_runs_own_values_and_then_the_new_ones(train, tmp_path)
     assert (folder, cfg.data.seq_len, cfg.trainer.max_steps, cfg.resume) == (tmp_path / "run", 64, 20, "run")
 
 
+REACHING_CODE = [
+    "+hydra.callbacks.x={_target_: pathlib.Path.touch, self: evil}",
+    "hydra.job.env_set={PYTHONPATH: evil}",
+    "hydra/job_logging=evil",
+    "hydra.searchpath=[file:///evil]",
+    "callbacks=../../evil",
+    "+callbacks.x._target_=evil.Class",
+    "callbacks@hydra.callbacks=early_stopping",
+    "+trainer.lightning.model_registry=evil",
+    "slurm.setup=[evil]",
+]
+
+
+@pytest.mark.parametrize("override", REACHING_CODE)
+def test_a_run_of_somebody_else_brings_values_and_no_code(train, tmp_path, override):
+    train("hydra.run.dir=run", "data.seq_len=64")
+    saved = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    written = yaml.safe_dump([*yaml.safe_load(saved.read_text()), override])
+    saved.write_text(written)
+    code, said, given = train("resume=run")
+    assert (code, given) == (2, []) and said.count("\n") == 1
+    assert "where you trust them, type them again after resume=run" in said
+    assert saved.read_text() == written and not (tmp_path / "evil").exists()
+
+
+def test_what_reaches_code_is_taken_from_the_command_line_alone(train, tmp_path):
+    mine = "+callbacks.mine._target_=my.Class"
+    train("hydra.run.dir=run", "data.seq_len=64", "callbacks=early_stopping", mine, "+trainer.lightning.max_epochs=2")
+    assert train("resume=run", mine)[0] == 2
+    for _ in range(2):  # what a resumed run was given is typed again too
+        _, said, [(cfg, _)] = train("resume=run", mine, "+trainer.lightning.max_epochs=3")
+        assert said == "" and cfg.callbacks.keys() == {"early_stopping", "mine"} and cfg.trainer.lightning == {"max_epochs": 3}
+
+
+ALIASES = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize("text", [ALIASES, "!!python/object/apply:os.system [true]", "[" * 9999, "- 5", "seed: 1", "\x00", "- x=["])
+def test_a_damaged_list_of_overrides_is_one_line(train, tmp_path, text):
+    train("hydra.run.dir=run")
+    (tmp_path / "run" / ".hydra" / "overrides.yaml").write_text(text)
+    code, said, given = train("resume=run")
+    assert (code, given) == (2, []) and said.startswith("error: ") and said.count("\n") == 1
+
+
 def test_a_refused_resume_leaves_the_run_as_it_was(train, tmp_path):
     """What main refuses (a checkpoint of another shape, say) is not what the run is resumed with next time; and a traceback."""
     train("hydra.run.dir=run", "data.seq_len=64")

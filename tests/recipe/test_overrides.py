@@ -1,5 +1,6 @@
 """The command line as it is quoted and multiplied."""
 
+import json
 import os
 import shlex
 
@@ -20,6 +21,7 @@ from flash_ladder.overrides import (
     plain,
     points_of,
     quoted,
+    swept,
     text_keys,
 )
 from flash_ladder.schema import Config
@@ -182,3 +184,22 @@ def test_the_last_folder_named_counts():
     assert named("sweep", ["sweep=null"]) is named("resume", ["sweep=a"]) is None
     with pytest.raises(UserError, match="resume is empty; name the folder"):
         named("resume", ["resume="])
+
+
+def test_a_sweep_of_somebody_else_brings_values_and_no_code(tmp_path):
+    def saved(*overrides):
+        (tmp_path / "points.json").write_text(json.dumps({"overrides": overrides}))
+        return swept(str(tmp_path), ["sweep=x", *typed])
+
+    typed = ["hydra.launcher.time_limit=5"]
+    plain = ["seed=1,2", "model=tiny,gpt2_124m", "hydra.sweep.subdir=${seed}", "hydra.launcher.grace=3", "hydra/sweeper=optuna"]
+    assert saved(*plain)[:6] == [*plain, *typed]
+    for override in ("hydra.launcher.setup=[evil]", "hydra.sweeper.custom_search_space=evil.f", "+callbacks.x._target_=evil.C"):
+        typed = []
+        with pytest.raises(UserError, match="where you trust them, type them again after sweep="):
+            saved("seed=1,2", override)
+        typed = [override]
+        assert saved("seed=1,2", override)[:2] == ["seed=1,2", override]
+    with pytest.raises(UserError, match="is no list of KEY=VALUE"):
+        (tmp_path / "points.json").write_text('{"overrides": 5}')
+        swept(str(tmp_path), [])

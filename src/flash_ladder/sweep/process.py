@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flash_ladder.names import FAILED, FINISHED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
-from flash_ladder.overrides import as_typed, quoted, text_keys
-from flash_ladder.schema import Config
+from flash_ladder.overrides import as_typed, quoted, to_type_again
 from flash_ladder.sweep.points import GOOD, Point, Sweep
 
-TEXTS = text_keys(Config)
 CONSOLE = "console.log"
 WANDB_LONGEST = 128  # characters of a run's name in wandb
 RESULTS = (FINISHED, OUT_OF_MEMORY, NOT_FINITE, STOPPED, FAILED)  # what result.json may say
@@ -96,13 +94,8 @@ def command_of(point: Point, script: list[str], folder: Path, goes_on: bool) -> 
     """
     numbered = [f"hydra.job.num={point.number}", f"hydra.job.id={point.number}"]
     if goes_on:
-        return [*script, *numbered, f"resume={folder}"]
-    return [
-        *script,
-        *(as_typed(override, TEXTS) for override in point.overrides),
-        *numbered,
-        f"hydra.run.dir={quoted(str(folder))}",
-    ]
+        return [*script, *numbered, f"resume={folder}", *map(as_typed, to_type_again(point.overrides))]
+    return [*script, *map(as_typed, point.overrides), *numbered, f"hydra.run.dir={quoted(str(folder))}"]
 
 
 def labels(point: Point, sweep: Sweep) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from flash_ladder.files import plain_yaml
 from flash_ladder.names import FINISHED
 from flash_ladder.training import metrics
 
@@ -213,7 +214,7 @@ def read_object(path: Path, notes: list[str]) -> dict | None:
 def read_yaml(path: Path, notes: list[str]) -> dict:
     """A YAML mapping; {}, with a warning, where the file holds none."""
     try:
-        found = as_plain(path)
+        found = plain_yaml(path)
         if isinstance(found, dict):
             return found
         reason = "it is no configuration"
@@ -227,13 +228,3 @@ def tell(notes: list[str], note: str) -> None:
     """Adds a warning, once however often a file is read."""
     if note not in notes:
         notes.append(note)
-
-
-def as_plain(path: Path) -> Any:
-    """A YAML file as dicts and lists. Raises OSError or ValueError."""
-    from yaml import YAMLError, safe_load  # Hydra's
-
-    try:
-        return safe_load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise ValueError(str(error)) from None
