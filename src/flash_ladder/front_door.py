@@ -159,7 +159,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
     lost = [file.error for file in printed if file.error is not None and file.error.errno != errno.EPIPE]
     if lost and not asked.has_folder:  # what a run prints is in its train.log as well
         fail(UserError(f"what this command prints could not be written ({lost[0].strerror})"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,45 @@ from flash_ladder.errors import UserError
 from flash_ladder.files import replace_files
 from flash_ladder.measure.probe import Probe
 from flash_ladder.schema import LoggerConfig
+from flash_ladder.training.log import warn
 from flash_ladder.training.metrics import attention_metrics
 from flash_ladder.training.record import MetricsFile
 from flash_ladder.training.wandb_copy import WandbCopy, check_wandb, open_wandb
+
+
+class Copy(Logger):
+    """A logger beside metrics.jsonl: where it cannot write, a warning says so once, and the run goes on."""
+
+    failed = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self._unless_it_fails():
+            super().log_metrics(dict(metrics), step)  # type: ignore[safe-super]
+
+    def save(self) -> None:
+        with self._unless_it_fails():
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        with self._unless_it_fails():
+            super().finalize(status)
+
+    @contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                warn(f"{self.log_dir} cannot be written ({error.strerror}); metrics.jsonl goes on")
+            self.failed = True
+
+
+class CSVCopy(Copy, CSVLogger):
+    """Lightning's CSV logger."""
+
+
+class TensorBoardCopy(Copy, TensorBoardLogger):
+    """Lightning's TensorBoard logger."""
 
 
 def check_loggers(cfg: LoggerConfig) -> None:
@@ -42,10 +80,10 @@ def _open(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any], step: int) -
         beside = open_wandb(cfg, run_dir, config)
     elif cfg.kind == "csv":
         drop_later_rows(run_dir / "csv", step)
-        beside = CSVLogger(run_dir, name="csv", flush_logs_every_n_steps=1)
+        beside = CSVCopy(run_dir, name="csv", flush_logs_every_n_steps=1)
     elif cfg.kind == "tensorboard":
         later = {"purge_step": step + 1} if step else {}
-        beside = TensorBoardLogger(run_dir, name="tensorboard", version="", default_hp_metric=False, **later)
+        beside = TensorBoardCopy(run_dir, name="tensorboard", version="", default_hp_metric=False, **later)
     if isinstance(beside, (CSVLogger, TensorBoardLogger)):
         beside.log_hyperparams(config)
     return [] if beside is None else [beside]

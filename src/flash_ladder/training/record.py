@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ class MetricsFile(Logger):
             return
         self._write()
         self.file.close()
+        if self.trouble is not None:
+            with suppress(OSError):
+                self.restore()  # the folder was perhaps still being removed at that time
         if self.unwritten:
             n_rows = self.unwritten.count(b"\n")
             self.trouble = f"{self.path} lacks the last {n_rows} rows: it could not be written"
