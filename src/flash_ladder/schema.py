@@ -220,6 +220,7 @@ class TrainerConfig:
     devices: int | str | None = None
     num_nodes: int | None = None  # None: as many as torchrun or srun started processes on, else 1
     strategy: str = "auto"  # auto (ddp on several devices) | ddp | fsdp
+    shard: str = "weights"  # what fsdp keeps in pieces between the batches of a step: weights (all) | optimizer (its state)
     timeout_seconds: float = 600  # how long a process may leave the others waiting before the run ends and names it
     precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
     accumulate: int = 1  # batches per optimiser step
@@ -237,6 +238,7 @@ class TrainerConfig:
     def validate(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        one_of("trainer.shard", self.shard, ("weights", "optimizer"))
         one_of("trainer.precision", self.precision, PRECISIONS)
         at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
         at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every, trainer__loss_rows=self.loss_rows)

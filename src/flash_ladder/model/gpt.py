@@ -98,6 +98,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length = end
 
+        return self.predict(x, targets)
+
+    def predict(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """The end of `forward`, after the last block: x [B, S, E] to the logits [B, S, V], or with `targets` to the loss."""
         x, words = self.norm(x), self.embedding.weight if self.head is None else self.head.weight
         if targets is not None and self.loss_rows is not None:
             return mean_loss_in_pieces(x, words, targets, self.loss_rows)
