@@ -151,6 +151,8 @@ def check(source: Source, overrides: list[str], schema: type, sweep: bool, shows
             for override in asked:
                 _check_key(source, defaults, override)
         cfg = _compose(source.name, command_line.one_point(asked))
+        if not (isinstance(cfg.hydra.verbose, (bool, str)) or OmegaConf.is_list(cfg.hydra.verbose)):  # which Hydra asserts
+            raise UserError(f"hydra.verbose={cfg.hydra.verbose} must be true, false, the name of a logger or a list of them")
         if shows:
             return cfg
         if sweep and cfg.hydra.runtime.choices["hydra/sweeper"] == "basic":
@@ -198,7 +200,7 @@ def _has(cfg: DictConfig, key: str) -> bool:
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         return compose(config_name, overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an option that is no name
         said = str(error).partition("Config search path")[0].split()  # and for an option that is not there, those that are
         cause = str(error.__cause__).splitlines()[:1] if error.__cause__ else []
         raise UserError(": ".join([" ".join(said), *cause])) from None
@@ -218,8 +220,8 @@ def _check_points(config_name: str, points: list[list[str]], schema: type) -> No
     if len(wrong) == 1:
         raise UserError(f"{wrong[0][0]}: {wrong[0][1]} (1 of {len(points)} points; none was started)")
     if wrong:
-        lines = "".join(f"\n  {apart}: {reason}" for apart, reason in wrong)
-        raise UserError(f"{len(wrong)} of {len(points)} points cannot run, and none was started:{lines}")
+        lines = [f"{apart}: {reason}" for apart, reason in wrong]
+        raise UserError(f"{len(wrong)} of {len(points)} points cannot run, and none was started:", lines)
 
 
 def _check_either(config_name: str, first: DictConfig, fixed: list[str], schema: type) -> None:

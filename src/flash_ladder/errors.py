@@ -12,9 +12,20 @@ MAY_BE_EMPTY = ("prompt",)  # texts that say something without a character
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that says what, why and what would work. The front door exits with 2."""
+    """Something the user can put right: one line that says what, why and what would work. The front door exits with 2.
+
+    details: further lines, one for each of several things. Line ends and other control characters of what a user typed are escaped.
+    """
 
     exit_code = 2
+
+    def __init__(self, line: str, details: Iterable[str] = ()) -> None:
+        super().__init__("\n  ".join(map(escaped, (line, *details))))
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, with what a terminal would obey, or not take, as Python writes it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:
