@@ -173,13 +173,13 @@ def _check_key(source: Source, defaults: DictConfig, override: Override) -> None
     key = override.key_or_group
     if command_line.is_hydras(key):
         return
+    parent = OmegaConf.select(defaults, key.rpartition(".")[0]) if "." in key else None
+    if override.is_delete() and parent == {}:  # whose keys are another library's
+        return
     options = source.options(key)
     if options is None and not override.is_add() and not override.is_force_add() and not _has(defaults, key):
         raise _unknown_key(key, without_hydra(defaults))
     if override.is_delete():
-        parent = OmegaConf.select(defaults, key.rpartition(".")[0]) if "." in key else None
-        if parent == {}:  # whose keys are another library's
-            return
         instead = f"{key}=OPTION takes another ({', '.join(options)})" if options else f"{key}=VALUE sets another one"
         raise UserError(f"~{key}: what is in the configuration cannot be taken away; {instead}")
     if options is not None:

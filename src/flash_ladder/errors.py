@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +16,7 @@ MAY_BE_EMPTY = ("prompt",)  # texts that say something without a character
 class UserError(Exception):
     """Something the user can put right: one line that says what, why and what would work. The front door exits with 2.
 
-    details: further lines, one for each of several things. Line ends and other control characters of what a user typed are escaped.
+    details: further lines, one for each of several things.
     """
 
     exit_code = 2
@@ -24,13 +26,19 @@ class UserError(Exception):
 
 
 def escaped(text: str) -> str:
-    """`text` on one line, with what a terminal would obey, or not take, as Python writes it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """`text`, in which may be what a user typed, on one line: control characters as Python writes them, very long words cut."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return re.sub(r"\S{500,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", line)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def argument(key: str, value: object) -> str:
+    """KEY=VALUE as a shell takes it, for a line to be pasted."""
+    return f"{key}={shlex.quote(str(value))}"
 
 
 def near(word: str, among: Iterable[str]) -> str | None:

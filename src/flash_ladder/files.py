@@ -16,7 +16,7 @@ from typing import Any
 import yaml  # Hydra's
 from filelock import FileLock, Timeout
 
-from flash_ladder.errors import UserError, first_line
+from flash_ladder.errors import UserError, argument, first_line
 
 YAML_BYTES = 1 << 20  # a file of ours has a few thousand
 
@@ -59,8 +59,9 @@ def refuse_taken(run_dir: Path) -> None:
     """Raises UserError where `run_dir` holds a run, which a new one would destroy."""
     there = [name for name in ("config.yaml", "metrics.jsonl", "train.log", "checkpoints") if (run_dir / name).exists()]
     if there:
+        goes_on = argument("resume", run_dir)
         raise UserError(
-            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and resume={run_dir} goes on"
+            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and {goes_on} goes on"
         )
 
 

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flash_ladder import flags as hydras_flags
 from flash_ladder import overrides as command_line
 from flash_ladder.composition import Source, check, parse, store_defaults
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument
 from flash_ladder.files import LOCK, as_yaml, make_writable, owned, refuse_taken
 from flash_ladder.flags import Flags
 from flash_ladder.processes import is_first, started
@@ -59,7 +59,7 @@ def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
     is_chosen: the user named it. is_new: nothing may be in it yet. Raises UserError where that is not so, or it cannot be written.
     """
     if is_chosen and is_new and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{key}={folder} is not empty; name another folder (a sweep goes on with sweep={folder})")
+        raise UserError(f"{key}={folder} is not empty; name another folder (a sweep goes on with {argument('sweep', folder)})")
     if is_chosen:
         make_writable(folder, "the output folder", key)
         return folder
@@ -189,8 +189,7 @@ def in_a_line(error: UserError | OSError) -> UserError:
         return error
     if error.errno not in NAMED_WRONGLY or error.filename is None:
         raise error
-    name = os.fsdecode(error.filename)
-    return UserError(f"{name if len(name) < 300 else f'{name[:40]}...'}: {(error.strerror or '').lower()}; name another path")
+    return UserError(f"{os.fsdecode(error.filename)}: {(error.strerror or '').lower()}; name another path")
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,9 @@ class Asked:
 
 def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked:
     """Reads and checks the arguments of a command, and makes its folder. Raises UserError."""
-    for argument in typed:
-        if argument != argument.encode(errors="replace").decode():
-            raise UserError(f"{argument.partition('=')[0]!a}: its bytes are not UTF-8; only text can be given here")
+    for word in typed:
+        if word != word.encode(errors="replace").decode():
+            raise UserError(f"{word.partition('=')[0]}: its bytes are not UTF-8, and only text can be given here")
     flags, overrides = hydras_flags.split(typed)
     for flag in ("--config-dir", "--config-path"):
         if flag in flags:  # which Hydra would take from this file's folder

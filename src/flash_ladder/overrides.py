@@ -181,8 +181,10 @@ def parse_override(argument: str, loader: ConfigLoader | None = None) -> Overrid
     try:
         [override] = OverridesParser.create(config_loader=loader).parse_overrides([argument])
         is_missing = not override.is_sweep_override() and override.value() == "???"
-    except (HydraException, ValueError):
+    except HydraException:
         raise UserError(f"{argument} cannot be read: {_what_can(key, value)}") from None
+    except ValueError:  # Python reads no number of thousands of digits
+        raise UserError(f"{argument} cannot be read: a number has at most 64 bits here, about 19 digits") from None
     if is_missing:
         raise UserError(f"{argument} says that the value is missing; give one")
     return override

@@ -243,6 +243,10 @@ class TrainerConfig:
         at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
         at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every, trainer__loss_rows=self.loss_rows)
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__timeout_seconds=self.timeout_seconds)
+        if isinstance(self.devices, str) and self.devices not in ("auto", "-1") and not self.devices.isdigit():
+            raise UserError(
+                f"trainer.devices={self.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen"
+            )
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
         for name in self.lightning:

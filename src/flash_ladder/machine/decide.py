@@ -62,8 +62,6 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
         raise UserError("trainer.accelerator=gpu: PyTorch finds no GPU here; trainer.accelerator=auto runs on the CPU")
     on_gpu = has_gpu and cfg.accelerator != "cpu"
     there = torch.cuda.device_count() if on_gpu else 1
-    if isinstance(cfg.devices, str) and cfg.devices not in ("auto", "-1"):
-        raise UserError(f"trainer.devices={cfg.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen")
     asked = None if cfg.devices in ("auto", "-1", -1) else cfg.devices
     if processes is None:
         if cfg.num_nodes is not None and cfg.num_nodes > 1:

@@ -7,6 +7,7 @@ that fails gives them inf, and the sweep goes on.
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from flash_ladder.composition import parse, without_hydra
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument
 from flash_ladder.flags import FILES, split, typed
 from flash_ladder.front_door import fail
 from flash_ladder.schema import Config
@@ -97,7 +98,10 @@ class ProcessLauncher(Launcher):
                 print(f"sweep on {self.pool}; {sweep.folder}/POINT/console.log has what each point says", flush=True)
             signum = Runner(sweep, self._script(), self.pool, limits).run(gpus_of)
             if signum:
-                print(f"interrupted; to go on: python {sys.argv[0]} sweep={sweep.folder}", file=sys.stderr)
+                print(
+                    f"interrupted; to go on: python {shlex.quote(sys.argv[0])} {argument('sweep', sweep.folder)}",
+                    file=sys.stderr,
+                )
                 sys.exit(128 + signum)
         return [returned(point, sweep.folder_of(point), configs[point.number]) for point in mine]
 

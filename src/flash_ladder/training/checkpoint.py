@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-from flash_ladder.errors import UserError, first_line, one_of
+from flash_ladder.errors import UserError, argument, first_line, one_of
 from flash_ladder.files import plain_yaml, sync
 from flash_ladder.schema import DataConfig, ModelConfig
 from flash_ladder.training import archive, metrics
@@ -144,7 +144,9 @@ def find_checkpoint(run: Path, which: str) -> Path:
     folder = run / "checkpoints"
     if not folder.is_dir():
         runs = sorted([*run.glob("*/checkpoints"), *run.glob("*/*/checkpoints")])
-        hint = f"did you mean run={runs[-1].parent}?" if runs else "name a folder that train.py wrote, such as outputs/DATE/TIME"
+        hint = "name a folder that train.py wrote, such as outputs/DATE/TIME"
+        if runs:
+            hint = f"did you mean {argument('run', runs[-1].parent)}?"
         raise UserError(f"run={run} {'is not a run (it has no checkpoints folder)' if run.is_dir() else 'does not exist'}; {hint}")
     path = folder / f"{which}.ckpt"
     if not path.is_file():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument
 from flash_ladder.files import as_json, as_yaml, refuse_taken, refuse_unwritable, replace_files
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
@@ -129,7 +128,7 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
             result.status = FINISHED
         except Stopped as stop:
             result.status, result.error = STOPPED, f"stopped by {stop} after step {trainer.global_step}"
-            way_on = f"to go on: python train.py resume={shlex.quote(str(run_dir))}"
+            way_on = f"to go on: python train.py {argument('resume', run_dir)}"
             say(f"{result.error}; {way_on if cfg.trainer.checkpoints else 'no checkpoint was kept'}")
             sys.exit(128 + stop.signum)
         except NotFinite as error:  # raised by all processes together
