@@ -13,9 +13,12 @@ from errno import EACCES, EISDIR
 from pathlib import Path
 from typing import Any
 
+import yaml  # Hydra's
 from filelock import FileLock, Timeout
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument, first_line
+
+YAML_BYTES = 1 << 20  # a file of ours has a few thousand
 
 LOCK = ".lock"  # in the folder of a run: locked for as long as a process trains there
 LEASE_SECONDS = 180  # how long a lock of a machine that is gone may last: NFS 4 gives it up after 90
@@ -59,8 +62,9 @@ def refuse_taken(run_dir: Path) -> None:
     """Raises UserError where `run_dir` holds a run, which a new one would destroy."""
     there = [name for name in ("config.yaml", "metrics.jsonl", "train.log", "checkpoints") if (run_dir / name).exists()]
     if there:
+        goes_on = argument("resume", run_dir)
         raise UserError(
-            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and resume={run_dir} goes on"
+            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and {goes_on} goes on"
         )
 
 
@@ -81,6 +85,8 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
     files than `names`, which would be lost, and where `out` cannot be written.
     """
     out = out.absolute()
+    if not out.name:
+        raise UserError(f"out={out} cannot be replaced; name a folder below it")
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     if old.is_dir() and not out.exists():  # killed between the two renames below
         old.rename(out)
@@ -129,17 +135,42 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy it again, or export again") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again, or export again") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again, or export again") from None
 
 
-def yaml_of(path: Path) -> Any:
-    """A YAML file as plain dicts, lists and values. Raises OSError, and ValueError where it is not YAML."""
-    from yaml import YAMLError, safe_load  # Hydra's
+def plain_yaml(path: Path) -> Any:
+    """A YAML file that train.py or Hydra wrote into a run's folder, as plain values: references (${...}) stay text.
 
+    Raises OSError or ValueError where it cannot be read, is much larger than such a file, or holds an alias.
+    """
+    if path.stat().st_size > YAML_BYTES:
+        raise ValueError(f"it is larger than {YAML_BYTES >> 20} MiB")
     try:
-        return safe_load(path.read_text(encoding="utf-8"))
-    except (YAMLError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+        return yaml.load(path.read_text(encoding="utf-8"), _NoAliases)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class _NoAliases(yaml.SafeLoader):
+    """Refuses aliases, which no file of ours has: a few lines of nested ones stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias, which no such file has")
+        return super().compose_node(parent, index)
+
+
+def check_file(path: Path, key: str) -> None:
+    """Raises UserError where `path`, which `key` names, cannot become a file: said before there is something to write."""
+    folder = path.absolute().parent
+    if os.path.isdir(path):
+        raise UserError(f"{key}={path} is a folder; name a file")
+    if not os.path.isdir(folder):
+        raise UserError(f"{key}={path} cannot be written: there is no folder {path.parent}; make it, or name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={path} cannot be written (permission denied); name a file elsewhere")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -153,6 +184,11 @@ def write_json(path: Path, value: Any) -> None:
 def as_json(value: Any) -> str:
     """`value` as the text of a JSON file; nan and inf, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def as_yaml(value: Any) -> str:
+    """Plain values as the text of a YAML file. A ${ in a text is text, which OmegaConf's own writer would try to follow."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
 def refuse_unwritable(path: Path) -> None:

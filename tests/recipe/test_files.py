@@ -6,7 +6,7 @@ import pytest
 
 from flash_ladder import files
 from flash_ladder.errors import UserError
-from flash_ladder.files import json_of, read_json, replace_files, write_json, yaml_of
+from flash_ladder.files import json_of, read_json, replace_files, write_json
 from tests.helpers.disk import disk_with
 
 
@@ -48,6 +48,3 @@ def test_what_is_nested_too_deeply_is_damaged(tmp_path):
         json_of("[" * 10**5)
     with pytest.raises(UserError, match=r"cannot be read \(nested too deeply"):
         read_json(tmp_path / "deep")
-    (tmp_path / "deep").write_text("[" * 1100)
-    with pytest.raises(ValueError):
-        yaml_of(tmp_path / "deep")

@@ -17,9 +17,9 @@ from flash_ladder.export.folder import load_export, load_windows
 from flash_ladder.export.losses import Windows, evaluate
 from flash_ladder.export.parity import compare, loss_limit
 from flash_ladder.export.verdict import describe_windows, record, report, same_loss, verdict
-from flash_ladder.files import read_json, write_json
+from flash_ladder.files import check_file, read_json, write_json
 from flash_ladder.kernels.generations import describe
-from flash_ladder.machine.decide import DTYPES, pick_backend, pick_device
+from flash_ladder.machine.decide import DTYPES, check_precision, pick_backend, pick_device
 from flash_ladder.script_schema import EvaluateConfig
 
 
@@ -30,10 +30,13 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
     Raises UserError where the folder or the text cannot be read and where a backend cannot run here.
     """
     folder = Path(cast("str", cfg.model))  # validate() refuses a missing one
+    if cfg.out is not None:
+        check_file(Path(cfg.out), "out")
     device = pick_device(cfg.device)
     model, tokenizer, config = load_export(folder, device=device)
     recorded = recorded_by_export(folder / "parity.json")
     precision = recorded["precision"] if cfg.precision == "auto" else cfg.precision
+    check_precision(precision, device, "precision")
     windows = load_windows(folder, config) if cfg.text is None else text_windows(Path(cfg.text), tokenizer, config)
     windows = {name: rows[: cfg.windows] for name, rows in windows.items()}
     documents = "document_ids" in windows

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument, check_values
 from flash_ladder.export.losses import Windows
 from flash_ladder.files import checksum, read_json, write_json
 from flash_ladder.model.gpt import GPT
@@ -61,7 +61,9 @@ def load_export(folder: Path, backend: str = "eager", device: torch.device | str
         _check(folder, name, config)
     try:
         cfg = ModelConfig(**config["model"])
+        check_values(cfg, "model.")
         cfg.validate()
+        cfg.check_memory()
         model = GPT(cfg, backend=backend)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} describes no model of this version ({error}); export again") from None
@@ -83,9 +85,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         hint = "name a folder that scripts/export.py wrote"
         if (folder / "export" / "config.json").is_file():
-            hint = f"did you mean model={folder / 'export'}?"
+            hint = f"did you mean {argument('model', folder / 'export')}?"
         elif (folder / "checkpoints").is_dir():
-            hint = f"it is a run: python scripts/export.py run={folder} exports it"
+            hint = f"it is a run: python scripts/export.py {argument('run', folder)} exports it"
         raise UserError(f"model={folder} is not an exported model (it has no config.json); {hint}")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("format") != FORMAT:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flash_ladder.files import json_of
 from flash_ladder.names import FAILED, FINISHED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
-from flash_ladder.overrides import as_typed, quoted
+from flash_ladder.overrides import as_typed, quoted, to_type_again
 from flash_ladder.sweep.points import GOOD, Point, Sweep
 
 CONSOLE = "console.log"
@@ -94,7 +94,7 @@ def command_of(point: Point, script: list[str], folder: Path, goes_on: bool) -> 
     """
     numbered = [f"hydra.job.num={point.number}", f"hydra.job.id={point.number}"]
     if goes_on:
-        return [*script, *numbered, f"resume={folder}"]
+        return [*script, *numbered, f"resume={folder}", *map(as_typed, to_type_again(point.overrides))]
     return [*script, *map(as_typed, point.overrides), *numbered, f"hydra.run.dir={quoted(str(folder))}"]
 
 
@@ -107,7 +107,7 @@ def labels(point: Point, sweep: Sweep) -> list[str]:
     found = {"group": "/".join(sweep.folder.resolve().parts[-2:]), "name": sweep.names()[point.number][:WANDB_LONGEST]}
     variables = {"group": "WANDB_RUN_GROUP", "name": "WANDB_NAME"}
     return [
-        f"logger.{key}={quoted(value)}"
+        f"logger.{key}={value}"
         for key, value in found.items()
         if value and f"logger.{key}" not in asked and variables[key] not in os.environ
     ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flash_ladder.files import json_of, yaml_of
+from flash_ladder.files import json_of, plain_yaml
 from flash_ladder.names import FINISHED
 from flash_ladder.training import metrics
 
@@ -213,7 +213,7 @@ def read_object(path: Path, notes: list[str]) -> dict | None:
 def read_yaml(path: Path, notes: list[str]) -> dict:
     """A YAML mapping; {}, with a warning, where the file holds none."""
     try:
-        found = yaml_of(path)
+        found = plain_yaml(path)
         if isinstance(found, dict):
             return found
         reason = "it is no configuration"

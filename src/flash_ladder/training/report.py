@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flash_ladder.data.batches import TextData
+from flash_ladder.errors import argument
 from flash_ladder.machine.decide import Place
 from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
@@ -41,7 +41,7 @@ def report(cfg: Config, run: Path, result: Result, place: Place, unigram_entropy
         "attention": place.attention,
         "run": f"{folder}: {kept}metrics.jsonl, result.json, train.log, environment.json",
         "profile": f"{folder / 'profile'}: trace.json.gz for ui.perfetto.dev, kernels.txt" if cfg.trainer.profile else "",
-        "next": f"python scripts/export.py run={shlex.quote(str(folder))}" if kept else "",
+        "next": f"python scripts/export.py {argument('run', folder)}" if kept else "",
     }
     say()
     for name, value in lines.items():

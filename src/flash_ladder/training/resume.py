@@ -14,7 +14,7 @@ from flash_ladder.files import read_json
 from flash_ladder.model.weights import load_weights
 from flash_ladder.names import FINISHED
 from flash_ladder.schema import Config
-from flash_ladder.training.checkpoint import load_run
+from flash_ladder.training.checkpoint import load_to_go_on
 from flash_ladder.training.log import say
 from flash_ladder.training.module import GPTModule
 
@@ -30,7 +30,7 @@ class Start:
 
 def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Tokenizer) -> Start:
     """Where to go on. Raises UserError where the checkpoint is missing, damaged or another model's, and where the run finished."""
-    saved, weights, info = load_run(run_dir, "last")
+    saved, weights, info = load_to_go_on(run_dir)
     for name, value in asdict(cfg.model).items():
         if saved["model"].get(name) != value:
             raise UserError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -20,12 +19,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.errors import UserError
-from flash_ladder.files import as_json, refuse_taken, refuse_unwritable, replace_files
+from flash_ladder.errors import UserError, argument
+from flash_ladder.files import as_json, as_yaml, refuse_taken, refuse_unwritable, replace_files
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
@@ -75,8 +73,11 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
         data = TextData(cfg.data, seed=cfg.seed, accumulate=cfg.trainer.accumulate, val_batches=cfg.trainer.val_batches)
         data.prepare()
         say(f"data: {describe_data(data)}")
+        check_step(cfg, data)
         cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size(cfg, data.tokenizer)))
         sample_tokens = fitting_sample(cfg, data.tokenizer)
+        if place.device.type == "cpu":
+            cfg.check_cpu_memory()
 
         torch.manual_seed(cfg.seed)
         module = GPTModule(asdict(cfg), place.attention.backend)
@@ -127,7 +128,7 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
             result.status = FINISHED
         except Stopped as stop:
             result.status, result.error = STOPPED, f"stopped by {stop} after step {trainer.global_step}"
-            way_on = f"to go on: python train.py resume={shlex.quote(str(run_dir))}"
+            way_on = f"to go on: python train.py {argument('resume', run_dir)}"
             say(f"{result.error}; {way_on if cfg.trainer.checkpoints else 'no checkpoint was kept'}")
             sys.exit(128 + stop.signum)
         except NotFinite as error:  # raised by all processes together
@@ -187,6 +188,16 @@ def describe_data(data: TextData) -> str:
     return f"{documents}{size}: {tokens}{stats.n_val_tokens:,} held out ({stats.split}); vocabulary {data.tokenizer.vocab_size:,}"
 
 
+def check_step(cfg: Config, data: TextData) -> None:
+    """Raises UserError for an optimiser step of more batches than the text has windows: each would be seen again and again."""
+    n_windows = None if data.stats.n_train_tokens is None else data.stats.n_train_tokens // cfg.data.seq_len
+    if n_windows is not None and cfg.trainer.accumulate > n_windows:
+        raise UserError(
+            f"trainer.accumulate={cfg.trainer.accumulate}: a step would have more batches than the text has windows, and see each "
+            f"many times; {n_windows} (of data.seq_len={cfg.data.seq_len}) is the most"
+        )
+
+
 def vocab_size(cfg: Config, tokenizer: Tokenizer) -> int:
     """The model's vocabulary size: as configured, or the tokenizer's rounded up to 64, which suits tensor cores."""
     if cfg.model.vocab_size is None:
@@ -240,7 +251,7 @@ def open_run(
     )
     texts = {
         **notes,
-        "config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)),
+        "config.yaml": as_yaml(config),
         "environment.json": as_json(about),
         "tokenizer.json": data.tokenizer.to_json(),
     }

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from flash_ladder.errors import UserError
 from flash_ladder.machine.decide import decide
 from flash_ladder.schema import AttentionConfig
+from flash_ladder.training.optimizer import lr_factor
 from flash_ladder.training.report import perplexity_in_words, printable
 from flash_ladder.training.run import train
 from tests.helpers.tiny import metrics, overrides, tiny_config, values
@@ -245,6 +246,23 @@ def resumable(tmp_path, **trainer):
     return replace(cfg, resume=str(tmp_path / "run")), tmp_path / "run"
 
 
+def test_optimizer_values_given_at_resume_are_taken(tmp_path):
+    cfg, run = resumable(tmp_path)
+    cfg = replace(cfg, optimizer=replace(cfg.optimizer, lr=1e-5, weight_decay=0.3, beta1=0.5, beta2=0.6))
+    train(cfg, run)
+    assert values(run, "train/lr") == {1: 1e-2, 2: 1e-2, 3: 1e-2, 4: 1e-5, 5: 1e-5, 6: 1e-5}
+    matrices, vectors = checkpoint(run)["optimizer_states"][0]["param_groups"]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+    assert all(group["betas"] == (0.5, 0.6) and group["initial_lr"] == 1e-5 for group in (matrices, vectors))
+    assert checkpoint(run)["lr_schedulers"][0]["base_lrs"] == [1e-5, 1e-5]
+
+
+def test_a_changed_schedule_holds_from_the_first_step_on(tmp_path):
+    cfg, run = resumable(tmp_path)
+    train(replace(cfg, optimizer=replace(cfg.optimizer, min_lr_ratio=0.5)), run)
+    assert values(run, "train/lr")[4] == pytest.approx(1e-2 * lr_factor(3, 0, 6, 0.5)) != 1e-2
+
+
 def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
     cfg, run = resumable(tmp_path)
     last = run / "checkpoints" / "last.ckpt"
@@ -259,6 +277,7 @@ def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
         torch.save(changed, last)
         train(cfg, run)
     last.write_bytes(good[:1000])
+    (run / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(UserError, match=r"last.ckpt"):
         train(cfg, run)
     torch.save({"weights": 1}, last)
