@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml  # Hydra's
 from flash_ladder.errors import UserError, first_line
 
 YAML_BYTES = 1 << 20  # a file of ours has a few thousand
+DIGEST = "digest"  # key of a sealed object
 
 
 def make_writable(folder: Path, what: str, key: str) -> None:
@@ -123,15 +124,32 @@ class _NoAliases(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path`, all of it or nothing; nan and inf, which JSON lacks, become null. Raises UserError."""
+def write_json(path: Path, value: Any, sealed: bool = False) -> None:
+    """Writes `value` to `path`, all of it or nothing; nan and inf, which JSON lacks, become null. Raises UserError.
+
+    sealed: an object gets a digest of its content, which `is_sealed` checks.
+    """
+    value = _finite(value)
+    if sealed:
+        value = value | {DIGEST: _content_digest(value)}
     saving = path.with_name(f".{path.name}.saving")
     try:
-        saving.write_text(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        saving.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         sync(saving)
         os.replace(saving, path)
     except OSError as error:
+        saving.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
+
+
+def is_sealed(value: dict[str, Any]) -> bool:
+    """Whether an object from a JSON file is what `write_json` sealed."""
+    return value.get(DIGEST) == _content_digest(value)
+
+
+def _content_digest(value: dict[str, Any]) -> str:
+    content = json.dumps({key: v for key, v in value.items() if key != DIGEST}, sort_keys=True)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 
 
 def _finite(value: Any) -> Any:
@@ -142,9 +160,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
+def checksum(path: Path, algorithm: Callable[[], Any] = hashlib.sha256) -> str:
+    """The digest of a file, in hex: SHA-256, or of another algorithm with hashlib's interface."""
+    digest = algorithm()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)

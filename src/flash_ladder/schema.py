@@ -126,7 +126,10 @@ class DataConfig:
     batch_size: int = 8  # sequences a device sees at once
     # Tokens of one optimiser step on all devices together; batch_size then follows from it, whatever it is set to (`batching`).
     tokens_per_step: int | None = None
-    val_fraction: float = 0.05  # share of the documents held out (streaming holds out the beginning instead)
+    val_fraction: float = 0.05  # share of the text held out (streaming holds out the beginning instead)
+    # Draws the documents that are held out and those that the tokenizer is trained on, the same ones whatever `seed` is.
+    # None: `seed` draws them, and val_fraction is a share of their number.
+    split_seed: int | None = 0
     document_ids: bool = False  # keep attention inside a document
     num_proc: int = 2  # processes that tokenise
     num_workers: int = 0  # processes that load batches, per device
@@ -143,7 +146,7 @@ class DataConfig:
         one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
         at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
         at_least(1, data__tokens_per_step=self.tokens_per_step)
-        at_least(0, data__num_workers=self.num_workers)
+        at_least(0, data__num_workers=self.num_workers, data__split_seed=self.split_seed)
         if self.files is not None and not isinstance(self.files, (str, list)):
             raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
         if self.source == "files" and not self.paths():

@@ -7,7 +7,9 @@ token, <|endoftext|>, closes every document.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -19,6 +21,9 @@ from flash_ladder.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+
+# So many characters of one kind in a row, which no word of a language has: a chain of base pairs, a picture in base64.
+LONG_WORD = re.compile(r"[^\W\d_]{1000}|\d{1000}|[^\w\s]{1000}|_{1000}|\s{1000}")
 
 # data.num_proc processes tokenise the text. Each does without threads, which would not survive the fork that makes it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -97,8 +102,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(_cut_long_words, texts), trainer)
     return Tokenizer(backend)
+
+
+def _cut_long_words(text: str) -> list[str]:
+    """`text` in pieces without words that the trainer, whose time grows with the length of the different words, spends hours on."""
+    cuts = [0, *(word.end() for word in LONG_WORD.finditer(text)), len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def byte_tokenizer() -> Tokenizer:

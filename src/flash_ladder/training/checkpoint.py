@@ -128,8 +128,9 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
         config = checkpoint["hyper_parameters"]["config"]
         weights = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name.startswith("net.")}
         step = checkpoint["global_step"]
+        config["data"].setdefault("split_seed", None)  # earlier code drew the split by `seed`
         ModelConfig(**config["model"]), DataConfig(**config["data"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} was not written by this version of train.py ({error}); take another checkpoint") from None
     _check_same_model(path, config["model"], run / "config.yaml")
     val_loss = recorded(run / "metrics.jsonl", metrics.VAL_LOSS, step)

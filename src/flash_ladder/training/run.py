@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
-from flash_ladder.files import refuse_taken
+from flash_ladder.files import read_json, refuse_taken
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
@@ -79,7 +79,7 @@ def train(cfg: Config, run_dir: Path) -> float:
         torch.manual_seed(cfg.seed)
         module = GPTModule(asdict(cfg), place.attention.backend)
         say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
-        checkpoint, start = check_resume(cfg, run_dir, module, data.tokenizer) if cfg.resume else (None, 0)
+        checkpoint, start = check_resume(cfg, run_dir, module, data) if cfg.resume else (None, 0)
 
         record: MetricsFile | None = None
         loggers: list[Logger] = []
@@ -197,7 +197,7 @@ def fitting_sample(cfg: Config, tokenizer: Tokenizer) -> int:
     return min(SAMPLE_TOKENS, cfg.data.seq_len - prompt)
 
 
-def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Tokenizer) -> tuple[Path, int]:
+def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData) -> tuple[Path, int]:
     """The checkpoint to resume from, and its step. Raises UserError where it is missing, damaged, another model's or complete."""
     saved, weights, info = load_to_go_on(run_dir)
     for name, value in asdict(cfg.model).items():
@@ -206,10 +206,7 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Token
                 f"resume={cfg.resume} was trained with model.{name}={saved['model'].get(name)}, not {value}; start a new run"
             )
     load_weights(module.net, weights, info["checkpoint"])
-    if Tokenizer.load(run_dir).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"resume={cfg.resume}: its corpus has changed and with it the tokenizer, so its model would not fit; start a new run"
-        )
+    check_same_text(cfg, run_dir, saved, data)
     if info["step"] >= cfg.trainer.max_steps:
         raise UserError(
             f"resume={cfg.resume} is at step {info['step']} of trainer.max_steps={cfg.trainer.max_steps}: nothing is left to do; "
@@ -217,6 +214,25 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Token
         )
     say(f"resuming after step {info['step']}")
     return Path(info["checkpoint"]), info["step"]
+
+
+def check_same_text(cfg: Config, run_dir: Path, saved: dict[str, Any], data: TextData) -> None:
+    """Raises UserError where a resumed run would hold out other text than before, and validate on what it was trained on."""
+    before = {"seed": saved["seed"], **{f"data.{key}": value for key, value in saved["data"].items()}}
+    now = {"seed": cfg.seed, **{f"data.{key}": value for key, value in asdict(cfg.data).items()}}
+    drawn_by = ("data.split_seed", *([] if cfg.data.streaming else ["data.val_fraction"]))
+    for key in (*drawn_by, *(["seed"] if cfg.data.split_seed is None else [])):
+        if before[key] != now[key]:
+            raise UserError(
+                f"resume={cfg.resume} held out text by {key}={before[key]}, and with {now[key]} it would validate on what it was "
+                f"trained on; {key}={before[key]} goes on, or start a new run"
+            )
+    trained_on = read_json(run_dir / "environment.json").get("data", {}).get("corpus")
+    if trained_on != data.stats.corpus or Tokenizer.load(run_dir).fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"resume={cfg.resume}: its corpus has changed, or what the tokenizer is made of, so it would validate on what it was "
+            f"trained on; start a new run"
+        )
 
 
 def attention_layer(cfg: Config, place: Place) -> Layer:

@@ -63,8 +63,8 @@ def test_document_ids(tmp_path):
 
 def test_shorter_than_a_window(tmp_path):
     files = write_txt(tmp_path / "text", ["a" * 100, "b" * 100])
-    refused(config(tmp_path, files, seq_len=101), "training tokens, shorter than one window of 102")
-    text_data(config(tmp_path, files, seq_len=100))  # 100 bytes and <|endoftext|>: one window exactly
+    refused(config(tmp_path, files, seq_len=101, val_fraction=0.5), "training tokens, shorter than one window of 102")
+    text_data(config(tmp_path, files, seq_len=100, val_fraction=0.5))  # 100 bytes and <|endoftext|>: one window exactly
     refused(config(tmp_path, files[0], seq_len=50), "validation part is 21 tokens, shorter than one window of 51")
     refused(config(tmp_path, write_txt(tmp_path / "tiny", ["a"])), "shorter than one window")
 

@@ -279,9 +279,36 @@ def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint last.ckpt"):
         train(cfg, run)
     last.write_bytes(good)
-    (tmp_path / "text" / "00.txt").write_text("another text " * 100)
-    train(cfg, run)  # bytes have one tokenizer whatever the text
+    train(cfg, run)
     assert checkpoint(run)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_fraction": 0.3}, r"held out text by data\.val_fraction=0\.2, and with 0\.3 it would validate"),
+        ({"split_seed": 1}, r"data\.split_seed=0 goes on, or start a new run"),
+        ({"files": "changed"}, "its corpus has changed"),
+    ],
+)
+def test_resume_never_validates_on_what_was_trained_on(tmp_path, change, message):
+    """Bytes have one tokenizer whatever the text, so that nothing but the split tells."""
+    cfg, run = resumable(tmp_path)
+    if "files" in change:
+        (tmp_path / "text" / "zz.txt").write_text("one more document\n" * 30)
+        change = {}
+    with pytest.raises(UserError, match=message):
+        train(replace(cfg, data=replace(cfg.data, **change)), run)
+    assert checkpoint(run)["global_step"] == 3
+
+
+def test_another_seed_redraws_the_split_only_where_it_draws_it(tmp_path):
+    cfg, run = resumable(tmp_path)
+    train(replace(cfg, seed=7), run)
+    free = replace(cfg, data=replace(cfg.data, split_seed=None), resume=None)
+    train(replace(free, trainer=replace(cfg.trainer, max_steps=3)), tmp_path / "free")
+    with pytest.raises(UserError, match=r"held out text by seed=1337, and with 7"):
+        train(replace(free, seed=7, resume=str(tmp_path / "free")), tmp_path / "free")
 
 
 def test_resume_refuses_another_tokenizer(tmp_path):
