@@ -7,9 +7,10 @@ flash_ladder.front_door reads YAML and the command line into these classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flash_ladder.errors import UserError, at_least, one_of
 from flash_ladder.names import CHOICES
@@ -294,6 +295,31 @@ class Config:
             )
         # The devices are counted when the run starts; what does not come out on one does not on several.
         with_batch_size(self, n_devices=1)
+
+
+# ---- from a file ----
+
+T = TypeVar("T", ModelConfig, DataConfig)
+
+
+def from_plain(kind: type[T], values: Any) -> T:
+    """A group of the configuration from the plain values in a file, which may be anybody's; checked as a user's choice is.
+
+    Raises UserError for what is no such group: another key, a value of another type or not finite, an impossible combination.
+    """
+    if not isinstance(values, dict):
+        raise UserError("it is no group of KEY: VALUE")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{name} is not a key")
+        kinds = {get_origin(part) or part for part in get_args(hints[name]) or (hints[name],)}
+        fits = Any in kinds or type(value) in kinds or (float in kinds and type(value) is int)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"{name} is {repr(value)[:60]}")
+    group = kind(**values)
+    group.validate()
+    return group
 
 
 # ---- tokens a step ----

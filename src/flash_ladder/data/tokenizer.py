@@ -21,6 +21,7 @@ from flash_ladder.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+PROBE = "def F(x):\n\treturn  x'll 12\r\n naïve é 東京ﬁ\x00"  # what a tokenizer that is no byte-level one gives back changed
 
 # So many characters of one kind in a row, which no word of a language has: a chain of base pairs, a picture in base64.
 LONG_WORD = re.compile(r"[^\W\d_]{1000}|\d{1000}|[^\w\s]{1000}|_{1000}|\s{1000}")
@@ -76,10 +77,14 @@ class Tokenizer:
             raise UserError(f"{path} is missing: it is written beside every run and every exported model; name such a folder")
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            ids = sorted(backend.get_vocab().values())
+            exact = backend.decode(backend.encode(PROBE, add_special_tokens=False).ids, skip_special_tokens=False) == PROBE
         except Exception as error:  # the library raises nothing more precise
             raise UserError(f"{path} is not a tokenizer ({str(error).splitlines()[0]}); copy it again from its run") from None
         if backend.token_to_id(END_OF_TEXT) is None:
             raise UserError(f"{path} has no {END_OF_TEXT} token, so it was not written by Flash Ladder; copy it again from its run")
+        if ids != list(range(len(ids))) or not exact:
+            raise UserError(f"{path} is no byte-level tokenizer, which gives every text back exactly; copy it again from its run")
         return cls(backend)
 
     def __reduce__(self) -> tuple:

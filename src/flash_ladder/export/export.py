@@ -69,7 +69,7 @@ def export_run(cfg: ExportConfig) -> int:
         if as_validated and precision == training["precision"] and training["val_loss"] is not None:
             losses = {"training": training["val_loss"], **losses}
             checks.append(same_loss("training", training["val_loss"], parity.candidate, parity.rounding))
-        write_json(folder / "parity.json", record(parity, checks, device))
+        write_json(folder / "parity.json", record(parity, checks, device), sealed=True)
     code = report(losses, checks, f"{backend} against eager", f"exported to {out}")
     if in_wandb:
         log_evaluation(run, in_wandb, cfg.wandb, parity.candidate, parity, checks, describe(device), training["step"])

@@ -35,5 +35,5 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; raises UserError where it cannot be read."""
     try:
         return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again, or export again") from None
