@@ -114,6 +114,8 @@ def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
     if cfg.source == "hub":
         files, hub = [], open_hub(cfg)
         fingerprint = hub_fingerprint(cfg, hub)
+        if cfg.streaming and cfg.split_seed is not None:  # its beginning tells whether the cache holds the text that it holds out
+            fingerprint = digest(fingerprint, _take(iter(hub), STREAM_VALIDATION_BYTES))
     else:
         files, hub = stdlib_files() if cfg.source == "stdlib" else user_files(cfg.paths()), None
         fingerprint = digest(content_hash(files), cfg.text_column)

@@ -23,11 +23,12 @@ from flash_ladder.export.losses import Windows
 from flash_ladder.files import DIGEST, checksum, is_sealed, read_json, write_json
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_tensors, load_weights, save_tensors
+from flash_ladder.names import WINDOWS
 from flash_ladder.schema import ModelConfig, from_plain
 
 FORMAT = "flash-ladder"
 FORMAT_VERSION = 1
-CHECKED = ("model.safetensors", "tokenizer.json", "validation.safetensors")  # their checksums are in config.json
+CHECKED = ("model.safetensors", "tokenizer.json", WINDOWS)  # their checksums are in config.json
 FILES = ("config.json", "parity.json", *CHECKED)
 
 
@@ -40,7 +41,7 @@ def write_export(folder: Path, model: GPT, tokenizer: Tokenizer, windows: Window
     weights = {name: w.detach().float().contiguous() for name, w in model.state_dict().items()}
     save_tensors(folder / "model.safetensors", weights)
     tokenizer.save(folder)
-    save_tensors(folder / "validation.safetensors", {name: rows.to(torch.int32).contiguous() for name, rows in windows.items()})
+    save_tensors(folder / WINDOWS, {name: rows.to(torch.int32).contiguous() for name, rows in windows.items()})
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -97,7 +98,7 @@ def load_windows(folder: Path, config: dict[str, Any]) -> Windows:
 
     Raises UserError where the file is missing, damaged, or holds something else than windows of the model's tokens.
     """
-    path = folder / "validation.safetensors"
+    path = folder / WINDOWS
     _check(folder, path.name, config)
     windows = load_tensors(path)
     if (reason := _no_windows(windows, config["model"].get("vocab_size"))) is not None:

@@ -23,12 +23,12 @@ from omegaconf import OmegaConf
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
-from flash_ladder.files import read_json, refuse_taken
+from flash_ladder.files import checksum, read_json, refuse_taken
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
-from flash_ladder.model.weights import load_weights
-from flash_ladder.names import FINISHED, STOPPED
+from flash_ladder.model.weights import load_weights, save_tensors
+from flash_ladder.names import FINISHED, STOPPED, WINDOWS
 from flash_ladder.schema import Config, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Stopped
@@ -52,8 +52,9 @@ SAMPLE_TOKENS = 200  # of generated text at the end of a run
 def train(cfg: Config, run_dir: Path) -> float:
     """Trains what `cfg` asks for, leaves everything in `run_dir`, and returns the last validation loss.
 
-    It writes config.yaml, metrics.jsonl, result.json, train.log, environment.json, tokenizer.json, checkpoints/best.ckpt and
-    last.ckpt, wandb/. With cfg.resume, `run_dir` is that run's folder and training goes on from its last checkpoint.
+    It writes config.yaml, metrics.jsonl, result.json, train.log, environment.json, tokenizer.json, validation.safetensors,
+    checkpoints/best.ckpt and last.ckpt, wandb/. With cfg.resume, `run_dir` is that run's folder and training goes on from its last
+    checkpoint.
     Raises UserError for a choice that cannot run here, for unreadable data, for a folder that holds another run, for a loss that
     is not finite and where memory runs out.
     """
@@ -253,7 +254,10 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
 
 
 def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[MetricsFile, list[Logger]]:
-    """Writes config.yaml, tokenizer.json and environment.json; returns the run's record, and all loggers, that one included."""
+    """Writes config.yaml, tokenizer.json, the validation windows and environment.json.
+
+    Returns the run's record, and all loggers, that one included.
+    """
     config = asdict(cfg)
     about = environment(
         place.device,
@@ -266,6 +270,11 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[
     if not cfg.resume:
         refuse_taken(run_dir)
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
+    if cfg.trainer.checkpoints:  # export evaluates on these windows, also where the text has changed or is gone
+        save_tensors(
+            run_dir / WINDOWS, {name: rows.int() for name, rows in data.val_windows(data.validated(place.n_devices)[0]).items()}
+        )
+        about["data"]["windows_sha256"] = checksum(run_dir / WINDOWS)
     (run_dir / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
     data.tokenizer.save(run_dir)
     return open_loggers(cfg.logger, run_dir, as_run(config, place) | {"environment": about})

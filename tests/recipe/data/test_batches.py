@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import lightning
 import numpy as np
 import pytest
@@ -207,6 +208,17 @@ def test_stream_holds_out_its_first_documents(stream):
     train = words_of(data.tokenizer.decode(tokens.tolist()).rsplit(maxsplit=1)[0])
     assert "d9" in train
     assert not val & train
+
+
+def test_a_stream_that_changed_is_validated_on_its_new_text(stream):
+    before = text_data(stream)
+    path = Path(stream.hub_name) / "train.parquet"
+    texts = [text and text.replace("d", "e") for text in datasets.Dataset.from_parquet(str(path))["text"]]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(path))
+    after = text_data(stream)
+    words = [words_of(d.tokenizer.decode(d.val_windows(None)["tokens"][:, :-1].flatten().tolist())) for d in (before, after)]
+    assert words == [{"d0", "d1", "d2", "d3"}, {"e0", "e1", "e2", "e3"}]
+    assert after.stats.corpus != before.stats.corpus
 
 
 def test_stream_passes_differ_and_come_from_the_seed(stream):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from omegaconf import OmegaConf
 
 from flash_ladder.errors import UserError
+from flash_ladder.export.export import export_run
 from flash_ladder.machine.decide import decide
 from flash_ladder.schema import AttentionConfig
+from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.optimizer import lr_factor
 from flash_ladder.training.report import printable
 from flash_ladder.training.run import train
@@ -53,7 +56,15 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_its_record(whole):
     _, run, _ = whole
-    files = {"config.yaml", "metrics.jsonl", "environment.json", "tokenizer.json", "result.json", "train.log"}
+    files = {
+        "config.yaml",
+        "metrics.jsonl",
+        "environment.json",
+        "tokenizer.json",
+        "result.json",
+        "train.log",
+        "validation.safetensors",
+    }
     assert {p.name for p in run.iterdir()} == {*files, "checkpoints"}
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     environment = json.loads((run / "environment.json").read_text())
@@ -168,6 +179,24 @@ def test_a_run_that_only_measures_keeps_no_checkpoint(tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoints").exists()
     printed = capsys.readouterr().out
     assert "\nrun          " in printed and "checkpoints/" not in printed and "\nnext" not in printed
+
+
+@pytest.mark.parametrize("document_ids", [False, True])
+def test_a_run_is_exported_without_its_text(tmp_path, capsys, document_ids):
+    cfg = tiny_config(tmp_path)
+    train(replace(cfg, data=replace(cfg.data, document_ids=document_ids)), tmp_path / "run")
+    export = ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "before"))
+    assert export_run(export) == 0
+    shutil.rmtree(tmp_path / "text")
+    shutil.rmtree(tmp_path / "cache")
+    capsys.readouterr()
+    assert export_run(replace(export, out=str(tmp_path / "after"))) == 0
+    assert "4 windows of 16 tokens" in (said := capsys.readouterr().out) and "|Δ loss| to training" in said
+    before, after = ((tmp_path / name / "validation.safetensors").read_bytes() for name in ("before", "after"))
+    assert before == after
+    assert export_run(replace(export, windows=2, seq_len=8)) == 0
+    with pytest.raises(UserError, match="no such file"):  # more than the run keeps
+        export_run(replace(export, windows=5))
 
 
 # ---- going on ----
