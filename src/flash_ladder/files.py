@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EACCES, EISDIR
 from pathlib import Path
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from flash_ladder.errors import UserError, argument, first_line
 
 YAML_BYTES = 1 << 20  # a file of ours has a few thousand
+DIGEST = "digest"  # key of a sealed object
 
 LOCK = ".lock"  # in the folder of a run: locked for as long as a process trains there
 LEASE_SECONDS = 180  # how long a lock of a machine that is gone may last: NFS 4 gives it up after 90
@@ -173,8 +174,14 @@ def check_file(path: Path, key: str) -> None:
         raise UserError(f"{key}={path} cannot be written (permission denied); name a file elsewhere")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path`, all of it or nothing; nan and inf, which JSON lacks, become null. Raises UserError."""
+def write_json(path: Path, value: Any, sealed: bool = False) -> None:
+    """Writes `value` to `path`, all of it or nothing; nan and inf, which JSON lacks, become null. Raises UserError.
+
+    sealed: an object gets a digest of its content, which `is_sealed` checks.
+    """
+    value = _finite(value)
+    if sealed:
+        value = value | {DIGEST: _content_digest(value)}
     try:
         replace_files({path: as_json(value)})
     except OSError as error:
@@ -198,20 +205,20 @@ def refuse_unwritable(path: Path) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
 
-def replace_files(texts: Mapping[Path, str]) -> None:
-    """Writes every text to its file, in place of what is there. All are on the disk before the first takes its name.
+def replace_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Writes every file with its content, in place of what is there. All are on the disk before the first takes its name.
 
     Raises OSError, whose filename is the file, where one cannot be written; then all are as they were.
     """
-    saving = {path: path.with_name(f".{path.name}.saving") for path in texts}
+    saving = {path: path.with_name(f".{path.name}.saving") for path in contents}
     path = Path()
     try:
-        for path in texts:
+        for path in contents:
             refuse_unwritable(path)
-        for path, text in texts.items():
-            saving[path].write_text(text, encoding="utf-8")
+        for path, content in contents.items():
+            saving[path].write_bytes(content if isinstance(content, bytes) else content.encode())
             sync(saving[path])
-        for path in texts:
+        for path in contents:
             os.replace(saving[path], path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -219,6 +226,16 @@ def replace_files(texts: Mapping[Path, str]) -> None:
         for left_over in saving.values():
             with suppress(OSError):
                 left_over.unlink()
+
+
+def is_sealed(value: dict[str, Any]) -> bool:
+    """Whether an object from a JSON file is what `write_json` sealed."""
+    return value.get(DIGEST) == _content_digest(value)
+
+
+def _content_digest(value: dict[str, Any]) -> str:
+    content = json.dumps({key: v for key, v in value.items() if key != DIGEST}, sort_keys=True)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
 
 
 def _finite(value: Any) -> Any:
@@ -229,9 +246,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
+def checksum(path: Path, algorithm: Callable[[], Any] = hashlib.sha256) -> str:
+    """The digest of a file, in hex: SHA-256, or of another algorithm with hashlib's interface."""
+    digest = algorithm()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)

@@ -273,8 +273,16 @@ def resumed(saved: Path, overrides: list[str]) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"{saved} cannot be read ({first_line(error)}); it lists what the run was started with") from None
     run = saved.parents[1]
-    before = trusted(before, overrides, saved, f"resume={run}")
+    before = [*_of_earlier_code(run), *trusted(before, overrides, saved, f"resume={run}")]
     return [*(o for o in before if not o.startswith("resume=")), *overrides, f"hydra.run.dir={quoted(str(run))}"]
+
+
+def _of_earlier_code(run: Path) -> list[str]:
+    """What a run needs whose configuration has no data.split_seed: a default that keeps the text that it holds out."""
+    try:
+        return [] if "split_seed" in plain_yaml(run / "config.yaml")["data"] else ["data.split_seed=null"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # what cannot be read is refused where the run is opened
 
 
 def trusted(before: Any, typed: list[str], saved: Path, asked: str) -> list[str]:

@@ -7,9 +7,10 @@ flash_ladder.front_door reads YAML and the command line into these classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flash_ladder.errors import UserError, at_least, one_of
 from flash_ladder.memory import PROCESS, WORKER, free_memory, must_fit
@@ -153,7 +154,10 @@ class DataConfig:
     batch_size: int = 8  # sequences a device sees at once
     # Tokens of one optimiser step on all devices together; batch_size then follows from it, whatever it is set to (`batching`).
     tokens_per_step: int | None = None
-    val_fraction: float = 0.05  # share of the documents held out (streaming holds out the beginning instead)
+    val_fraction: float = 0.05  # share of the text held out (streaming holds out the beginning instead)
+    # Draws the documents that are held out and those that the tokenizer is trained on, the same ones whatever `seed` is.
+    # None: `seed` draws them, and val_fraction is a share of their number.
+    split_seed: int | None = 0
     document_ids: bool = False  # keep attention inside a document
     num_proc: int = 2  # processes that tokenise
     num_workers: int = 0  # processes that load batches, per device
@@ -170,7 +174,7 @@ class DataConfig:
         one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
         at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
         at_least(1, data__tokens_per_step=self.tokens_per_step)
-        at_least(0, data__num_workers=self.num_workers)
+        at_least(0, data__num_workers=self.num_workers, data__split_seed=self.split_seed)
         files = self.files if isinstance(self.files, list) else [self.files]
         if self.files is not None and not all(isinstance(file, str) for file in files):
             raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
@@ -361,6 +365,31 @@ class Config:
             free_memory(),
             "this machine's free memory is",
         )
+
+
+# ---- from a file ----
+
+T = TypeVar("T", ModelConfig, DataConfig)
+
+
+def from_plain(kind: type[T], values: Any) -> T:
+    """A group of the configuration from the plain values in a file, which may be anybody's; checked as a user's choice is.
+
+    Raises UserError for what is no such group: another key, a value of another type or not finite, an impossible combination.
+    """
+    if not isinstance(values, dict):
+        raise UserError("it is no group of KEY: VALUE")
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{name} is not a key")
+        kinds = {get_origin(part) or part for part in get_args(hints[name]) or (hints[name],)}
+        fits = Any in kinds or type(value) in kinds or (float in kinds and type(value) is int)
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"{name} is {repr(value)[:60]}")
+    group = kind(**values)
+    group.validate()
+    return group
 
 
 # ---- tokens a step ----

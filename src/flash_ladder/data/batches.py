@@ -126,6 +126,18 @@ class TrainingOrder:
             yield windows
 
 
+def validated(n_tokens: int, cfg: DataConfig, val_batches: int, world_size: int) -> tuple[int, int]:
+    """`TextData.validated`, of a validation part of `n_tokens`."""
+    n_windows = min(max(0, n_tokens - 1) // cfg.seq_len, val_batches * cfg.batch_size)
+    batch_size = min(cfg.batch_size, n_windows // world_size)
+    if batch_size == 0:
+        raise UserError(
+            f"the validation part has {n_windows} windows for {world_size} devices; add text, raise data.val_fraction or "
+            "lower data.seq_len"
+        )
+    return n_windows - n_windows % (world_size * batch_size), batch_size
+
+
 def ignore_signals(worker: int) -> None:
     """Keeps a loading process alive when Ctrl-C or a scheduler signals the whole group: its parent still wants a step's batches.
 
@@ -223,14 +235,7 @@ class TextData(lightning.LightningDataModule):
         At most `val_batches` full batches over all devices. Every device gets equally many batches of one size. That size is
         smaller than cfg.batch_size where there are too few windows. Raises UserError where a device would get none.
         """
-        n_windows = min(len(self._windows(self._corpus.val)), self.val_batches * self.cfg.batch_size)
-        batch_size = min(self.cfg.batch_size, n_windows // world_size)
-        if batch_size == 0:
-            raise UserError(
-                f"the validation part has {n_windows} windows for {world_size} devices; add text, raise data.val_fraction or "
-                "lower data.seq_len"
-            )
-        return n_windows - n_windows % (world_size * batch_size), batch_size
+        return validated(self.stats.n_val_tokens, self.cfg, self.val_batches, world_size)
 
     def val_windows(self, n: int | None = None) -> Example:
         """Returns the first `n` validation windows (None: all; fewer if there are fewer) as one batch, on the CPU."""

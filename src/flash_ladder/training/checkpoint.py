@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flash_ladder.errors import UserError, argument, first_line, one_of
 from flash_ladder.files import plain_yaml, sync
-from flash_ladder.schema import DataConfig, ModelConfig
+from flash_ladder.schema import DataConfig, ModelConfig, from_plain
 from flash_ladder.training import archive, metrics
 from flash_ladder.training.log import say
 from flash_ladder.training.record import read_metrics
@@ -129,8 +129,10 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
         config = checkpoint["hyper_parameters"]["config"]
         weights = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name.startswith("net.")}
         step = checkpoint["global_step"]
-        ModelConfig(**config["model"]), DataConfig(**config["data"])
-    except (KeyError, TypeError) as error:
+        config["data"].setdefault("split_seed", None)  # earlier code drew the split by `seed`
+        from_plain(DataConfig, config["data"])
+        from_plain(ModelConfig, config["model"])
+    except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path} was not written by this version of train.py ({error}); take another checkpoint") from None
     _check_same_model(path, config["model"], run / "config.yaml")
     val_loss = recorded(run / "metrics.jsonl", metrics.VAL_LOSS, step)

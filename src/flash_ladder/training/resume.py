@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.files import read_json
@@ -28,7 +29,7 @@ class Start:
     owes_validation: bool = False  # of the weights of that step
 
 
-def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Tokenizer) -> Start:
+def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData) -> Start:
     """Where to go on. Raises UserError where the checkpoint is missing, damaged or another model's, and where the run finished."""
     saved, weights, info = load_to_go_on(run_dir)
     for name, value in asdict(cfg.model).items():
@@ -37,10 +38,7 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Token
                 f"resume={cfg.resume} was trained with model.{name}={saved['model'].get(name)}, not {value}; start a new run"
             )
     load_weights(module.net, weights, info["checkpoint"])
-    if Tokenizer.load(run_dir).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"resume={cfg.resume}: its corpus has changed and with it the tokenizer, so its model would not fit; start a new run"
-        )
+    check_same_text(cfg, run_dir, saved, data)
     step, last = info["step"], cfg.trainer.max_steps
     if step > last or (step == last and has_finished(run_dir, step)):
         raise UserError(
@@ -55,6 +53,26 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, tokenizer: Token
         )
     is_due = step % cfg.trainer.val_every == 0 or step == last
     return Start(Path(info["checkpoint"]), step, owes_validation=is_due and info["val_loss"] is None)
+
+
+def check_same_text(cfg: Config, run_dir: Path, saved: dict[str, Any], data: TextData) -> None:
+    """Raises UserError where a resumed run would hold out other text than before, and validate on what it was trained on."""
+    before = {"seed": saved["seed"], **{f"data.{key}": value for key, value in saved["data"].items()}}
+    now = {"seed": cfg.seed, **{f"data.{key}": value for key, value in asdict(cfg.data).items()}}
+    drawn_by = ("data.split_seed", *([] if cfg.data.streaming else ["data.val_fraction"]))
+    for key in (*drawn_by, *(["seed"] if cfg.data.split_seed is None else [])):
+        if before[key] != now[key]:
+            raise UserError(
+                f"resume={cfg.resume} held out text by {key}={before[key]}, and with {now[key]} it would validate on what it was "
+                f"trained on; {key}={before[key]} goes on, or start a new run"
+            )
+    about = read_json(run_dir / "environment.json")
+    trained_on = about["data"].get("corpus") if isinstance(about, dict) and isinstance(about.get("data"), dict) else None
+    if trained_on != data.stats.corpus or Tokenizer.load(run_dir).fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"resume={cfg.resume}: its corpus has changed, or what the tokenizer is made of, so it would validate on what it was "
+            f"trained on; start a new run"
+        )
 
 
 def has_finished(run_dir: Path, step: int) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import sys
 import time
@@ -27,7 +28,8 @@ from flash_ladder.files import as_json, as_yaml, refuse_taken, refuse_unwritable
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
-from flash_ladder.names import FINISHED, STOPPED
+from flash_ladder.model.weights import as_safetensors
+from flash_ladder.names import FINISHED, STOPPED, WINDOWS
 from flash_ladder.schema import Config, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Stopped
@@ -51,9 +53,10 @@ SAMPLE_TOKENS = 200  # of generated text at the end of a run
 def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyType({})) -> float:
     """Trains what `cfg` asks for, leaves everything in `run_dir`, and returns the last validation loss.
 
-    It writes config.yaml, metrics.jsonl, result.json, train.log, environment.json, tokenizer.json, checkpoints/best.ckpt and
-    last.ckpt, wandb/, and `notes`, texts by the names of their files. With cfg.resume, `run_dir` is that run's folder and training
-    goes on from its last checkpoint. Nothing in it changes before all that may be refused has been looked at.
+    It writes config.yaml, metrics.jsonl, result.json, train.log, environment.json, tokenizer.json, validation.safetensors,
+    checkpoints/best.ckpt and last.ckpt, wandb/, and `notes`, texts by the names of their files. With cfg.resume, `run_dir` is that
+    run's folder and training goes on from its last checkpoint. Nothing in it changes before all that may be refused has been looked
+    at.
     Raises UserError for a choice that cannot run here, for unreadable data, for a folder that holds another run, for a loss that
     is not finite, where memory runs out, and at the end where metrics.jsonl was removed or could not be written.
     """
@@ -82,7 +85,7 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
         torch.manual_seed(cfg.seed)
         module = GPTModule(asdict(cfg), place.attention.backend)
         say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
-        start = check_resume(cfg, run_dir, module, data.tokenizer) if cfg.resume else Start()
+        start = check_resume(cfg, run_dir, module, data) if cfg.resume else Start()
 
         record: MetricsFile | None = None
         loggers: list[Logger] = []
@@ -238,8 +241,9 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
 def open_run(
     cfg: Config, run_dir: Path, place: Place, data: TextData, notes: Mapping[str, str], start: Start
 ) -> tuple[MetricsFile, list[Logger]]:
-    """Writes `notes`, config.yaml, tokenizer.json and environment.json, all of them or none; returns the run's record, and all
-    loggers, that one included. What a resumed run has recorded after its checkpoint is dropped.
+    """Writes `notes`, config.yaml, tokenizer.json, the validation windows and environment.json, all of them or none.
+
+    Returns the run's record, and all loggers, that one included. What a resumed run has recorded after its checkpoint is dropped.
     """
     config = asdict(cfg)
     about = environment(
@@ -249,18 +253,18 @@ def open_run(
         precision={"precision": place.precision, "reason": place.precision_reason},
         data=asdict(data.stats),
     )
-    texts = {
-        **notes,
-        "config.yaml": as_yaml(config),
-        "environment.json": as_json(about),
-        "tokenizer.json": data.tokenizer.to_json(),
-    }
-    files = {run_dir / name: text for name, text in texts.items()}
+    contents: dict[str, str | bytes] = {**notes, "config.yaml": as_yaml(config), "tokenizer.json": data.tokenizer.to_json()}
+    if cfg.trainer.checkpoints:  # export evaluates on these windows, also where the text has changed or is gone
+        windows = data.val_windows(data.validated(place.n_devices)[0])
+        contents[WINDOWS] = packed = as_safetensors({name: rows.int() for name, rows in windows.items()})
+        about["data"]["windows_sha256"] = hashlib.sha256(packed).hexdigest()
+    contents["environment.json"] = as_json(about)
+    files = {run_dir / name: content for name, content in contents.items()}
 
-    def write(more: Mapping[Path, str]) -> None:
+    def write(more: Mapping[Path, str | bytes]) -> None:
         for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
-        replace_files({path: text for path, text in files.items() if not path.exists()} | more)
+        replace_files({path: content for path, content in files.items() if not path.exists()} | more)
 
     if not cfg.resume:
         refuse_taken(run_dir)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import lightning
 import numpy as np
 import pytest
@@ -64,8 +65,8 @@ def test_document_ids(tmp_path):
 
 def test_shorter_than_a_window(tmp_path):
     files = write_txt(tmp_path / "text", ["a" * 100, "b" * 100])
-    refused(config(tmp_path, files, seq_len=101), "training tokens, shorter than one window of 102")
-    text_data(config(tmp_path, files, seq_len=100))  # 100 bytes and <|endoftext|>: one window exactly
+    refused(config(tmp_path, files, seq_len=101, val_fraction=0.5), "training tokens, shorter than one window of 102")
+    text_data(config(tmp_path, files, seq_len=100, val_fraction=0.5))  # 100 bytes and <|endoftext|>: one window exactly
     refused(config(tmp_path, files[0], seq_len=50), "validation part is 21 tokens, shorter than one window of 51")
     refused(config(tmp_path, write_txt(tmp_path / "tiny", ["a"])), "shorter than one window")
 
@@ -223,6 +224,17 @@ def test_stream_holds_out_its_first_documents(stream):
     train = words_of(data.tokenizer.decode(tokens.tolist()).rsplit(maxsplit=1)[0])
     assert "d9" in train
     assert not val & train
+
+
+def test_a_stream_that_changed_is_validated_on_its_new_text(stream):
+    before = text_data(stream)
+    path = Path(stream.hub_name) / "train.parquet"
+    texts = [text and text.replace("d", "e") for text in datasets.Dataset.from_parquet(str(path))["text"]]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(path))
+    after = text_data(stream)
+    words = [words_of(d.tokenizer.decode(d.val_windows(None)["tokens"][:, :-1].flatten().tolist())) for d in (before, after)]
+    assert words == [{"d0", "d1", "d2", "d3"}, {"e0", "e1", "e2", "e3"}]
+    assert after.stats.corpus != before.stats.corpus
 
 
 def test_stream_passes_differ_and_come_from_the_seed(stream):

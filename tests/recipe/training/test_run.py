@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from omegaconf import OmegaConf
 
 from flash_ladder.errors import UserError
+from flash_ladder.export.export import export_run
 from flash_ladder.machine.decide import decide
 from flash_ladder.schema import AttentionConfig
+from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.optimizer import lr_factor
 from flash_ladder.training.report import perplexity_in_words, printable
 from flash_ladder.training.run import train
@@ -53,7 +56,15 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_its_record(whole):
     _, run, _ = whole
-    files = {"config.yaml", "metrics.jsonl", "environment.json", "tokenizer.json", "result.json", "train.log"}
+    files = {
+        "config.yaml",
+        "metrics.jsonl",
+        "environment.json",
+        "tokenizer.json",
+        "result.json",
+        "train.log",
+        "validation.safetensors",
+    }
     assert {p.name for p in run.iterdir()} == {*files, "checkpoints"}
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     environment = json.loads((run / "environment.json").read_text())
@@ -178,6 +189,24 @@ def test_a_run_that_only_measures_keeps_no_checkpoint(tmp_path, capsys):
     assert "\nrun          " in printed and "checkpoints/" not in printed and "\nnext" not in printed
 
 
+@pytest.mark.parametrize("document_ids", [False, True])
+def test_a_run_is_exported_without_its_text(tmp_path, capsys, document_ids):
+    cfg = tiny_config(tmp_path)
+    train(replace(cfg, data=replace(cfg.data, document_ids=document_ids)), tmp_path / "run")
+    export = ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "before"))
+    assert export_run(export) == 0
+    shutil.rmtree(tmp_path / "text")
+    shutil.rmtree(tmp_path / "cache")
+    capsys.readouterr()
+    assert export_run(replace(export, out=str(tmp_path / "after"))) == 0
+    assert "4 windows of 16 tokens" in (said := capsys.readouterr().out) and "|Δ loss| to training" in said
+    before, after = ((tmp_path / name / "validation.safetensors").read_bytes() for name in ("before", "after"))
+    assert before == after
+    assert export_run(replace(export, windows=2, seq_len=8)) == 0
+    with pytest.raises(UserError, match="no such file"):  # more than the run keeps
+        export_run(replace(export, windows=5))
+
+
 # ---- going on ----
 
 
@@ -287,9 +316,36 @@ def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint last.ckpt"):
         train(cfg, run)
     last.write_bytes(good)
-    (tmp_path / "text" / "00.txt").write_text("another text " * 100)
-    train(cfg, run)  # bytes have one tokenizer whatever the text
+    train(cfg, run)
     assert checkpoint(run)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_fraction": 0.3}, r"held out text by data\.val_fraction=0\.2, and with 0\.3 it would validate"),
+        ({"split_seed": 1}, r"data\.split_seed=0 goes on, or start a new run"),
+        ({"files": "changed"}, "its corpus has changed"),
+    ],
+)
+def test_resume_never_validates_on_what_was_trained_on(tmp_path, change, message):
+    """Bytes have one tokenizer whatever the text, so that nothing but the split tells."""
+    cfg, run = resumable(tmp_path)
+    if "files" in change:
+        (tmp_path / "text" / "zz.txt").write_text("one more document\n" * 30)
+        change = {}
+    with pytest.raises(UserError, match=message):
+        train(replace(cfg, data=replace(cfg.data, **change)), run)
+    assert checkpoint(run)["global_step"] == 3
+
+
+def test_another_seed_redraws_the_split_only_where_it_draws_it(tmp_path):
+    cfg, run = resumable(tmp_path)
+    train(replace(cfg, seed=7), run)
+    free = replace(cfg, data=replace(cfg.data, split_seed=None), resume=None)
+    train(replace(free, trainer=replace(cfg.trainer, max_steps=3)), tmp_path / "free")
+    with pytest.raises(UserError, match=r"held out text by seed=1337, and with 7"):
+        train(replace(free, seed=7, resume=str(tmp_path / "free")), tmp_path / "free")
 
 
 def test_resume_refuses_another_tokenizer(tmp_path):
