@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,23 +16,33 @@ from tqdm import tqdm
 
 from flash_ladder.errors import UserError
 from flash_ladder.training import metrics
+from flash_ladder.training.log import warn
 from flash_ladder.training.speed import Speed
 from flash_ladder.training.strategy import is_first_process
+from flash_ladder.units import duration
+
+BAR_SECONDS = 1.0  # after which a step is shown that is not logged
+LONG_SECONDS = 600.0  # of training on an interpreted kernel, beyond which a warning says so
 
 
 class Bar(Callback):
-    """A progress bar over optimiser steps, with loss and tokens/s as `speed` logs them, and the last validation loss."""
+    """A progress bar over optimiser steps, with loss and tokens/s as `speed` logs them, and the last validation loss.
+
+    Steps that are logged are shown, and between them one a BAR_SECONDS.
+    """
 
     bar: tqdm  # from the start of training on
 
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
+        self.shown = 0.0  # when
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.speed.log_every == 0 or trainer.global_step >= trainer.max_steps:
+        logged = trainer.global_step % self.speed.log_every == 0 or trainer.global_step >= trainer.max_steps
+        if logged or time.monotonic() - self.shown >= BAR_SECONDS:
             self._show(trainer)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -48,6 +59,7 @@ class Bar(Callback):
             words.append(f"val {trainer.callback_metrics[metrics.VAL_LOSS]:.3f}")
         if metrics.TOKENS_PER_SECOND in shown:
             words.append(f"{shown[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s")
+        self.shown = time.monotonic()
         self.bar.n = trainer.global_step
         self.bar.set_postfix_str(", ".join(words))
 
@@ -57,6 +69,27 @@ class Bar(Callback):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.close()
+
+
+class SaysHowLong(Callback):
+    """Warns once, after the first steps that were timed, where an interpreted `backend` will take longer than LONG_SECONDS."""
+
+    def __init__(self, speed: Speed, backend: str) -> None:
+        self.speed = speed
+        self.backend = backend
+        self.judged = False
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.judged or not self.speed.intervals:
+            return
+        self.judged = True
+        timed, left = self.speed.intervals[0], trainer.max_steps - trainer.global_step
+        seconds = left * timed.seconds / timed.steps
+        if seconds > LONG_SECONDS:
+            warn(
+                f"{self.backend} is interpreted on a CPU: {left} steps more will take about {duration(seconds)}; "
+                f"attention=sdpa trains the same model in a small part of that, and trainer.max_steps=20 is enough to look"
+            )
 
 
 class Stopped(Exception):

@@ -16,9 +16,10 @@ from lightning.pytorch.loggers import Logger
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.machine.decide import Place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
+from flash_ladder.names import is_kernel
 from flash_ladder.processes import Processes
 from flash_ladder.schema import Config
-from flash_ladder.training.callbacks import Bar, StopOnSignal, checkpoints
+from flash_ladder.training.callbacks import Bar, SaysHowLong, StopOnSignal, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
 from flash_ladder.training.speed import Speed, Work
@@ -40,7 +41,9 @@ def make_trainer(
 
     processes: of training.ranks. arguments, callbacks: what the user adds (training.extras).
     """
-    bar = [Bar(speed)] if is_first_process() else []
+    bar: list[Callback] = [Bar(speed)] if is_first_process() else []
+    if bar and place.device.type == "cpu" and is_kernel(place.attention.backend):
+        bar.append(SaysHowLong(speed, place.attention.backend))
     kept = checkpoints(run_dir / "checkpoints") if cfg.trainer.checkpoints else ()
     ours: dict[str, Any] = {
         **devices_and_strategy(cfg.trainer, place, processes),
