@@ -6,10 +6,12 @@ others itself (training/ranks.py) and speaks to them as torchrun would. Nothing 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flash_ladder.errors import UserError
 
@@ -114,3 +116,15 @@ def first_host(nodes: str) -> str:
     """The first name of a list of nodes as SLURM writes it: `gpu[003-005,9],cpu1` is gpu003."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?", nodes)
     return nodes if match is None else match[1] + (match[2] or "")
+
+
+def children(name: str) -> list[int]:
+    """The process ids of this process's children of that name (Linux: up to 15 characters) that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has just ended
+            before, _, after = stat.read_text().rpartition(")")
+            state, parent = after.split()[:2]
+            if before.partition("(")[2] == name and int(parent) == os.getpid() and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found

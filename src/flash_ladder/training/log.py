@@ -10,6 +10,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
 
 SAID = logging.getLogger("flash_ladder")
 LIGHTNING = logging.getLogger("lightning.pytorch")  # its warnings are kept as well
@@ -27,7 +28,7 @@ def say(*words: object) -> None:
 
 def warn(text: str) -> None:
     """One line on the screen, without the source line that Python's warnings add."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    tqdm.write(f"warning: {text}", file=sys.stderr)  # on a line of its own, also where a bar is shown
     if SAID.handlers:  # without a run's file, logging would print it once more
         SAID.warning(text)
 
