@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
-from flash_ladder import names
+from flash_ladder import names, stopping
 from flash_ladder import overrides as command_line
 from flash_ladder.errors import UserError, nearest, one_of
 from flash_ladder.files import make_writable, refuse_taken
@@ -266,7 +266,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         return result
 
     try:
-        run()
+        with stopping.raises_ended():
+            run()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

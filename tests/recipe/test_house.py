@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Each room may import those before it: a file of src/flash_ladder, a folder there, or kernels/.
 ORDER = (
-    *("kernels", "errors", "names", "units", "files", "drawing", "processes"),
+    *("kernels", "errors", "names", "units", "files", "drawing", "processes", "stopping"),
     *("schema", "script_schema", "overrides", "front_door"),
     *("measure", "machine", "data", "model", "training", "export", "benchmark", "sweep"),
 )

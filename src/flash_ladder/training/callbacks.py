@@ -1,12 +1,10 @@
-"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on Ctrl-C, SIGTERM or SIGUSR1."""
+"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on a signal."""
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
+from flash_ladder import stopping
 from flash_ladder.errors import UserError
 from flash_ladder.training import metrics
 from flash_ladder.training.log import warn
 from flash_ladder.training.speed import Speed
-from flash_ladder.training.strategy import is_first_process
 from flash_ladder.units import duration
 
 BAR_SECONDS = 1.0  # after which a step is shown that is not logged
@@ -101,7 +99,7 @@ class Stopped(Exception):
 
 
 class StopOnSignal(Callback):
-    """On the first Ctrl-C, SIGTERM or SIGUSR1, raises Stopped at the end of an optimiser step; the second one acts at once.
+    """On the first signal to stop (stopping.SIGNALS), raises Stopped at the end of an optimiser step; the second one acts at once.
 
     SLURM sends SIGUSR1 some time before a job's time is up.
 
@@ -117,19 +115,13 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step = trainer.global_step
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.before[signum] = signal.signal(signum, self._receive)
+        self.before = stopping.handle(self._receive)
 
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int) -> None:
+        if self.received:
+            stopping.end_at_once(signum)
         self.received = signum
-        self._restore()
-        if is_first_process():
-            os.write(2, b"\nstopping between two steps; once more to stop at once\n")  # print may not be called in a handler
-
-    def _restore(self) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-        self.before = {}
+        stopping.say("stopping between two steps; once more to stop at once")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
@@ -146,10 +138,9 @@ class StopOnSignal(Callback):
             raise Stopped(received)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._restore()
+        stopping.restore(self.before)
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+    # After an exception the last checkpoint is written first, and then Lightning restores all handlers itself.
 
 
 class LastCheckpoint(ModelCheckpoint):
