@@ -127,18 +127,21 @@ class StopOnSignal(Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
+        if self.step < trainer.max_steps and (trainer.world_size == 1 or self.step % self.log_every == 0):
+            self._stop_if_asked(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._stop_if_asked(trainer, module)  # after the last step, its validation and its checkpoints
+        stopping.restore(self.before)
+
+    def _stop_if_asked(self, trainer: Trainer, module: LightningModule) -> None:
         received = self.received
         if trainer.world_size > 1:
-            if self.step % self.log_every:
-                return
             everyone = torch.tensor(received, device=module.device)
             torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
             received = int(everyone)
-        if received and self.step < trainer.max_steps:
+        if received:
             raise Stopped(received)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        stopping.restore(self.before)
 
     # After an exception the last checkpoint is written first, and then Lightning restores all handlers itself.
 
