@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flash_ladder import flags as hydras_flags
 from flash_ladder import overrides as command_line
+from flash_ladder import stopping
 from flash_ladder.composition import Source, check, parse, store_defaults
 from flash_ladder.errors import UserError, argument
 from flash_ladder.files import LOCK, as_yaml, make_writable, owned, refuse_taken
@@ -155,7 +156,8 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
         return result
 
     try:
-        run()
+        with stopping.raises_ended():
+            run()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -23,6 +23,7 @@ from flash_ladder.data.sources import open_hub
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.schema import DataConfig
+from flash_ladder.stopping import SIGNALS
 
 SHUFFLE_BUFFER = 1000  # documents of a hub stream that are shuffled together
 
@@ -143,7 +144,7 @@ def ignore_signals(worker: int) -> None:
 
     It ends when its parent does.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 

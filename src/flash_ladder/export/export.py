@@ -110,7 +110,7 @@ def training_backend(
     else:
         if device.type != "cpu" or training["device"] == "CPU" or not is_kernel(trained):
             return trained
-        why_not = f"a CPU would only interpret it, which takes hours; attention={trained} does so all the same"
+        why_not = f"a CPU would only interpret it, which is slow; attention={trained} does so all the same"
     print(f"note: the model was trained with {trained} on {training['device']}, and that is not compared here: {why_not}")
     return "eager"
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flash_ladder import stopping
 from flash_ladder.files import json_of
 from flash_ladder.names import FAILED, FINISHED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
 from flash_ladder.overrides import as_typed, quoted, to_type_again
@@ -141,7 +142,7 @@ def outcome(exit_code: int, folder: Path, reason: str | None) -> tuple[str, str 
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         return "killed", f"killed by {name}" + ("; the system's out-of-memory killer does so" if name == "SIGKILL" else "")
-    if exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if exit_code - 128 in stopping.SIGNALS:
         return STOPPED, f"stopped by {signal.Signals(exit_code - 128).name}"
     return FAILED, last_error(folder / CONSOLE) or f"exit code {exit_code}"
 

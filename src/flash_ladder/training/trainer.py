@@ -15,9 +15,10 @@ from lightning.pytorch import Callback
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.machine.decide import Place
 from flash_ladder.measure.flops import flops_per_token, peak_tflops
+from flash_ladder.names import is_kernel
 from flash_ladder.processes import Processes
 from flash_ladder.schema import Config
-from flash_ladder.training.callbacks import Bar, StopOnSignal, checkpoints
+from flash_ladder.training.callbacks import Bar, SaysHowLong, StopOnSignal, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
 from flash_ladder.training.resume import BetweenSteps, Start
@@ -40,7 +41,9 @@ def make_trainer(
 
     processes: of training.ranks. start: of training.resume. arguments, callbacks: what the user adds (training.extras).
     """
-    bar = [Bar(speed)] if is_first_process() else []
+    bar: list[Callback] = [Bar(speed)] if is_first_process() else []
+    if bar and place.device.type == "cpu" and is_kernel(place.attention.backend):
+        bar.append(SaysHowLong(speed, place.attention.backend))
     kept = checkpoints(run_dir / "checkpoints") if cfg.trainer.checkpoints else ()
     max_steps, val_every = cfg.trainer.max_steps, cfg.trainer.val_every
     only_validates = start.owes_validation and start.step >= max_steps

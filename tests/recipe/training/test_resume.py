@@ -175,7 +175,9 @@ def in_the_way(run, name):
     path.write_text("x") if name == ".hydra" else path.mkdir()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "environment.json", "validation.safetensors", "train.log", ".hydra"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.yaml", "environment.json", "validation.safetensors", "train.log", ".hydra"]
+)
 def test_a_file_that_cannot_be_written(stopped, tmp_path, name):
     cfg, run = stopped
     shutil.copytree(run, tmp_path / "run")
