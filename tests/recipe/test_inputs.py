@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_said_with_both_figures(monkeypatch):
 def test_the_counted_parameters_are_the_models(bias, tie, norm, position, mlp):
     from flash_ladder.model.gpt import GPT
 
-    cfg = ModelConfig(norm=norm, position=position, mlp=mlp, bias=bias, tie_embeddings=tie, vocab_size=300, max_seq_len=50)
+    cfg = ModelConfig(norm=norm, position=position, mlp=mlp, bias=bias, tie_embeddings=tie, qk_norm=tie, vocab_size=300)
     assert GPT(cfg).n_params == cfg.n_params(300)
 
 
