@@ -21,6 +21,7 @@ from flash_ladder.errors import UserError, argument, first_line
 YAML_BYTES = 1 << 20  # a file of ours has a few thousand
 
 LOCK = ".lock"  # in the folder of a run: locked for as long as a process trains there
+LEASE_SECONDS = 180  # how long a lock of a machine that is gone may last: NFS 4 gives it up after 90
 
 
 def make_writable(folder: Path, what: str, key: str) -> None:
@@ -41,8 +42,10 @@ def owned(folder: Path) -> Iterator[None]:
     Raises UserError where another process owns it, and where it cannot be written.
     """
     lock = FileLock(folder / LOCK)
+    # A network file system keeps the lock of a node that failed for a while, when SLURM has queued its job again.
+    patience = LEASE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(
             f"{folder} is another process's, which still runs (fuser {folder / LOCK} names it); wait for its end, or end it"
@@ -117,13 +120,21 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def json_of(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError where it is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Raises UserError where `path` is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_of(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy it again, or export again") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again, or export again") from None
 
 

@@ -162,17 +162,18 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
 
 
 def _call(main: Callable[[], float | None], folder: Path, asked: Asked) -> float | None:
-    """Calls a command's `main`, and removes its folder where it refuses before it has written anything there."""
+    """Calls a command's `main`, and removes its folder where it ends before it has written anything there."""
     # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
     import flash_ladder.kernels  # noqa: F401
 
     try:
         return main()
-    except (UserError, OSError) as error:
-        told = in_a_line(error)
+    except BaseException as error:
         if asked.has_folder and not asked.resumes:
             _remove_bare(folder, asked.made)
-        raise told from error
+        if isinstance(error, (UserError, OSError)):
+            raise in_a_line(error) from error
+        raise
 
 
 NAMED_WRONGLY = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)

@@ -551,8 +551,12 @@ def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
         (folder / "metrics.jsonl").write_text("{}")
         raise UserError("not finite")
 
+    def interrupted(cfg, folder):
+        raise KeyboardInterrupt
+
     assert train("hydra.run.dir=a", main=refuse)[0] == train("hydra.run.dir=b", main=write_and_refuse)[0] == 2
-    assert not (tmp_path / "a").exists() and (tmp_path / "b" / "metrics.jsonl").exists()
+    assert train("hydra.run.dir=c", main=interrupted)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["b"] and (tmp_path / "b" / "metrics.jsonl").exists()
 
 
 def test_the_clock_is_read_once(train, tmp_path, monkeypatch):

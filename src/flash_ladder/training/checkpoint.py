@@ -46,8 +46,9 @@ class AtomicCheckpointIO(CheckpointIO):
                 sync(path.parent)
             finally:
                 saving.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # torch.save's RuntimeError hides what the disk said
+            said = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(said, "strerror", None) or first_line(error)
             raise UserError(f"{path} cannot be written ({reason}); a checkpoint that was there before is untouched") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flash_ladder.errors import UserError
+from flash_ladder.files import json_of
 from flash_ladder.training import metrics
 from flash_ladder.training.log import warn
 
@@ -129,8 +130,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     """A line of a metrics.jsonl: its step, and numbers by name; None where it is something else."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = json_of(line)
+    except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
