@@ -248,6 +248,8 @@ def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked
         claimed = _claim(folder, key, is_chosen, is_new=sweep and not go_on)
         # Hydra would read the clock again, and might make another folder a second later.
         overrides = [*overrides, f"{key}={command_line.quoted(str(claimed))}" if sweep else command_line.run_folder(claimed)]
+    elif not sweep and any(override.startswith("hydra.run.dir=") for override in overrides):
+        raise UserError("hydra.run.dir is for train.py: this command has no folder of its own; out=PATH says where a result goes")
     return Asked(flags, overrides, sweep, has_folder, bool(resume), made)
 
 

@@ -104,6 +104,7 @@ REFUSED = [
     ("train hydra.run.dir=", "hydra.run.dir is empty; name a folder, or leave it out"),
     ("train hydra.run.dir=${nothing}/a", "hydra.run.dir: interpolation key 'nothing' not found; \\${ is the text ${"),
     ("train -m seed=1,2 hydra.sweep.dir=", "hydra.sweep.dir is empty"),
+    ("tune_tiles hydra.run.dir=x", "hydra.run.dir is for train.py: this command has no folder of its own"),
     ("train resume=", "resume is empty; name the folder that goes on, or leave it out"),
     ("train ++resume=run", "resume=run: there is no run here"),
     ("train -m resume=run", "resume=run goes on with one run, so leave -m out"),
