@@ -324,3 +324,20 @@ def test_a_target_that_cannot_be_is_refused_first(tmp_path):
     check_file(tmp_path / "a.json", "out")
     write_json(tmp_path / "a.json", {})
     check_file(tmp_path / "a.json", "out")
+
+
+def test_a_step_has_no_more_batches_than_the_text_has_windows():
+    from types import SimpleNamespace
+
+    from flash_ladder.training.run import check_step
+
+    def data(n_train_tokens):
+        return SimpleNamespace(stats=SimpleNamespace(n_train_tokens=n_train_tokens))
+
+    cfg = Config()
+    cfg.trainer.accumulate = 1_000_000
+    with pytest.raises(UserError, match=r"trainer.accumulate=1000000: .*; 100 \(of data.seq_len=128\) is the most"):
+        check_step(cfg, data(100 * 128))
+    check_step(cfg, data(None))  # a stream
+    cfg.trainer.accumulate = 100
+    check_step(cfg, data(100 * 128))
