@@ -97,12 +97,14 @@ REFUSED = [
     ("train warmup=1", "warmup is not a key; did you mean optimizer.warmup_steps?"),
     ("train +seed=3", "Could not append to config. An item is already at 'seed'"),
     ("train ++sead=3", "sead is not a key; did you mean seed?"),
-    ("train hydra/launcher=7", "Config group override must be a string or a list"),
+    ("train hydra/launcher=7", "hydra/launcher=7 is not the name of an option; --hydra-help lists Hydra's own"),
+    ("train hydra.verbose=${x}", "hydra.verbose: interpolation key 'x' not found"),
     ("train hydra.verbose=3", "hydra.verbose=3 must be true, false"),
     # folders
     ("train hydra.run.dir=", "hydra.run.dir is empty; name a folder, or leave it out"),
     ("train hydra.run.dir=${nothing}/a", "hydra.run.dir: interpolation key 'nothing' not found; \\${ is the text ${"),
     ("train -m seed=1,2 hydra.sweep.dir=", "hydra.sweep.dir is empty"),
+    ("tune_tiles hydra.run.dir=x", "hydra.run.dir is for train.py: this command has no folder of its own"),
     ("train resume=", "resume is empty; name the folder that goes on, or leave it out"),
     ("train ++resume=run", "resume=run: there is no run here"),
     ("train -m resume=run", "resume=run goes on with one run, so leave -m out"),
@@ -270,7 +272,7 @@ def test_what_does_not_fit_is_said_with_both_figures(monkeypatch):
 def test_the_counted_parameters_are_the_models(bias, tie, norm, position, mlp):
     from flash_ladder.model.gpt import GPT
 
-    cfg = ModelConfig(norm=norm, position=position, mlp=mlp, bias=bias, tie_embeddings=tie, vocab_size=300, max_seq_len=50)
+    cfg = ModelConfig(norm=norm, position=position, mlp=mlp, bias=bias, tie_embeddings=tie, qk_norm=tie, vocab_size=300)
     assert GPT(cfg).n_params == cfg.n_params(300)
 
 
@@ -322,3 +324,20 @@ def test_a_target_that_cannot_be_is_refused_first(tmp_path):
     check_file(tmp_path / "a.json", "out")
     write_json(tmp_path / "a.json", {})
     check_file(tmp_path / "a.json", "out")
+
+
+def test_a_step_has_no_more_batches_than_the_text_has_windows():
+    from types import SimpleNamespace
+
+    from flash_ladder.training.run import check_step
+
+    def data(n_train_tokens):
+        return SimpleNamespace(stats=SimpleNamespace(n_train_tokens=n_train_tokens))
+
+    cfg = Config()
+    cfg.trainer.accumulate = 1_000_000
+    with pytest.raises(UserError, match=r"trainer.accumulate=1000000: .*; 100 \(of data.seq_len=128\) is the most"):
+        check_step(cfg, data(100 * 128))
+    check_step(cfg, data(None))  # a stream
+    cfg.trainer.accumulate = 100
+    check_step(cfg, data(100 * 128))
