@@ -244,7 +244,7 @@ def forward(
     # Line 2: output 0, row sums 0, row maxima -inf.
     running = torch.zeros(query.shape, device=query.device, dtype=torch.float32)
     row_sum, row_max = torch.zeros_like(lse), torch.full_like(lse, -math.inf)
-    tile = tiles_v1(query.device, query.dtype, head_dim).forward
+    tile = tiles_v1(query.device, query.dtype, head_dim, seq_q, seq_k).forward
     launch(
         _forward_kernel, tile, (batch * n_head, 1, 1),
         (query, key, value, running, row_sum, row_max, output, lse, *tensors_for_kernels(asked, query.device)),
@@ -274,7 +274,7 @@ def backward(
     )
     numbers = numbers_for_kernels(asked, seq_q, seq_k)
     running = torch.zeros(query.shape, device=query.device, dtype=torch.float32)  # line 5
-    tile = tiles_v1(query.device, query.dtype, head_dim).backward
+    tile = tiles_v1(query.device, query.dtype, head_dim, seq_q, seq_k).backward
     more = tensors_for_kernels(asked, query.device)
     launch(
         _backward_kernel, tile, (batch * n_kv_head, 1, 1),

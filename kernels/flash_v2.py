@@ -185,7 +185,7 @@ def forward(
     if output.numel() == 0 or seq_k == 0:
         return output.zero_(), lse.fill_(-math.inf)
     numbers = numbers_for_kernels(asked, seq_q, seq_k)
-    tile = (use or tiles(query.device, query.dtype, head_dim)).forward
+    tile = (use or tiles(query.device, query.dtype, head_dim, seq_q, seq_k)).forward
     programs, flat = grid(-(-seq_q // tile.block_q), n_head, batch)
     launch(
         _forward_kernel, tile, programs,
@@ -223,7 +223,7 @@ def backward(
     numbers = numbers_for_kernels(asked, seq_q, seq_k)
     more = tensors_for_kernels(asked, query.device)
     cut = asked.window_size is not None or asked.document_ids is not None
-    chosen, group = use or tiles(query.device, query.dtype, head_dim, cut), n_head // n_kv_head
+    chosen, group = use or tiles(query.device, query.dtype, head_dim, seq_q, seq_k, cut), n_head // n_kv_head
     tile = chosen.dq
     programs, flat = grid(-(-seq_q // tile.block_q), n_head, batch)
     launch(

@@ -1,6 +1,5 @@
 """What the launches of the Triton rungs share: where a rung can run, and a fast launch."""
 
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from .asked import Numbers
 from .generations import capability, dtype_name
+from .interpreter import launching
 from .jit import INTERPRET, interpreter_trouble
 from .tiles import Tile
 from .turing import tensor_cores
 
-_ONE_AT_A_TIME = threading.Lock()  # Triton's interpreter keeps its state in globals
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -134,7 +133,7 @@ class Launch:
             compiled[self.grid](*tensors, *self.values)
             return
         if INTERPRET:
-            with _ONE_AT_A_TIME:
+            with launching():
                 self.kernel[self.grid](*tensors, *self.values, **self.options)
             return
         with tensor_cores(self.capability) as turing, readable_cache_errors():

@@ -67,7 +67,7 @@ TURING = {  # 64 KiB, float16, no asynchronous copies
     128: Tiles(forward=Tile(64, 32, 4, 1), dq=Tile(64, 32, 8, 1), dkdv=Tile(32, 32, 4, 1)),
     256: Tiles(forward=Tile(64, 16, 8, 1), dq=Tile(32, 32, 8, 1), dkdv=Tile(16, 32, 8, 1)),
 }
-INTERPRETED = Tiles(forward=Tile(64, 32, 4, 1), dq=Tile(64, 32, 4, 1), dkdv=Tile(32, 64, 4, 1))
+INTERPRETED_ROWS = 512  # at most: faster than 256 by a quarter at 1,024 tokens, and 1,024 takes four times its memory
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,17 @@ V1_FLOAT32 = {
     128: TilesV1(forward=Tile(32, 32, 8, 1), backward=Tile(16, 16, 8, 1)),
     256: TilesV1(forward=Tile(16, 16, 8, 1), backward=Tile(16, 16, 8, 1)),
 }
-V1_INTERPRETED = TilesV1(forward=Tile(64, 32, 4, 1), backward=Tile(32, 64, 4, 1))
+
+
+def tiles(device: torch.device, dtype: torch.dtype, head_dim: int, seq_q: int, seq_k: int, cut: bool = False) -> Tiles:
+    """The tiles for a tensor's device, dtype, head_dim (up to 256) and lengths. `cut`: whether a window or documents cut it."""
+    if device.type == "cpu":
+        return interpreted(seq_q, seq_k)
+    return _tiles_on(device, dtype, head_dim, cut)
 
 
 @cache
-def tiles(device: torch.device, dtype: torch.dtype, head_dim: int, cut: bool = False) -> Tiles:
-    """The tiles for a tensor's device, dtype and head_dim (up to 256). `cut`: whether a window or documents cut it."""
-    if device.type == "cpu":
-        return INTERPRETED
+def _tiles_on(device: torch.device, dtype: torch.dtype, head_dim: int, cut: bool) -> Tiles:
     found = cast("tuple[int, int]", capability(device))  # not None: `launch.refusal` lets only NVIDIA's GPUs pass
     return tiles_for(found, dtype, head_dim, cut)
 
@@ -116,13 +119,23 @@ def tiles_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, cu
     return table[min(size for size in table if size >= head_dim)]
 
 
+def tiles_v1(device: torch.device, dtype: torch.dtype, head_dim: int, seq_q: int, seq_k: int) -> TilesV1:
+    """flash_v1's tiles for a tensor's device, dtype, head_dim (up to 256) and lengths."""
+    if device.type == "cpu":
+        use = interpreted(seq_q, seq_k)
+        return TilesV1(use.forward, use.dkdv)
+    return tiles_v1_for(dtype, head_dim)
+
+
 @cache
-def tiles_v1(device: torch.device, dtype: torch.dtype, head_dim: int) -> TilesV1:
-    """flash_v1's tiles for a tensor's device, dtype and head_dim (up to 256)."""
-    return V1_INTERPRETED if device.type == "cpu" else tiles_v1_for(dtype, head_dim)
-
-
 def tiles_v1_for(dtype: torch.dtype, head_dim: int) -> TilesV1:
     """flash_v1's tiles on any GPU."""
     table = V1_FLOAT32 if dtype == torch.float32 else V1
     return table[min(size for size in table if size >= head_dim)]
+
+
+def interpreted(seq_q: int, seq_k: int) -> Tiles:
+    """The tiles in Triton's interpreter: as large as the sequence, because there programs cost time and numbers hardly do."""
+    block_q, block_k = (min(INTERPRETED_ROWS, max(16, 1 << (seq - 1).bit_length())) for seq in (seq_q, seq_k))
+    tile = Tile(block_q, block_k, 4, 1)
+    return Tiles(forward=tile, dq=tile, dkdv=tile)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 # How a run can end, in result.json and in a sweep's record.
 FINISHED, OUT_OF_MEMORY, NOT_FINITE, STOPPED, FAILED = "finished", "out_of_memory", "not_finite", "stopped", "failed"
+WINDOWS = "validation.safetensors"  # in a run's folder and in an export: the windows that it validates on
 
 
 @dataclass(frozen=True)

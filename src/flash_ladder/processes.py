@@ -6,14 +6,19 @@ others itself (training/ranks.py) and speaks to them as torchrun would. Nothing 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from flash_ladder.errors import UserError
 
 PARENT = "FLASH_LADDER_PARENT"  # in the environment of the processes that the first one started: its process id
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -114,3 +119,32 @@ def first_host(nodes: str) -> str:
     """The first name of a list of nodes as SLURM writes it: `gpu[003-005,9],cpu1` is gpu003."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?", nodes)
     return nodes if match is None else match[1] + (match[2] or "")
+
+
+def children(name: str | None = None, but: str | None = None) -> list[int]:
+    """The process ids of this process's children that have not ended (Linux): those called `name`, or all `but` those called so.
+
+    Linux keeps up to 15 characters of a name.
+    """
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has just ended
+            before, _, after = stat.read_text().rpartition(")")
+            state, parent = after.split()[:2]
+            called = before.partition("(")[2]
+            if int(parent) == os.getpid() and state not in "ZX" and name in (None, called) and called != but:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def end_with_parent(wanted: bool) -> None:
+    """Lets this process be killed when the one that started it ends, or no longer so (Linux).
+
+    For a process that the first one of a run started, until its watch (training.ranks) takes over and says what happened.
+    """
+    if PARENT not in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if wanted else 0)
+    if os.getppid() != int(os.environ[PARENT]):  # it ended before
+        os._exit(1)

@@ -1,4 +1,4 @@
-"""Units of memory, as numbers and in words."""
+"""Units of memory, as numbers and in words, and times in words."""
 
 from __future__ import annotations
 
@@ -12,3 +12,12 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.3g} TiB"
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to two digits: "45 s", "12 min", "1.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 36_000 else f"{seconds / 3600:.0f} h"

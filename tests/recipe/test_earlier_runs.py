@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EARLIER = Path(__file__).with_name("earlier_run")
-# What the code that wrote the run logged when it went on with it; the last digits depend on the processor.
-LOSSES = {7: 5.609635, 8: 5.568125, 9: 5.567690}
+# Step 7 as the code that wrote the run logged it when it went on with it; the last digits depend on the processor. The steps
+# after it are other ones than that code's, which took step 7 at the rate of the checkpoint and not of the longer schedule.
+LOSSES = {7: 5.609635, 8: 5.551316, 9: 5.550256}
 
 
 @pytest.fixture

@@ -1,13 +1,17 @@
 """Imports between the rooms of src/flash_ladder and kernels/ go one way."""
 
 import ast
+import re
+from importlib.metadata import requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 # Each room may import those before it: a file of src/flash_ladder, a folder there, or kernels/.
 ORDER = (
-    *("kernels", "errors", "names", "units", "files", "drawing", "processes"),
-    *("schema", "script_schema", "overrides", "front_door"),
+    *("kernels", "errors", "names", "units", "memory", "files", "drawing", "processes", "screen", "stopping"),
+    *("schema", "script_schema", "flags", "overrides", "composition", "front_door"),
     *("measure", "machine", "data", "model", "training", "export", "benchmark", "sweep"),
 )
 
@@ -54,3 +58,16 @@ def test_an_import_of_a_later_room_is_seen():
         assert len(upward(path, source)) == 1
         assert len(upward(path, f"def later():\n    {source}")) == 1
     assert upward(path, "from flash_ladder.files import make_writable\nimport torch\nfrom flash_ladder import kernels") == []
+
+
+def test_the_lock_has_what_the_bounds_allow_with_hashes_and_names_no_host():
+    lines = (ROOT / "requirements.lock").read_text().replace("\\\n", " ").splitlines()
+    locked = [Requirement(line.partition(" --hash")[0]) for line in lines if line and not line.startswith("#")]
+    assert all(line.startswith("#") or re.search(r" --hash=sha256:[0-9a-f]{64}$", line) for line in lines)
+    assert not any("://" in line or line.startswith("-") for line in lines)
+    wanted = [Requirement(line) for line in requires("flash-ladder")]
+    for requirement in wanted:
+        if requirement.marker is None or "dev" not in str(requirement.marker):
+            name = requirement.name.replace("_", "-")
+            versions = [str(one.specifier).removeprefix("==") for one in locked if one.name == name]
+            assert versions and all(requirement.specifier.contains(version) for version in versions), requirement

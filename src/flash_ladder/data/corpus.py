@@ -1,8 +1,9 @@
 """From rows of text to one stream of tokens on disk, which is built once and kept in a cache.
 
 A cache entry is a folder: tokens*.arrow (one list of token ids a row, training documents first, then the validation ones),
-tokenizer.json and corpus.json. Its name is a fingerprint of everything that decides its content. It is built under another name and
-renamed when complete, by one process while the others wait.
+tokenizer.json and corpus.json, which has the digests of the others and is checked when the entry is opened. Its name is a
+fingerprint of everything that decides its content. It is built under another name and renamed when complete, by one process while
+the others wait.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ import datasets
 import numpy as np
 import pyarrow
 import pyarrow.compute
+import xxhash
 from filelock import FileLock
+from tqdm import tqdm
 
 from flash_ladder.data.sources import content_hash, digest, hub_fingerprint, open_hub, quiet, read_files, stdlib_files, user_files
+from flash_ladder.data.tokenizer import FILE as TOKENIZER
 from flash_ladder.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-from flash_ladder.errors import UserError
-from flash_ladder.files import make_writable
+from flash_ladder.errors import UserError, first_line
+from flash_ladder.files import checksum, is_sealed, make_writable, write_json
 from flash_ladder.schema import DataConfig
 
-FORMAT = 1  # of a cache entry; part of its name
+FORMAT = 2  # of a cache entry; part of its name
 MB = 1 << 20
 BPE_BYTES_PER_TOKEN = 2048  # a BPE of V tokens is trained on about V times this many bytes: more take time and hardly change it
+STATS = "corpus.json"
 STREAM_VALIDATION_BYTES = 16 * MB  # size of a stream's first documents, which are held out
 
 
@@ -102,19 +107,22 @@ class Corpus:
 
 
 def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
-    """Opens the cache entry for `cfg`, building it if this is the first time. `seed` decides which documents are held out.
+    """Opens the cache entry for `cfg`, building it if this is the first time. `seed`: the run's, where cfg.split_seed is None.
 
     Any number of processes may call it at once. Raises UserError for data that cannot be used and a cache that cannot be written.
     """
     if cfg.source == "hub":
         files, hub = [], open_hub(cfg)
         fingerprint = hub_fingerprint(cfg, hub)
+        if cfg.streaming and cfg.split_seed is not None:  # its beginning tells whether the cache holds the text that it holds out
+            fingerprint = digest(fingerprint, _take(iter(hub), STREAM_VALIDATION_BYTES))
     else:
         files, hub = stdlib_files() if cfg.source == "stdlib" else user_files(cfg.paths()), None
         fingerprint = digest(content_hash(files), cfg.text_column)
     vocab_size = cfg.vocab_size if cfg.tokenizer == "bpe" else None
     val_fraction = None if cfg.streaming else cfg.val_fraction
-    key = digest(FORMAT, fingerprint, cfg.tokenizer, vocab_size, seed, val_fraction)
+    seed = seed if cfg.split_seed is None else cfg.split_seed
+    key = digest(FORMAT, fingerprint, cfg.tokenizer, vocab_size, seed, cfg.split_seed is None, val_fraction)
 
     def build(folder: Path) -> None:
         if cfg.streaming:
@@ -129,8 +137,9 @@ def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
     entry = _cached(Path(cfg.cache_dir or "~/.cache/flash_ladder").expanduser(), key, build)
     try:
         return _read(entry)
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise UserError(f"the data cache {entry} is damaged ({error}); delete that folder and it is built again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pyarrow.ArrowException) as error:
+        reason = first_line(error)
+        raise UserError(f"the data cache {entry} is damaged ({reason}); delete that folder and it is built again") from None
 
 
 # ---- the cache ----
@@ -160,7 +169,15 @@ def _cached(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
 
 
 def _read(entry: Path) -> Corpus:
-    saved = json.loads((entry / "corpus.json").read_text())
+    saved = json.loads((entry / STATS).read_text())
+    if not is_sealed(saved):
+        raise ValueError(f"{STATS} was changed")
+    size = sum(path.stat().st_size for path in entry.iterdir())
+    with tqdm(desc="checking the tokens", total=size, unit="B", unit_scale=True, delay=2, leave=False) as bar:
+        for name, expected in saved["files"].items():
+            if checksum(entry / name, xxhash.xxh3_128) != expected:
+                raise ValueError(f"{name} was changed")
+            bar.update((entry / name).stat().st_size)
     tokens, n_train = TokenStream(_token_files(entry)), saved["n_train_tokens"]
     train, val = tokens.part(0, n_train), tokens.part(n_train, len(tokens))
     return Corpus(Tokenizer.load(entry), train, val, DataStats(**saved["stats"]), saved["n_held_out"])
@@ -186,39 +203,56 @@ class _Text:
 
 
 def _text_of_rows(rows: datasets.Dataset, cfg: DataConfig, seed: int) -> _Text:
-    """All the rows. Documents are held out by `seed`; a lone document is cut in two instead."""
+    """All the rows, with those of the documents that `seed` holds out at the end; or else the last part of the text is held out."""
     sizes = pyarrow.compute.binary_length(rows.data.column("text")).fill_null(0).to_numpy()
     if sizes.sum() == 0:
         raise UserError("the data holds no text: every document is empty")
-    ends = rows.data.column("ends").to_numpy() if "ends" in rows.column_names else np.ones(len(rows), dtype=bool)
+    if "ends" not in rows.column_names:  # a hub data set's rows are documents
+        rows = rows.add_column("ends", np.ones(len(rows), dtype=bool))
+    ends = rows.data.column("ends").to_numpy()
+    document = np.cumsum(ends) - ends  # of each row
     n_documents, n_bytes = int(ends.sum()), int(sizes.sum())
-    if n_documents == 1:
+    place = np.random.default_rng(seed).permutation(n_documents)  # of each document, in a random order
+    if cfg.split_seed is None:
+        n_held_out = min(n_documents - 1, max(1, round(n_documents * cfg.val_fraction)))
+        is_held_out = place >= n_documents - n_held_out
+    else:
+        is_held_out = _held_out(np.bincount(document, weights=sizes).astype(np.int64), place, cfg.val_fraction)
+    if not is_held_out.any():
         rows, n_train_rows = _split_by_position(rows, sizes, cfg.val_fraction)
-        return _Text(rows, n_train_rows, n_bytes, 1, "by position: there is one document, and its last part is held out")
-    order, n_train_rows = _split_by_document(ends, cfg.val_fraction, seed)
-    return _Text(rows.select(order), n_train_rows, n_bytes, n_documents, "by document")
+        split = "by position: the last part of the text, whose documents are too few or too large to be held out whole"
+        return _Text(rows, n_train_rows, n_bytes, n_documents, split)
+    # Shuffled, so that the first few held-out documents are a fair sample and the tokenising processes get equal shares.
+    order = np.lexsort((place[document], is_held_out[document]))
+    return _Text(rows.select(order), int((~is_held_out[document]).sum()), n_bytes, n_documents, "by document")
 
 
-def _split_by_document(ends: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, int]:
-    """Returns an order of the rows, training documents first, and how many rows those have.
+def _held_out(sizes: np.ndarray, place: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Which documents are held out, bool [documents]: from the end of the order, nearest to `val_fraction` of the bytes.
 
-    Documents are shuffled, so that the first few held-out ones are a fair sample and the tokenising processes get equal shares.
+    sizes: bytes of each document. place: its place in the order. A document that is larger than that share is passed over. No
+    document is held out where those that are left would be less than half of the share.
     """
-    n = int(ends.sum())
-    n_train = n - min(n - 1, max(1, round(n * val_fraction)))
-    place = np.random.default_rng(seed).permutation(n)  # one for each document
-    place_of_row = place[np.cumsum(ends) - ends]
-    return np.argsort(place_of_row, kind="stable"), int((place_of_row < n_train).sum())
+    share, is_held_out = val_fraction * sizes.sum(), np.zeros(len(sizes), dtype=bool)
+    order = np.argsort(-place)
+    order = order[sizes[order] <= share]
+    held_out = np.cumsum(sizes[order])
+    held_out = held_out[held_out < sizes.sum()]  # some text is left to train on
+    n = int(np.abs(held_out - share).argmin()) + 1 if len(held_out) else 0
+    if n and held_out[n - 1] >= share / 2:
+        is_held_out[order[:n]] = True
+    return is_held_out
 
 
 def _split_by_position(rows: datasets.Dataset, sizes: np.ndarray, val_fraction: float) -> tuple[datasets.Dataset, int]:
-    """Cuts a lone document in two; returns the rows, and how many belong to the first document. `sizes` are bytes per row."""
+    """Cuts the text in two; returns the rows, and how many belong to the first part. `sizes` are bytes per row."""
     n, position = len(rows), (1 - val_fraction) * sizes.sum()
     row = int(np.searchsorted(np.cumsum(sizes), position))  # the row to cut
     text = rows[row]["text"]
     cut = round(len(text) * (position - sizes[:row].sum()) / sizes[row])
-    features = datasets.Features({**rows.features, "ends": datasets.Value("bool")})
-    halves = datasets.Dataset.from_dict({"text": [text[:cut], text[cut:]], "ends": [True, row == n - 1]}, features=features)
+    halves = datasets.Dataset.from_dict(
+        {"text": [text[:cut], text[cut:]], "ends": [True, rows[row]["ends"]]}, features=rows.features
+    )
     return datasets.concatenate_datasets([rows, halves]).select(np.r_[:row, n, n + 1, row + 1 : n]), row + 1
 
 
@@ -272,8 +306,9 @@ def _write(folder: Path, text: _Text, cfg: DataConfig, seed: int, fingerprint: s
         corpus=fingerprint,
         split=text.split,
     )
-    saved = {"n_train_tokens": n_train_tokens, "n_held_out": text.n_held_out, "stats": asdict(stats)}
-    (folder / "corpus.json").write_text(json.dumps(saved, indent=1))
+    files = {path.name: checksum(path, xxhash.xxh3_128) for path in [*_token_files(folder), folder / TOKENIZER]}
+    saved = {"n_train_tokens": n_train_tokens, "n_held_out": text.n_held_out, "stats": asdict(stats), "files": files}
+    write_json(folder / STATS, saved, sealed=True)
 
 
 def _trained_bpe(text: _Text, vocab_size: int, seed: int) -> Tokenizer:

@@ -7,7 +7,9 @@ token, <|endoftext|>, closes every document.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -19,6 +21,10 @@ from flash_ladder.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+PROBE = "def F(x):\n\treturn  x'll 12\r\n naïve é 東京ﬁ\x00"  # what a tokenizer that is no byte-level one gives back changed
+
+# So many characters of one kind in a row, which no word of a language has: a chain of base pairs, a picture in base64.
+LONG_WORD = re.compile(r"[^\W\d_]{1000}|\d{1000}|[^\w\s]{1000}|_{1000}|\s{1000}")
 
 # data.num_proc processes tokenise the text. Each does without threads, which would not survive the fork that makes it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,12 +61,16 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that depend on the whole vocabulary and its merges."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._backend.to_str()
 
     def save(self, folder: Path) -> None:
         """Writes folder/tokenizer.json: all of it or nothing, even if the process dies."""
         partial = Path(folder) / f".{FILE}.{os.getpid()}"
-        partial.write_text(self._backend.to_str(), encoding="utf-8")
+        partial.write_text(self.to_json(), encoding="utf-8")
         os.replace(partial, Path(folder) / FILE)
 
     @classmethod
@@ -71,15 +81,19 @@ class Tokenizer:
             raise UserError(f"{path} is missing: it is written beside every run and every exported model; name such a folder")
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            ids = sorted(backend.get_vocab().values())
+            exact = backend.decode(backend.encode(PROBE, add_special_tokens=False).ids, skip_special_tokens=False) == PROBE
         except Exception as error:  # the library raises nothing more precise
             raise UserError(f"{path} is not a tokenizer ({str(error).splitlines()[0]}); copy it again from its run") from None
         if backend.token_to_id(END_OF_TEXT) is None:
             raise UserError(f"{path} has no {END_OF_TEXT} token, so it was not written by Flash Ladder; copy it again from its run")
+        if ids != list(range(len(ids))) or not exact:
+            raise UserError(f"{path} is no byte-level tokenizer, which gives every text back exactly; copy it again from its run")
         return cls(backend)
 
     def __reduce__(self) -> tuple:
         """Pickled as its JSON, so that worker processes get the same tokenizer, settings included."""
-        return _from_json, (self._backend.to_str(),)
+        return _from_json, (self.to_json(),)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
@@ -97,8 +111,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = Fa
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(_cut_long_words, texts), trainer)
     return Tokenizer(backend)
+
+
+def _cut_long_words(text: str) -> list[str]:
+    """`text` in pieces without words that the trainer, whose time grows with the length of the different words, spends hours on."""
+    cuts = [0, *(word.end() for word in LONG_WORD.finditer(text)), len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -5,6 +5,7 @@ The evaluation must find again what export recorded.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +16,12 @@ from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.export.folder import load_export, load_windows
 from flash_ladder.export.losses import Windows, evaluate
-from flash_ladder.export.parity import compare, loss_limit
+from flash_ladder.export.parity import compare
 from flash_ladder.export.verdict import describe_windows, record, report, same_loss, verdict
-from flash_ladder.files import read_json, write_json
+from flash_ladder.files import DIGEST, check_file, is_sealed, read_json, write_json
 from flash_ladder.kernels.generations import describe
-from flash_ladder.machine.decide import DTYPES, pick_backend, pick_device
+from flash_ladder.machine.decide import DTYPES, check_precision, pick_backend, pick_device
+from flash_ladder.names import BACKENDS
 from flash_ladder.script_schema import EvaluateConfig
 
 
@@ -30,12 +32,18 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
     Raises UserError where the folder or the text cannot be read and where a backend cannot run here.
     """
     folder = Path(cast("str", cfg.model))  # validate() refuses a missing one
+    if cfg.out is not None:
+        check_file(Path(cfg.out), "out")
     device = pick_device(cfg.device)
     model, tokenizer, config = load_export(folder, device=device)
-    recorded = recorded_by_export(folder / "parity.json")
+    windows = load_windows(folder, config)
+    recorded = recorded_by_export(folder / "parity.json", len(windows["tokens"]))
     precision = recorded["precision"] if cfg.precision == "auto" else cfg.precision
-    windows = load_windows(folder, config) if cfg.text is None else text_windows(Path(cfg.text), tokenizer, config)
-    windows = {name: rows[: cfg.windows] for name, rows in windows.items()}
+    check_precision(precision, device, "precision")
+    if cfg.text is not None:
+        windows = text_windows(Path(cfg.text), tokenizer, config)
+    if cfg.windows is not None:
+        windows = first_windows(windows, cfg.windows)
     documents = "document_ids" in windows
     choice = pick_backend(cfg.attention, model.cfg, device, precision, documents)
     print(f"attention: {choice}")
@@ -80,28 +88,40 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
     return code
 
 
-def recorded_by_export(path: Path) -> dict[str, Any]:
-    """Precision, backend, rounding and window losses of the training's backend, from parity.json.
+def first_windows(windows: Windows, n: int) -> Windows:
+    """The first `n` windows, the shorter one at the end of a text among them."""
+    whole = {name: rows[:n] for name, rows in windows.items() if name != "rest"}
+    rest = {"rest": windows["rest"]} if "rest" in windows and n > len(windows["tokens"]) else {}
+    return whole | rest
 
-    Raises UserError where that file is missing or is no record of finite losses.
+
+def recorded_by_export(path: Path, n_windows: int) -> dict[str, Any]:
+    """Precision, backend, rounding and the losses of the `n_windows` windows on the training's backend, from parity.json.
+
+    Raises UserError where that file is missing, was changed, or is no record of finite losses.
     """
     found = read_json(path)
+    if isinstance(found, dict) and DIGEST in found and not is_sealed(found):
+        raise UserError(f"{path} was changed since export; copy it again, or export again")
     try:
         recorded = {key: found[key] for key in ("precision", "backend", "rounding")}
-        recorded["window_losses"] = [float(loss) for loss in found["window_losses"][found["backend"]]]
-        loss_limit(recorded["rounding"], len(recorded["window_losses"]))
-    except (KeyError, TypeError, ZeroDivisionError):
-        raise UserError(f"{path} holds no finite losses to compare with; export again") from None
+        losses = recorded["window_losses"] = list(found["window_losses"][found["backend"]])
+    except (KeyError, TypeError):
+        recorded, losses = {}, []
+    numbers = [recorded.get("rounding"), *losses]
+    finite = all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
+    if not finite or len(losses) != n_windows or recorded["backend"] not in BACKENDS or str(recorded["precision"]) not in DTYPES:
+        raise UserError(f"{path} holds no finite losses of the {n_windows} windows to compare with; export again")
     return recorded
 
 
 def text_windows(path: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Windows:
-    """A text file as windows of the training's length, or one shorter window where there is less text.
+    """A text file, to its last byte, as windows of the training's length and a shorter one ("rest") of what is left.
 
     Raises UserError where the file is missing, is no text, or has fewer than two tokens.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # line ends stay as they are
     except OSError as error:
         raise UserError(f"text={path} cannot be read ({error.strerror}); name a text file") from None
     except UnicodeDecodeError:
@@ -109,5 +129,10 @@ def text_windows(path: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Wi
     tokens = torch.tensor(tokenizer.encode(text))
     if len(tokens) < 2:
         raise UserError(f"text={path} is {len(tokens)} tokens long; a prediction needs at least 2")
-    seq_len = min(config["data"]["seq_len"], len(tokens) - 1)
-    return {"tokens": tokens.unfold(0, seq_len + 1, seq_len)}
+    seq_len = config["data"].get("seq_len")
+    if type(seq_len) is not int or seq_len < 1:
+        raise UserError(f"the model's config.json has no length of a window (data.seq_len is {seq_len!r}); export again")
+    seq_len = min(seq_len, len(tokens) - 1)
+    windows = {"tokens": tokens.unfold(0, seq_len + 1, seq_len)}
+    rest = tokens[len(windows["tokens"]) * seq_len :]
+    return windows | ({"rest": rest[None]} if len(rest) > 1 else {})

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from flash_ladder.data.batches import TextData
+from flash_ladder.data.batches import TextData, validated
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.export.folder import FILES, load_export, load_windows, write_export
@@ -18,13 +18,13 @@ from flash_ladder.export.losses import Windows
 from flash_ladder.export.parity import compare
 from flash_ladder.export.to_wandb import REMEMBERED, log_evaluation, wandb_of
 from flash_ladder.export.verdict import describe_windows, record, report, same_loss
-from flash_ladder.files import read_json, replace_folder, write_json
+from flash_ladder.files import checksum, read_json, replace_folder, write_json
 from flash_ladder.kernels.generations import describe
-from flash_ladder.machine.decide import pick_backend, pick_device
+from flash_ladder.machine.decide import check_precision, pick_backend, pick_device
 from flash_ladder.machine.hardware import versions
 from flash_ladder.model.gpt import GPT
-from flash_ladder.model.weights import load_weights
-from flash_ladder.names import is_kernel
+from flash_ladder.model.weights import load_tensors, load_weights
+from flash_ladder.names import WINDOWS, is_kernel
 from flash_ladder.schema import DataConfig, ModelConfig
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.checkpoint import load_run
@@ -47,6 +47,7 @@ def export_run(cfg: ExportConfig) -> int:
 
     device = pick_device(cfg.device)
     precision = training["precision"] if cfg.precision == "auto" else cfg.precision
+    check_precision(precision, device, "precision")
     backend = training_backend(cfg, training, config, device, precision)
     windows, as_validated = validation_windows(run, config, training, cfg)
 
@@ -69,7 +70,7 @@ def export_run(cfg: ExportConfig) -> int:
         if as_validated and precision == training["precision"] and training["val_loss"] is not None:
             losses = {"training": training["val_loss"], **losses}
             checks.append(same_loss("training", training["val_loss"], parity.candidate, parity.rounding))
-        write_json(folder / "parity.json", record(parity, checks, device))
+        write_json(folder / "parity.json", record(parity, checks, device), sealed=True)
     code = report(losses, checks, f"{backend} against eager", f"exported to {out}")
     if in_wandb:
         log_evaluation(run, in_wandb, cfg.wandb, parity.candidate, parity, checks, describe(device), training["step"])
@@ -109,25 +110,49 @@ def training_backend(
     else:
         if device.type != "cpu" or training["device"] == "CPU" or not is_kernel(trained):
             return trained
-        why_not = f"a CPU would only interpret it, which takes hours; attention={trained} does so all the same"
+        why_not = f"a CPU would only interpret it, which is slow; attention={trained} does so all the same"
     print(f"note: the model was trained with {trained} on {training['device']}, and that is not compared here: {why_not}")
     return "eager"
 
 
 def validation_windows(run: Path, config: dict[str, Any], training: dict[str, Any], cfg: ExportConfig) -> tuple[Windows, bool]:
-    """The run's first validation windows, and whether its training validated on the same ones."""
-    data_config = DataConfig(**config["data"])
-    data = TextData(data_config, seed=config["seed"], val_batches=config["trainer"]["val_batches"])
-    data.prepare()
-    if data.stats.corpus != training["corpus"] or data.tokenizer.fingerprint != Tokenizer.load(run).fingerprint:
-        raise UserError(
-            f"the text that run={run} was trained on (data.source={data_config.source}) is another one on this machine, "
-            f"so there is no validation split to evaluate on; export it where it was trained"
-        )
-    validated, _ = data.validated(training["n_devices"])
-    windows = data.val_windows(cfg.windows or validated)
-    whole = cfg.seq_len is None or cfg.seq_len >= data_config.seq_len
+    """The run's first validation windows, and whether its training validated on the same ones.
+
+    They are those that the run kept, or where they do not suffice (more are asked for, or another length), taken from its text.
+    """
+    data, val_batches = DataConfig(**config["data"]), config["trainer"]["val_batches"]
+    about = read_json(run / "environment.json")["data"]
+    windows = kept_windows(run / WINDOWS, about, data)
+    if windows is not None:
+        n_validated, _ = validated(about["n_val_tokens"], data, val_batches, training["n_devices"])
+    if windows is None or len(windows["tokens"]) < (cfg.windows or n_validated):
+        text = text_of_run(run, config, training)
+        n_validated, _ = text.validated(training["n_devices"])
+        windows = text.val_windows(cfg.windows or n_validated)
+    windows = {name: rows[: cfg.windows or n_validated] for name, rows in windows.items()}
+    whole = cfg.seq_len is None or cfg.seq_len >= data.seq_len
     if cfg.seq_len is not None and not whole:
         extra = {"tokens": 1, "document_ids": 0}
         windows = {name: rows[:, : cfg.seq_len + extra[name]] for name, rows in windows.items()}
-    return windows, whole and len(windows["tokens"]) == validated
+    return windows, whole and len(windows["tokens"]) == n_validated
+
+
+def kept_windows(path: Path, about: dict[str, Any], data: DataConfig) -> Windows | None:
+    """The windows that a run keeps; None where it keeps none of that length, or its file was changed. about: the run's record."""
+    if not path.is_file() or checksum(path) != about.get("windows_sha256"):
+        return None
+    windows = load_tensors(path)
+    fits = windows["tokens"].shape[1] == data.seq_len + 1 and ("document_ids" in windows) == data.document_ids
+    return {**windows, "tokens": windows["tokens"].long()} if fits else None
+
+
+def text_of_run(run: Path, config: dict[str, Any], training: dict[str, Any]) -> TextData:
+    """The text that a run was trained on. Raises UserError where this machine has another one."""
+    text = TextData(DataConfig(**config["data"]), seed=config["seed"], val_batches=config["trainer"]["val_batches"])
+    text.prepare()
+    if text.stats.corpus != training["corpus"] or text.tokenizer.fingerprint != Tokenizer.load(run).fingerprint:
+        raise UserError(
+            f"the text that run={run} was trained on (data.source={text.cfg.source}) is another one on this machine, "
+            f"so there is no validation split to evaluate on; export it where it was trained"
+        )
+    return text

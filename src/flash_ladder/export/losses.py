@@ -6,7 +6,6 @@ tokens are float64.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +20,8 @@ from flash_ladder.machine.decide import DTYPES
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.loss import token_losses
 
-Windows = dict[str, Tensor]  # "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S]
+# "tokens" int64 [N, S + 1], and maybe "document_ids" int32 [N, S] or, of a text that goes on, "rest" int64 [1, R + 1] with R < S.
+Windows = dict[str, Tensor]
 
 BATCH_WINDOWS = 32  # windows of a batch where batch_size is None; fewer where BATCH_ELEMENTS asks for it
 BATCH_ELEMENTS = 2**28  # limit on a batch's logits, and on a layer's attention scores: 1 GiB in float32
@@ -39,16 +39,11 @@ class Evaluation:
     window_losses: list[float]  # mean loss of each window
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss), inf where that overflows."""
-    return math.exp(loss) if not loss > 700 else math.inf
-
-
 @torch.no_grad()
 def evaluate(model: GPT, windows: Windows, *, backend: str, precision: str = "32", batch_size: int | None = None) -> Evaluation:
     """Mean cross-entropy of predicting each token of the windows from those before it. Shows a progress bar.
 
-    windows: "tokens" int64 [N, S + 1] and maybe "document_ids" int32 [N, S], on any device. backend: a name, not "auto".
+    windows: on any device. backend: a name, not "auto".
     precision: "32", "bf16-mixed" or "16-mixed". batch_size: windows at once; None: up to 32, with logits under 1 GiB.
     Raises UserError where a batch does not fit in the GPU's memory.
     """
@@ -70,8 +65,10 @@ def batches(model: GPT, windows: Windows, batch_size: int | None, label: str) ->
     model.eval()
     with tqdm(total=n, desc=label, unit="window", leave=False, delay=1) as bar:
         for start in range(0, n, batch_size):
-            yield {name: rows[start : start + batch_size].to(device) for name, rows in windows.items()}
+            yield {name: rows[start : start + batch_size].to(device) for name, rows in windows.items() if name != "rest"}
             bar.update(min(batch_size, n - start))
+        if "rest" in windows:
+            yield {"tokens": windows["rest"].to(device)}
 
 
 def logits(model: GPT, batch: dict[str, Tensor], backend: str, precision: str) -> Tensor:
@@ -95,5 +92,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 def summarise(backend: str, precision: str, losses: list[Tensor], seconds: float) -> Evaluation:
     """The evaluation from the token losses [B, S] of every batch."""
-    per_token = torch.cat(losses).double()
-    return Evaluation(backend, precision, per_token.mean().item(), per_token.numel(), seconds, per_token.mean(1).tolist())
+    per_token = torch.cat([batch.flatten() for batch in losses]).double()
+    per_window = [loss for batch in losses for loss in batch.double().mean(1).tolist()]
+    return Evaluation(backend, precision, per_token.mean().item(), per_token.numel(), seconds, per_window)

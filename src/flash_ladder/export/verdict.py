@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 
-from flash_ladder.export.losses import Evaluation, Windows, perplexity
+from flash_ladder.export.losses import Evaluation, Windows
 from flash_ladder.export.parity import Check, Parity, loss_limit
 from flash_ladder.kernels.generations import describe
+from flash_ladder.model.loss import perplexity
 
 
 def describe_windows(windows: Windows) -> str:
     """The size of a set of windows in words."""
     n, length = windows["tokens"].shape
-    return f"{n} window{'s' * (n != 1)} of {length - 1} tokens"
+    rest = f" and one of {windows['rest'].shape[1] - 1}" if "rest" in windows else ""
+    return f"{n} window{'s' * (n != 1)} of {length - 1} tokens{rest}"
 
 
 def same_loss(name: str, loss: float, evaluation: Evaluation, rounding: float) -> Check:

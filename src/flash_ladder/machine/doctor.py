@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flash_ladder.files import write_json
+from flash_ladder.files import check_file, write_json
 from flash_ladder.kernels import Unsupported, choose, jit
 from flash_ladder.kernels.asked import ARGUMENTS
 from flash_ladder.kernels.choice import BACKENDS, why_not
@@ -69,6 +69,8 @@ class Diagnosis:
 
 def doctor(cfg: DoctorConfig) -> None:
     """Prints the report on this machine, and writes it to cfg.out as JSON. Raises UserError for a device that is not here."""
+    if cfg.out:
+        check_file(Path(cfg.out), "out")
     found = diagnose(cfg)
     print(report(found))
     if cfg.out:

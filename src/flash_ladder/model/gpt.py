@@ -266,6 +266,11 @@ class KVCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
 
+    @staticmethod
+    def bytes_of(cfg: ModelConfig, *, max_len: int, dtype: torch.dtype) -> int:
+        """Bytes that a cache for one sequence takes."""
+        return 2 * cfg.n_layer * cfg.n_kv_head * max_len * cfg.head_dim * dtype.itemsize
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v [B, K, S, D] of `layer` after the first `length` positions and returns views of all [B, K, length + S, D].
 

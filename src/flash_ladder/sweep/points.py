@@ -6,6 +6,7 @@ It is written whole after every change, so that whatever ends a sweep leaves wha
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument
 from flash_ladder.files import read_json, write_json
 from flash_ladder.names import FINISHED, OUT_OF_MEMORY
 from flash_ladder.overrides import differing
@@ -67,10 +68,17 @@ class Sweep:
             raise UserError(f"sweep={folder} is still at work in another process; end that one first") from None
         if (folder / RECORD).exists():
             if not go_on:
-                raise UserError(f"{folder} holds a sweep; sweep={folder} goes on with it, or name another hydra.sweep.dir")
+                raise UserError(
+                    f"{folder} holds a sweep; {argument('sweep', folder)} goes on with it, or name another hydra.sweep.dir"
+                )
             saved: Any = read_json(folder / RECORD)
-            sweep.command, sweep.overrides, sweep.started = saved["command"], saved["overrides"], saved["started"]
-            sweep.points = [Point(**point) for point in saved["points"]]
+            try:
+                sweep.command, sweep.overrides, sweep.started = saved["command"], saved["overrides"], saved["started"]
+                sweep.points = [Point(**point) for point in saved["points"]]
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{folder / RECORD} was not written by train.py -m ({error}); start another sweep") from None
+            for point in sweep.points:  # a point's folder is emptied before it starts
+                sweep.refuse_outside(point.folder)
         return sweep
 
     def place(self, number: int, overrides: list[str], folder: str) -> Point:
@@ -89,15 +97,19 @@ class Sweep:
             return saved[0]
         if any(point.folder == folder for point in self.points):
             folder = f"{folder}_{number}"
+        self.refuse_outside(folder, others=[point.folder for point in self.points])
+        self.points.append(Point(number, folder, overrides))
+        return self.points[-1]
+
+    def refuse_outside(self, folder: str, others: Sequence[str] = ()) -> None:
+        """Raises UserError where a point's folder does not lie inside the sweep's, or not beside the `others`."""
         here, inside = self.folder.resolve(), (self.folder / folder).resolve()
-        others = [(self.folder / point.folder).resolve() for point in self.points]
-        if here not in inside.parents or any(inside in [other, *other.parents] or other in inside.parents for other in others):
+        taken = [(self.folder / other).resolve() for other in others]
+        if here not in inside.parents or any(inside in [other, *other.parents] or other in inside.parents for other in taken):
             raise UserError(
                 f"hydra.sweep.subdir: {folder} is no folder of its own inside {self.folder}; "
                 f"${{hydra.job.num}} gives every point one"
             )
-        self.points.append(Point(number, folder, overrides))
-        return self.points[-1]
 
     def folder_of(self, point: Point) -> Path:
         return self.folder / point.folder

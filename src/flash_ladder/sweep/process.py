@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flash_ladder import stopping
+from flash_ladder.files import json_of
 from flash_ladder.names import FAILED, FINISHED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
-from flash_ladder.overrides import as_typed, quoted
+from flash_ladder.overrides import as_typed, quoted, to_type_again
 from flash_ladder.sweep.points import GOOD, Point, Sweep
 
 CONSOLE = "console.log"
@@ -94,7 +95,7 @@ def command_of(point: Point, script: list[str], folder: Path, goes_on: bool) -> 
     """
     numbered = [f"hydra.job.num={point.number}", f"hydra.job.id={point.number}"]
     if goes_on:
-        return [*script, *numbered, f"resume={folder}"]
+        return [*script, *numbered, f"resume={folder}", *map(as_typed, to_type_again(point.overrides))]
     return [*script, *map(as_typed, point.overrides), *numbered, f"hydra.run.dir={quoted(str(folder))}"]
 
 
@@ -107,7 +108,7 @@ def labels(point: Point, sweep: Sweep) -> list[str]:
     found = {"group": "/".join(sweep.folder.resolve().parts[-2:]), "name": sweep.names()[point.number][:WANDB_LONGEST]}
     variables = {"group": "WANDB_RUN_GROUP", "name": "WANDB_NAME"}
     return [
-        f"logger.{key}={quoted(value)}"
+        f"logger.{key}={value}"
         for key, value in found.items()
         if value and f"logger.{key}" not in asked and variables[key] not in os.environ
     ]
@@ -119,7 +120,7 @@ def labels(point: Point, sweep: Sweep) -> list[str]:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The run's result.json; None where it is missing or was not written whole."""
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = json_of((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get("status") in RESULTS else None
@@ -141,7 +142,7 @@ def outcome(exit_code: int, folder: Path, reason: str | None) -> tuple[str, str 
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         return "killed", f"killed by {name}" + ("; the system's out-of-memory killer does so" if name == "SIGKILL" else "")
-    if exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if exit_code - 128 in stopping.SIGNALS:
         return STOPPED, f"stopped by {signal.Signals(exit_code - 128).name}"
     return FAILED, last_error(folder / CONSOLE) or f"exit code {exit_code}"
 

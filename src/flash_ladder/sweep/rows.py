@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flash_ladder.errors import UserError
+from flash_ladder.files import plain_yaml
 from flash_ladder.names import BACKENDS
-from flash_ladder.sweep.run_files import Row, as_plain, clean, fill, read_object, read_run, read_yaml
+from flash_ladder.sweep.run_files import Row, clean, fill, read_object, read_run, read_yaml
 
 # Keys of the configuration that a row has fields of its own for, or that do not change what is measured.
 OWN_KEYS = (
@@ -144,7 +145,7 @@ def read_points(found: dict, root: Path, notes: list[str]) -> Iterator[tuple[Pat
 def read_overrides(run: Path) -> dict[str, str] | None:
     """What the command line of a run said, from Hydra's notes; None where there are none."""
     try:
-        return split_overrides(as_plain(run / ".hydra" / "overrides.yaml"))
+        return split_overrides(plain_yaml(run / ".hydra" / "overrides.yaml"))
     except (OSError, ValueError):
         return None
 

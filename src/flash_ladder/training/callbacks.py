@@ -1,11 +1,10 @@
-"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on Ctrl-C, SIGTERM or SIGUSR1."""
+"""What happens around the training loop: the progress bar, checkpoints, and a clean stop on a signal."""
 
 from __future__ import annotations
 
-import os
 import signal
+import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -13,25 +12,35 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
+from flash_ladder import stopping
 from flash_ladder.errors import UserError
 from flash_ladder.training import metrics
+from flash_ladder.training.log import warn
 from flash_ladder.training.speed import Speed
-from flash_ladder.training.strategy import is_first_process
+from flash_ladder.units import duration
+
+BAR_SECONDS = 1.0  # after which a step is shown that is not logged
+LONG_SECONDS = 600.0  # of training on an interpreted kernel, beyond which a warning says so
 
 
 class Bar(Callback):
-    """A progress bar over optimiser steps, with loss and tokens/s as `speed` logs them, and the last validation loss."""
+    """A progress bar over optimiser steps, with loss and tokens/s as `speed` logs them, and the last validation loss.
+
+    Steps that are logged are shown, and between them one a BAR_SECONDS.
+    """
 
     bar: tqdm  # from the start of training on
 
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
+        self.shown = 0.0  # when
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="training", unit="step", dynamic_ncols=True)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.speed.log_every == 0 or trainer.global_step >= trainer.max_steps:
+        logged = trainer.global_step % self.speed.log_every == 0 or trainer.global_step >= trainer.max_steps
+        if logged or time.monotonic() - self.shown >= BAR_SECONDS:
             self._show(trainer)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -48,6 +57,7 @@ class Bar(Callback):
             words.append(f"val {trainer.callback_metrics[metrics.VAL_LOSS]:.3f}")
         if metrics.TOKENS_PER_SECOND in shown:
             words.append(f"{shown[metrics.TOKENS_PER_SECOND]:,.0f} tokens/s")
+        self.shown = time.monotonic()
         self.bar.n = trainer.global_step
         self.bar.set_postfix_str(", ".join(words))
 
@@ -59,6 +69,27 @@ class Bar(Callback):
             self.bar.close()
 
 
+class SaysHowLong(Callback):
+    """Warns once, after the first steps that were timed, where an interpreted `backend` will take longer than LONG_SECONDS."""
+
+    def __init__(self, speed: Speed, backend: str) -> None:
+        self.speed = speed
+        self.backend = backend
+        self.judged = False
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.judged or not self.speed.intervals:
+            return
+        self.judged = True
+        timed, left = self.speed.intervals[0], trainer.max_steps - trainer.global_step
+        seconds = left * timed.seconds / timed.steps
+        if seconds > LONG_SECONDS:
+            warn(
+                f"{self.backend} is interpreted on a CPU: {left} steps more will take about {duration(seconds)}; "
+                f"attention=sdpa trains the same model in a small part of that, and trainer.max_steps=20 is enough to look"
+            )
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and the run stopped between two optimiser steps."""
 
@@ -68,7 +99,7 @@ class Stopped(Exception):
 
 
 class StopOnSignal(Callback):
-    """On the first Ctrl-C, SIGTERM or SIGUSR1, raises Stopped at the end of an optimiser step; the second one acts at once.
+    """On the first signal to stop (stopping.SIGNALS), raises Stopped at the end of an optimiser step; the second one acts at once.
 
     SLURM sends SIGUSR1 some time before a job's time is up.
 
@@ -84,39 +115,35 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step = trainer.global_step
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.before[signum] = signal.signal(signum, self._receive)
+        self.before = stopping.handle(self._receive)
 
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int) -> None:
+        if self.received:
+            stopping.end_at_once(signum)
         self.received = signum
-        self._restore()
-        if is_first_process():
-            os.write(2, b"\nstopping between two steps; once more to stop at once\n")  # print may not be called in a handler
-
-    def _restore(self) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-        self.before = {}
+        stopping.say("stopping between two steps; once more to stop at once")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
+        if self.step < trainer.max_steps and (trainer.world_size == 1 or self.step % self.log_every == 0):
+            self._stop_if_asked(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._stop_if_asked(trainer, module)  # after the last step, its validation and its checkpoints
+        stopping.restore(self.before)
+
+    def _stop_if_asked(self, trainer: Trainer, module: LightningModule) -> None:
         received = self.received
         if trainer.world_size > 1:
-            if self.step % self.log_every:
-                return
             everyone = torch.tensor(received, device=module.device)
             torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MAX)
             received = int(everyone)
-        if received and self.step < trainer.max_steps:
+        if received:
             raise Stopped(received)
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+    # After an exception the last checkpoint is written first, and then Lightning restores all handlers itself.
 
 
 class LastCheckpoint(ModelCheckpoint):

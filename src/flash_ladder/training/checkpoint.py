@@ -7,25 +7,25 @@ over a good one. Here the bytes reach the disk beside their target before they t
 from __future__ import annotations
 
 import os
-import pickle
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from flash_ladder.errors import UserError, one_of
-from flash_ladder.files import sync
-from flash_ladder.schema import DataConfig, ModelConfig
-from flash_ladder.training import metrics
+from flash_ladder.errors import UserError, argument, first_line, one_of
+from flash_ladder.files import plain_yaml, sync
+from flash_ladder.schema import DataConfig, ModelConfig, from_plain
+from flash_ladder.training import archive, metrics
+from flash_ladder.training.log import say
 from flash_ladder.training.record import read_metrics
 
 SAVING = ".saving"  # suffix of a checkpoint that is being written, or that a killed process left
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error)
+
+
+class Damaged(UserError):
+    """A checkpoint that is empty, cut short, changed, or none; another one of the same run may be whole."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -40,15 +40,15 @@ class AtomicCheckpointIO(CheckpointIO):
             for left_over in path.parent.glob(f".*.ckpt{SAVING}"):
                 left_over.unlink()
             try:
-                with saving.open("wb") as file:
-                    torch.save(checkpoint, file)
+                archive.save(checkpoint, saving)
                 sync(saving)
                 os.replace(saving, path)
                 sync(path.parent)
             finally:
                 saving.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # torch.save's RuntimeError hides what the disk said
+            said = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(said, "strerror", None) or first_line(error)
             raise UserError(f"{path} cannot be written ({reason}); a checkpoint that was there before is untouched") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -82,24 +82,36 @@ def rehomed(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Reads a checkpoint as plain data; with `mmap` its tensors stay on the disk until they are used.
 
-    Raises UserError where it is missing, empty, cut short, changed or not a checkpoint.
+    Raises UserError where it is missing, and Damaged where it is empty, cut short, changed or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; take another checkpoint")
+        raise Damaged(f"{path} is empty; take another checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()  # torch.load does not notice flipped bits; the archive's checksums do
-        checkpoint = None if changed else torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read: it was cut short, or is not a checkpoint; take another one") from error
-    if changed:
-        raise UserError(f"{path} is damaged: its bytes changed since it was written (a checksum differs); take another one")
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} is not a checkpoint: it holds no dictionary")
+        fault = archive.fault(path)
+        checkpoint = None if fault else torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except Exception as error:  # a file that is none, or made up, may raise anything in zipfile and in torch's reader
+        raise Damaged(f"{path} cannot be read: it was cut short, or is not a checkpoint; take another one") from error
+    if fault:
+        raise Damaged(f"{path} is damaged: {fault}; take another one")
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        raise Damaged(f"{path} is not a checkpoint: it holds no dictionary, or an empty one; take another one")
     return checkpoint
+
+
+def load_to_go_on(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """`load_run` of last.ckpt, or where that one is damaged, and says so, of best.ckpt. Raises UserError as `load_run` does."""
+    try:
+        return load_run(run, "last")
+    except Damaged as damage:
+        try:
+            found = load_run(run, "best")
+        except UserError:
+            raise damage from None
+        say(f"{str(damage).rpartition(';')[0]}; best.ckpt, of step {found[2]['step']}, takes its place")
+        return found
 
 
 def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -117,8 +129,10 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
         config = checkpoint["hyper_parameters"]["config"]
         weights = {name.removeprefix("net."): w for name, w in checkpoint["state_dict"].items() if name.startswith("net.")}
         step = checkpoint["global_step"]
-        ModelConfig(**config["model"]), DataConfig(**config["data"])
-    except (KeyError, TypeError) as error:
+        config["data"].setdefault("split_seed", None)  # earlier code drew the split by `seed`
+        from_plain(DataConfig, config["data"])
+        from_plain(ModelConfig, config["model"])
+    except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path} was not written by this version of train.py ({error}); take another checkpoint") from None
     _check_same_model(path, config["model"], run / "config.yaml")
     val_loss = recorded(run / "metrics.jsonl", metrics.VAL_LOSS, step)
@@ -133,7 +147,9 @@ def find_checkpoint(run: Path, which: str) -> Path:
     folder = run / "checkpoints"
     if not folder.is_dir():
         runs = sorted([*run.glob("*/checkpoints"), *run.glob("*/*/checkpoints")])
-        hint = f"did you mean run={runs[-1].parent}?" if runs else "name a folder that train.py wrote, such as outputs/DATE/TIME"
+        hint = "name a folder that train.py wrote, such as outputs/DATE/TIME"
+        if runs:
+            hint = f"did you mean {argument('run', runs[-1].parent)}?"
         raise UserError(f"run={run} {'is not a run (it has no checkpoints folder)' if run.is_dir() else 'does not exist'}; {hint}")
     path = folder / f"{which}.ckpt"
     if not path.is_file():
@@ -147,8 +163,11 @@ def _check_same_model(path: Path, model: dict[str, Any], config: Path) -> None:
     """Raises UserError where the checkpoint's model is not the one of the run's config.yaml."""
     if not config.is_file():
         raise UserError(f"{config} is missing: {config.parent} is not a folder that train.py wrote")
-    saved: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
-    for name, value in saved["model"].items():
+    try:
+        saved = plain_yaml(config)["model"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config} is not what train.py wrote ({first_line(error)}); copy it again from its run") from None
+    for name, value in saved:
         if value is not None and model.get(name) != value:  # None: filled in when the run started
             raise UserError(f"{path} is from another model: its {name} is {model.get(name)}, and {value} in {config}")
 

@@ -15,7 +15,7 @@ from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
 from flash_ladder.training import metrics
-from flash_ladder.training.optimizer import build_optimizer, build_schedule
+from flash_ladder.training.optimizer import build_optimizer, build_schedule, set_values, values_of
 from flash_ladder.training.sharding import end_step_with, is_sharded, shard
 
 
@@ -53,6 +53,10 @@ class GPTModule(L.LightningModule):
         elif not is_sharded(self.net):
             mesh = self.device_mesh["data_parallel"]
             shard(self.net, mesh, whole_in_step=self.whole_in_step, compiled=self.trainer_config.compile)
+
+    def on_train_start(self) -> None:
+        """After Lightning has restored a checkpoint, values of the optimiser included."""
+        set_values(self.trainer.optimizers[0], self.schedule, self.values)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean cross-entropy in nats per token of predicting each token from those before it, float32 scalar."""
@@ -114,8 +118,9 @@ class GPTModule(L.LightningModule):
         # Fused AdamW undoes fp16's loss scaling by itself, which is too late for clipping the gradients.
         scaled = self.trainer.precision == "16-mixed"
         optimizer = build_optimizer(self.net, self.optimizer_config, fused=not scaled)
-        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer_config.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self.schedule = build_schedule(optimizer, self.optimizer_config, self.trainer_config.max_steps)
+        self.values = values_of(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
 
 
 def mean_over_devices(loss: Tensor) -> Tensor:

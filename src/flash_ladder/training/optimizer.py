@@ -23,6 +23,22 @@ def build_schedule(optimizer: torch.optim.Optimizer, cfg: OptimizerConfig, max_s
     return LambdaLR(optimizer, lambda step: lr_factor(step, cfg.warmup_steps, max_steps, cfg.min_lr_ratio))
 
 
+def values_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What every parameter group is set to (lr, weight_decay, betas, ...), without its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def set_values(optimizer: torch.optim.Optimizer, schedule: LambdaLR, values: list[dict[str, Any]]) -> None:
+    """Sets every group to `values` (values_of) once a checkpoint is restored, and its learning rate to that of the present step.
+
+    A checkpoint holds the values as well as the state. The run's configuration decides over them, also for the first step.
+    """
+    for group, value, factor in zip(optimizer.param_groups, values, schedule.lr_lambdas, strict=True):
+        group.update(value)
+        group["lr"] = value["initial_lr"] * factor(schedule.last_epoch)
+    schedule.base_lrs = [value["initial_lr"] for value in values]
+
+
 def weight_decay_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices and embedding tables decay; norms and biases, which are vectors, do not."""
     matrices = [p for p in net.parameters() if p.dim() >= 2]

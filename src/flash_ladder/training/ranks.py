@@ -27,9 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flash_ladder import stopping
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.machine.decide import Place
-from flash_ladder.processes import PARENT, Processes
+from flash_ladder.processes import PARENT, Processes, end_with_parent
 from flash_ladder.schema import Config
 from flash_ladder.training.result import OutOfMemory
 
@@ -78,6 +79,7 @@ class Ranks:
         if self.processes is not None:
             self.watch = Watch(self.processes, self.others, self.timeout)
             self.watch.start()
+            end_with_parent(False)
 
     def join(self, cfg: Config, on_lost: Callable[[UserError], None]) -> None:
         """Waits for all processes and makes the process group.
@@ -96,6 +98,7 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # what a process sends to the others goes through its current GPU
         start = f"flash_ladder/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._wait_for_all(dist.PrefixStore(f"{start}/here", self.store), here)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"{start}/group", self.store),
@@ -106,6 +109,18 @@ class Ranks:
         )
         # The watch has a connection of its own: a wait on the group's would make it wait too.
         self.watch.meet(dist.PrefixStore(f"{start}/watch", connect(here, self.timeout, is_master=False)), json.dumps(asdict(cfg)))
+
+    def _wait_for_all(self, store: dist.Store, here: Processes) -> None:
+        """Returns once all processes have come this far. Unlike torch's own wait, this ends on a signal and on a lost process."""
+        assert self.watch is not None
+        store.set(str(here.rank), "1")
+        end = time.monotonic() + self.timeout
+        while not store.check([str(rank) for rank in range(here.n)]):
+            if self.watch.known.wait(0.05):
+                raise RuntimeError("the connection to another process is lost")  # `failed` says to which
+            if time.monotonic() > end:
+                late = next(rank for rank in range(here.n) if not store.check([str(rank)]))
+                raise RankLost(f"rank {late} has not started within {self.timeout:.0f} s (trainer.timeout_seconds)")
 
     def failed(self, error: BaseException) -> BaseException:
         """What to raise instead of `error`, which ends the run: one that names another process where that is the reason.
@@ -318,6 +333,8 @@ def how_it_ended(code: int) -> str:
     """The words for a process that ended with `code`, as subprocess counts: −9 is signal 9."""
     if code < 0:
         return f"has died ({signal.Signals(-code).name})"
+    if code - 128 in stopping.SIGNALS:
+        return f"was stopped by {signal.Signals(code - 128).name}"
     return f"has ended with exit code {code}; its own message is above"
 
 

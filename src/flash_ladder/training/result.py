@@ -13,6 +13,7 @@ from flash_ladder.files import write_json
 from flash_ladder.machine.decide import Place
 from flash_ladder.names import FAILED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
 from flash_ladder.schema import Config
+from flash_ladder.stopping import Ended
 from flash_ladder.training.module import NotFinite
 
 
@@ -35,7 +36,9 @@ class Result:
 
     def ended_by(self, error: BaseException) -> None:
         """Takes status and error from what ended the run."""
-        self.status = {OutOfMemory: OUT_OF_MEMORY, NotFinite: NOT_FINITE, KeyboardInterrupt: STOPPED}.get(type(error), FAILED)
+        self.status = {OutOfMemory: OUT_OF_MEMORY, NotFinite: NOT_FINITE, KeyboardInterrupt: STOPPED, Ended: STOPPED}.get(
+            type(error), FAILED
+        )
         self.error = first_line(error)
 
     def write(self, run_dir: Path) -> None:

@@ -1,15 +1,18 @@
 """wandb's copy of a run: charts over the optimiser step, the best loss in the summary, what attention saves in a table and bars.
 
 metrics.jsonl is the record, and wandb must not stop or delay a run. A server that is down costs a bounded wait at the start
-(INIT_TIMEOUT) and at the end (FINISH_TIMEOUT); whatever else fails in wandb costs one warning. Only a value that wandb refuses,
-in logger.* or in a WANDB_* variable, is the user's to put right.
+(INIT_TIMEOUT) and at the end (FINISH_TIMEOUT), and a service (the process wandb-core) that hangs is killed (CALL_TIMEOUT). Whatever
+fails in wandb costs one warning, a WANDB_* variable that it refuses included. Only a value of logger.* is refused before the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from packaging.version import Version
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.files import read_json, write_json
 from flash_ladder.measure.probe import Probe
+from flash_ladder.processes import children
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training import metrics as names
 from flash_ladder.training.log import warn
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
 FINISH_TIMEOUT = 30  # seconds that it may take at the end to send what is left
+CALL_TIMEOUT = 20  # seconds beyond these, and in any other call, after which wandb's service is taken for hung
+SERVICE = "wandb-core"  # the name of its process
 PROJECT = "flash-ladder"  # where neither logger.project nor wandb's own settings name one
 STEP = "trainer/global_step"  # Lightning's name for the optimiser steps taken: the x axis of every chart
 SETTINGS = {  # a key of LoggerConfig and what wandb.Settings calls it
@@ -53,7 +59,7 @@ def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> Wand
 
     A value of `cfg` comes before wandb's environment variables and settings files, and those before the recipe's own defaults. A
     resumed run goes on under the same wandb id, unless WANDB_RUN_ID names another. Where the server cannot be reached, the run is
-    kept offline for `wandb sync`, and one warning says so. Raises UserError for a value that wandb refuses.
+    kept offline for `wandb sync`, and one warning says so.
     """
     about = {key: getattr(cfg, key) for key in SETTINGS} | {"config": config}
     run_id = None if "WANDB_RUN_ID" in os.environ else recorded_run(run_dir).get("id")
@@ -66,9 +72,16 @@ def open_wandb(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any]) -> Wand
 def continue_wandb(folder: Path, about: dict[str, Any], mode: str | None) -> WandbCopy | None:
     """Goes on with a run that ended, in `folder`/wandb; None as in open_wandb. `about`: the run, as `recorded_run` gives it.
 
-    mode: offline, online or disabled; None: what WANDB_MODE says, or else the mode of the run.
+    mode: offline, online or disabled; None: what the environment says, or else the mode of the run.
     """
-    return _start(folder, about, mode or os.environ.get("WANDB_MODE") or about.get("mode"), about["id"])
+    return _start(folder, about, asked_mode(mode) or about.get("mode"), about["id"])
+
+
+def asked_mode(mode: str | None) -> str | None:
+    """The mode that logger.mode or the environment asks for; None where neither does."""
+    if mode is None and os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"  # other libraries' variable, which wandb itself does not read
+    return mode or os.environ.get("WANDB_MODE")
 
 
 def recorded_run(run_dir: Path) -> dict[str, Any]:
@@ -81,19 +94,27 @@ def recorded_run(run_dir: Path) -> dict[str, Any]:
 
 
 def check_wandb(cfg: LoggerConfig) -> None:
-    """Raises UserError for a value, of `cfg` or of a WANDB_* variable, that wandb refuses; silent about all that may fail later."""
-    if (cfg.mode or os.environ.get("WANDB_MODE")) == "disabled":
+    """Raises UserError for a value of `cfg` that wandb refuses; silent about all that may fail later."""
+    if asked_mode(cfg.mode) == "disabled":
         return
     try:
-        _settings(vars(cfg))
-    except UserError:
-        raise
+        from wandb import Settings
+        from wandb.errors import UsageError
     except Exception:
         return  # open_wandb warns of it
+    try:
+        Settings(**_chosen(vars(cfg)))
+    except (ValueError, UsageError) as error:
+        raise UserError(f"wandb refuses a value of logger: {_refused(error)}") from None
+
+
+def _chosen(about: dict[str, Any]) -> dict[str, Any]:
+    """The keys of LoggerConfig that are set, as wandb.Settings calls them."""
+    return {SETTINGS[key]: about[key] for key in SETTINGS if about.get(key) is not None}
 
 
 def _settings(about: dict[str, Any]) -> tuple[wandb.Settings, wandb.Settings]:
-    """The settings of a run, and wandb's own, of WANDB_* variables and settings files. Raises UserError where wandb refuses one."""
+    """The settings of a run, and wandb's own, of WANDB_* variables and settings files."""
     import wandb
 
     bounded: dict[str, Any] = {
@@ -106,29 +127,28 @@ def _settings(about: dict[str, Any]) -> tuple[wandb.Settings, wandb.Settings]:
     if Version(wandb.__version__) < PATIENT:
         wait = INIT_TIMEOUT / 5
         bounded |= {"x_graphql_timeout_seconds": wait, "x_graphql_retry_max": 1, "x_graphql_retry_wait_max_seconds": wait}
-    chosen = {SETTINGS[key]: about[key] for key in SETTINGS if about.get(key) is not None}
-    try:
-        own = wandb.setup(wandb.Settings(**bounded)).settings
-        if own.sweep_id is not None:
-            bounded["stop_fn"] = _leave_to_agent
-        elif own.project is None:
-            chosen.setdefault("project", PROJECT)
-        return wandb.Settings(**bounded, **chosen), own
-    except (ValueError, wandb.errors.UsageError) as error:
-        raise UserError(f"wandb refuses a value: {_refused(error)}; mend logger.* or the WANDB_* variable") from None
+    chosen = _chosen(about)
+    own = wandb.setup(wandb.Settings(**bounded)).settings
+    if own.sweep_id is not None:
+        bounded["stop_fn"] = _leave_to_agent
+    elif own.project is None:
+        chosen.setdefault("project", PROJECT)
+    return wandb.Settings(**bounded, **chosen), own
 
 
 def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str | None) -> WandbCopy | None:
-    if (mode or os.environ.get("WANDB_MODE")) == "disabled":
+    mode = asked_mode(mode)
+    if mode == "disabled":
         return None  # before the import, which takes a second
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME", "")
+    if not os.access(home, os.W_OK):  # where the service cannot keep its own log, it writes it on the screen
+        os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
     try:
         import wandb
 
         settings, own = _settings(about)
-    except UserError:
-        raise
-    except Exception as error:  # such as a broken installation, or a home folder that does not exist
-        warn(f"wandb could not start ({first_line(error)}); going on without it")
+    except Exception as error:  # such as a broken installation, or a WANDB_* variable that it refuses
+        warn(f"wandb could not start ({_refused(error)}); going on without it")
         return None
 
     if mode is None:
@@ -141,8 +161,11 @@ def _start(run_dir: Path, about: dict[str, Any], mode: str | None, run_id: str |
     attempts: Any = ("offline",) if mode == "offline" else (mode, "offline")
     for attempt in attempts:
         try:
-            run = wandb.init(mode=attempt, dir=run_dir, config=about.get("config"), id=run_id, resume="allow", settings=settings)
-            copy = WandbCopy(run, run_dir, mode)
+            with bounded(INIT_TIMEOUT * 2 + CALL_TIMEOUT):  # its login and its first request
+                run = wandb.init(
+                    mode=attempt, dir=run_dir, config=about.get("config"), id=run_id, resume="allow", settings=settings
+                )
+                copy = WandbCopy(run, run_dir, mode)
         except Exception as error:  # whatever it is, the run goes on
             failures.append(first_line(error))
             continue
@@ -171,6 +194,23 @@ def _sync(run_dir: Path) -> str:
     return f"{'WANDB_RESUME=allow ' * several}wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
 
 
+@contextlib.contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Kills wandb's service where what is inside takes longer. A call that waits for the service then fails instead of hanging."""
+    timer = threading.Timer(seconds, _kill_service)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _kill_service() -> None:
+    for pid in children(SERVICE):
+        os.kill(pid, signal.SIGKILL)
+
+
 # ---- logging ----
 
 
@@ -182,7 +222,7 @@ class WandbCopy(WandbLogger):
         self.run = run
         self.run_dir = run_dir
         self.mode = mode  # as asked for: "online" also where the server could not be reached
-        self.failed = False
+        self.failed = self.told = False
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP, step_sync=True)
         # A run that goes on offline would begin with an empty summary.
@@ -218,14 +258,17 @@ class WandbCopy(WandbLogger):
         else:  # a row before the latest one would be dropped: what a resumed run repeats joins the latest
             self.run.log({**values, STEP: step}, step=max(step, self.run.step))
 
-    def _unless_failed(self, action: Callable[[], None]) -> None:
+    def _unless_failed(self, action: Callable[[], None], more_seconds: float = 0.0) -> None:
         if self.failed:
             return
         try:
-            action()
+            with bounded(CALL_TIMEOUT + more_seconds):
+                action()
         except Exception as error:  # whatever wandb raises must not stop the run
             self.failed = True
-            warn(f"wandb stopped working ({first_line(error)}); metrics.jsonl goes on")
+            if not self.told:
+                warn(f"wandb stopped working ({first_line(error)}); metrics.jsonl goes on")
+            self.told = True
 
     def log_savings(self, probe: Probe, step: int) -> None:
         """What one attention layer saves beside eager: its figures as a table, memory and time as bars."""
@@ -276,9 +319,21 @@ class WandbCopy(WandbLogger):
         return f"wandb leet {shlex.quote(str(run_dir / 'wandb'))} shows it here; {upload}"
 
     def close(self, *, failed: bool = False) -> None:
-        """Sends what is left, within FINISH_TIMEOUT seconds."""
+        """Sends what is left, within FINISH_TIMEOUT seconds, and ends wandb's service. At Python's own end wandb would wait for it
+        without a bound.
+        """
+
+        def action() -> None:
+            import wandb
+
+            try:
+                self.run.finish(exit_code=int(failed))
+            finally:
+                with contextlib.suppress(SystemExit):  # the service's own exit code
+                    wandb.teardown()
+
         self.failed = False  # it may still have rows from before
-        self._unless_failed(lambda: self.run.finish(exit_code=int(failed)))
+        self._unless_failed(action, FINISH_TIMEOUT)
 
 
 def savings(probe: Probe) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """From tokens to batches: windows, their order, its resumption under Lightning, the ranks' shares, and streams."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import lightning
 import numpy as np
 import pytest
@@ -63,8 +65,8 @@ def test_document_ids(tmp_path):
 
 def test_shorter_than_a_window(tmp_path):
     files = write_txt(tmp_path / "text", ["a" * 100, "b" * 100])
-    refused(config(tmp_path, files, seq_len=101), "training tokens, shorter than one window of 102")
-    text_data(config(tmp_path, files, seq_len=100))  # 100 bytes and <|endoftext|>: one window exactly
+    refused(config(tmp_path, files, seq_len=101, val_fraction=0.5), "training tokens, shorter than one window of 102")
+    text_data(config(tmp_path, files, seq_len=100, val_fraction=0.5))  # 100 bytes and <|endoftext|>: one window exactly
     refused(config(tmp_path, files[0], seq_len=50), "validation part is 21 tokens, shorter than one window of 51")
     refused(config(tmp_path, write_txt(tmp_path / "tiny", ["a"])), "shorter than one window")
 
@@ -73,7 +75,7 @@ def test_shorter_than_a_window(tmp_path):
 
 
 def order_of(n_batches: int, n_windows: int = 11, batch_size: int = 2, **place) -> list[list[int]]:
-    order = TrainingOrder(n_windows, batch_size, **{"seed": 0, "rank": 0, "world_size": 1, "first_batch": 0, **place})
+    order = TrainingOrder(n_windows, batch_size, **{"seed": 0, "rank": 0, "world_size": 1, "first": 0, **place})
     return [batch for batch, _ in zip(order, range(n_batches), strict=False)]
 
 
@@ -91,8 +93,8 @@ def test_ranks_share_the_sequence_out():
     assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone
 
 
-def test_order_from_a_later_batch_on():
-    assert order_of(5, first_batch=9, rank=1, world_size=2) == order_of(14, rank=1, world_size=2)[9:]
+def test_order_from_a_later_window_on():
+    assert order_of(5, first=9 * 2 * 2, rank=1, world_size=2) == order_of(14, rank=1, world_size=2)[9:]
 
 
 def test_batches_do_not_depend_on_workers(twenty):
@@ -115,6 +117,21 @@ def test_loaders_leave_the_global_random_state_alone(twenty):
 def as_rank(data: TextData, rank: int, world_size: int, global_step: int = 0) -> TextData:
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, global_step=global_step)
     return data
+
+
+def test_other_batches_on_other_devices_go_on_where_the_first_ones_stopped(twenty):
+    """Three steps of two batches of four on one device, then batches of three on two: no window twice, none left out."""
+    alone = as_rank(text_data(twenty, accumulate=2), 0, 1, global_step=0)
+    in_order = first_batches(alone.train_dataloader(), 12).flatten(0, 1)
+    as_rank(alone, 0, 1, global_step=3)
+    later = []
+    for rank in range(2):
+        data = as_rank(text_data(replace(twenty, batch_size=3)), rank, 2, global_step=3)
+        data.load_state_dict(alone.state_dict())
+        later.append(first_batches(data.train_dataloader(), 3))
+        as_rank(data, rank, 2, global_step=5)
+        assert data.state_dict() == {"step": 5, "tokens": (3 * 2 * 4 + 2 * 2 * 3) * 16}
+    assert torch.equal(torch.stack(later, dim=1).flatten(0, 2), in_order[24:42])
 
 
 @pytest.mark.parametrize("world_size, val_batches", [(1, 3), (2, 4), (3, 4), (3, 1), (2, 10**6)])
@@ -207,6 +224,17 @@ def test_stream_holds_out_its_first_documents(stream):
     train = words_of(data.tokenizer.decode(tokens.tolist()).rsplit(maxsplit=1)[0])
     assert "d9" in train
     assert not val & train
+
+
+def test_a_stream_that_changed_is_validated_on_its_new_text(stream):
+    before = text_data(stream)
+    path = Path(stream.hub_name) / "train.parquet"
+    texts = [text and text.replace("d", "e") for text in datasets.Dataset.from_parquet(str(path))["text"]]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(path))
+    after = text_data(stream)
+    words = [words_of(d.tokenizer.decode(d.val_windows(None)["tokens"][:, :-1].flatten().tolist())) for d in (before, after)]
+    assert words == [{"d0", "d1", "d2", "d3"}, {"e0", "e1", "e2", "e3"}]
+    assert after.stats.corpus != before.stats.corpus
 
 
 def test_stream_passes_differ_and_come_from_the_seed(stream):

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -36,13 +37,51 @@ def test_split_by_document(twenty):
     assert not train & val
     assert opened.stats.split == "by document"
     assert text_of(open_corpus(twenty, seed=0).val, opened.tokenizer) == text_of(opened.val, opened.tokenizer)
-    assert words_of(text_of(open_corpus(twenty, seed=1).val, opened.tokenizer)) != val
+    assert words_of(text_of(open_corpus(twenty, seed=1).val, opened.tokenizer)) == val  # whatever the run's seed
+    assert words_of(text_of(open_corpus(replace(twenty, split_seed=1), seed=0).val, opened.tokenizer)) != val
 
 
-def test_two_documents_are_one_to_train_on_and_one_to_validate(tmp_path):
-    opened = open_corpus(config(tmp_path, write_txt(tmp_path / "text", documents(2)), val_fraction=0.01), seed=0)
+def test_without_a_split_seed_the_runs_seed_draws_a_share_of_the_documents(tmp_path):
+    """As in runs from before data.split_seed, which go on with the split that they have."""
+    texts = [*documents(9), "long " * 5000]
+    cfg = config(tmp_path, write_txt(tmp_path / "text", texts), split_seed=None, val_fraction=0.1)
+    held_out = {}
+    for seed in range(9):
+        opened = open_corpus(cfg, seed)
+        [held_out[seed]] = words_of(text_of(opened.val, opened.tokenizer)) - {""}
+    assert len({*held_out.values()}) > 2
+    order = np.random.default_rng(3).permutation(10)
+    assert held_out[3] == f"d{np.flatnonzero(order == 9)[0]}"
+
+
+def test_one_of_two_documents_is_held_out_where_it_is_the_share(tmp_path):
+    files = write_txt(tmp_path / "text", documents(2))
+    opened = open_corpus(config(tmp_path, files, val_fraction=0.5), seed=0)
     parts = [words_of(text_of(part, opened.tokenizer)) for part in (opened.train, opened.val)]
     assert sorted(parts, key=min) == [{"d0"}, {"d1"}]
+    assert "by position" in open_corpus(config(tmp_path, files, val_fraction=0.01), seed=0).stats.split
+
+
+@pytest.mark.parametrize("split_seed", range(4))
+@pytest.mark.parametrize(
+    "sizes", [[500_000, 8_000], [100_000, 100_000, 10], [50_000, *[400] * 50], [*range(10, 3000, 30)], [7000] * 30]
+)
+def test_the_share_that_is_held_out_is_of_the_text(tmp_path, sizes, split_seed):
+    texts = [chr(97 + i % 26) * size for i, size in enumerate(sizes)]
+    cfg = config(tmp_path, write_txt(tmp_path / "text", texts), split_seed=split_seed, val_fraction=0.05)
+    stats = open_corpus(cfg, seed=0).stats
+    assert 0.02 * sum(sizes) < stats.n_val_tokens < 0.085 * sum(sizes)
+    assert stats.n_train_tokens + stats.n_val_tokens == sum(sizes) + len(sizes) + stats.split.startswith("by position")
+
+
+def test_rows_of_a_hub_data_set_are_cut_by_position_too(tmp_path):
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    texts = ["a" * 5000, "b" * 5000, "c" * 10]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(folder / "train.parquet"))
+    opened = open_corpus(config(tmp_path, None, hub_name=str(folder), val_fraction=0.05), seed=0)
+    train, val = (text_of(part, opened.tokenizer).split(END)[:-1] for part in (opened.train, opened.val))
+    assert (train[0], train[1] + val[0], val[1], opened.stats.n_documents) == (*texts, 3)
 
 
 @pytest.mark.parametrize("length", [1000, 5 * ROW_CHARS])
@@ -60,7 +99,8 @@ def test_one_document_is_split_by_position(tmp_path, length):
 def test_bpe_is_trained_on_the_training_part_only(tmp_path):
     files = write_txt(tmp_path / "text", [f"{'unseen' if i == 3 else 'common'} " * 50 for i in range(4)])
     for seed in range(99):
-        opened = open_corpus(config(tmp_path, files, tokenizer="bpe", vocab_size=270), seed=seed)
+        cfg = config(tmp_path, files, tokenizer="bpe", vocab_size=270, split_seed=seed, val_fraction=0.25)
+        opened = open_corpus(cfg, seed=0)
         if "unseen" in text_of(opened.val, opened.tokenizer):
             break
     assert len(opened.tokenizer.encode(" common")) == 1
@@ -149,7 +189,7 @@ def test_same_content_elsewhere_is_the_same_corpus(tmp_path, twenty, monkeypatch
     assert open_corpus(twenty, seed=0).stats == stats
 
 
-@pytest.mark.parametrize("change", ["content", "order", "tokenizer", "vocab_size", "val_fraction", "seed"])
+@pytest.mark.parametrize("change", ["content", "order", "tokenizer", "vocab_size", "val_fraction", "split_seed"])
 def test_what_decides_the_tokens_names_the_cache_entry(tmp_path, twenty, change):
     twenty.tokenizer, twenty.vocab_size = "bpe", 260
     open_corpus(twenty, seed=0)
@@ -158,9 +198,9 @@ def test_what_decides_the_tokens_names_the_cache_entry(tmp_path, twenty, change)
         path.write_text(path.read_text().replace("w1", "w2"))  # as long as before
     elif change == "order":
         twenty.files = twenty.files[::-1]
-    elif change != "seed":
-        setattr(twenty, change, {"tokenizer": "bytes", "vocab_size": 261, "val_fraction": 0.3}[change])
-    open_corpus(twenty, seed=int(change == "seed"))
+    else:
+        setattr(twenty, change, {"tokenizer": "bytes", "vocab_size": 261, "val_fraction": 0.3, "split_seed": 1}[change])
+    open_corpus(twenty, seed=1)
     assert len([path for path in Path(twenty.cache_dir).iterdir() if path.is_dir()]) == 2
 
 
@@ -223,6 +263,21 @@ def test_damaged_cache(twenty):
     tokens.write_bytes(tokens.read_bytes()[:200])
     with pytest.raises(UserError, match=r"is damaged .* delete that folder"):
         open_corpus(twenty, seed=0)
+
+
+@pytest.mark.parametrize("name", ["tokens.arrow", "tokenizer.json", "corpus.json"])
+def test_no_flipped_bit_of_the_cache_gets_through(twenty, name):
+    before = open_corpus(twenty, seed=0)
+    [path] = Path(twenty.cache_dir).glob(f"*/{name}")
+    whole = path.read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
+        try:
+            opened = open_corpus(twenty, seed=0)
+        except UserError as error:
+            assert "is damaged (" in str(error) and "delete that folder" in str(error)
+        else:  # white space between JSON's values
+            assert name == "corpus.json" and opened.stats == before.stats and len(opened.train) == len(before.train)
 
 
 def test_cache_that_cannot_be_written(tmp_path, twenty):

@@ -17,7 +17,7 @@ from tests.helpers.corpora import END, config, documents, hub_folder, refused, t
 def test_text_is_read_exactly(tmp_path):
     texts = ["a\r\nb\rc\n", "\ufeffBOM, 東京 👩‍🚀 \u2028", "no newline at the end", "x" * (3 * ROW_CHARS + 7), f"spelled {END} out"]
     texts += ["".join(f"line {i}\r\n" for i in range(3 * ROW_CHARS // 10))]
-    opened = open_corpus(config(tmp_path, write_txt(tmp_path / "text", texts)), seed=0)
+    opened = open_corpus(config(tmp_path, write_txt(tmp_path / "text", texts), val_fraction=0.5), seed=0)
     everything = text_of(opened.train, opened.tokenizer) + text_of(opened.val, opened.tokenizer)
     assert len(everything) == sum(map(len, texts)) + len(texts) * len(END)
     assert all(text + END in everything for text in texts)

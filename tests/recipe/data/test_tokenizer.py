@@ -1,9 +1,12 @@
 """The tokenizer: exact round trips, one special token, saving and loading."""
 
 import pickle
+import random
+import time
 
 import pytest
 
+from flash_ladder.data import tokenizer as tokenizers
 from flash_ladder.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from flash_ladder.errors import UserError
 
@@ -83,3 +86,16 @@ def test_foreign_tokenizer(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"no .* token, so it was not written by Flash Ladder"):
         Tokenizer.load(tmp_path)
+
+
+def test_words_without_end_are_cut_for_the_trainer():
+    """Their time grows with the length of the different words: 17 s for this one as a whole, in four rows."""
+    letters = random.Random(0).choices("ACGT", k=1 << 20)
+    rows = ["".join(letters[start : start + (1 << 18)]) for start in range(0, 1 << 20, 1 << 18)]
+    start = time.process_time()
+    trained = train_bpe(rows, 512)
+    assert time.process_time() - start < 5
+    assert len(trained.encode(rows[0])) < len(rows[0]) / 3 and trained.decode(trained.encode(rows[0])) == rows[0]
+    words = [" ".join(f"word{i % 97}" for i in range(2000))]
+    assert tokenizers._cut_long_words(words[0]) == words
+    assert "".join(tokenizers._cut_long_words(rows[0])) == rows[0]

@@ -9,6 +9,7 @@ import flash_ladder.kernels.sdpa
 from flash_ladder.errors import UserError
 from flash_ladder.export.evaluate import evaluate_export
 from flash_ladder.export.export import export_run
+from flash_ladder.files import write_json
 from flash_ladder.script_schema import EvaluateConfig, ExportConfig
 from tests.helpers.made_up import made_up_run, unscaled
 
@@ -33,10 +34,15 @@ def test_an_export_evaluates_as_it_did(exported, options):
     assert evaluated(exported, **options) == 0
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("against", [None, "eager"])
-def test_in_any_precision_too(exported, precision, against):
+def test_in_any_precision_of_a_cpu(exported, precision, against):
     assert evaluated(exported, attention="sdpa", precision=precision, against=against) == 0
+
+
+def test_a_precision_of_gpus_is_refused_by_name(exported):
+    with pytest.raises(UserError, match="precision=16-mixed needs a GPU; on a CPU 32 and bf16-mixed work"):
+        evaluated(exported, precision="16-mixed")
 
 
 def test_the_folder_is_all_it_needs(tmp_path):
@@ -78,6 +84,30 @@ def test_a_text_of_ones_own(exported, tmp_path, capsys):
     assert "1 window of 4 tokens" in capsys.readouterr().out
 
 
+def loss_on(exported, tmp_path, text: bytes, **options) -> dict:
+    (tmp_path / "my.txt").write_bytes(text)
+    assert evaluated(exported, text=str(tmp_path / "my.txt"), out=str(tmp_path / "result.json"), **options) == 0
+    return json.loads((tmp_path / "result.json").read_text())["evaluation"]
+
+
+def test_a_text_is_evaluated_to_its_end(exported, tmp_path, capsys):
+    text = b"d1w2 d1w3 " * 20
+    window, both = (loss_on(exported, tmp_path, text[:n]) for n in (33, 64))
+    assert "1 window of 32 tokens and one of 31" in capsys.readouterr().out
+    end = loss_on(exported, tmp_path, text[32:64])
+    assert both["n_tokens"] == 63 and both["window_losses"] == pytest.approx([window["loss"], end["loss"]])
+    assert both["loss"] == pytest.approx((32 * window["loss"] + 31 * end["loss"]) / 63)
+    assert loss_on(exported, tmp_path, text[:64], against="eager", batch_size=1)["n_tokens"] == 63
+    assert loss_on(exported, tmp_path, text[:64], windows=1)["n_tokens"] == 32
+    assert loss_on(exported, tmp_path, text[:64], windows=2)["n_tokens"] == 63
+
+
+def test_line_ends_are_evaluated_as_they_are(exported, tmp_path):
+    found = [loss_on(exported, tmp_path, b"one line" + end + b"another one") for end in (b"\n", b"\r\n", b"\r")]
+    assert [evaluation["n_tokens"] for evaluation in found] == [19, 20, 19]
+    assert len({evaluation["loss"] for evaluation in found}) == 3
+
+
 NO_TEXT = [(None, "cannot be read .No such file"), (b"", "0 tokens"), (b"\xff\xfe\x00", "is not text")]
 
 
@@ -96,13 +126,33 @@ def test_an_export_without_its_record_is_refused(exported, tmp_path):
         evaluated(tmp_path / "copy")
 
 
-NOT_FINITE = [{"rounding": None}, {"window_losses": {"sdpa": [None]}}, {"window_losses": {}}, {"backend": "x"}]
+NO_RECORD = [
+    {"rounding": None},
+    {"rounding": -1.0},
+    {"rounding": "0"},
+    {"precision": "foo"},
+    {"precision": []},
+    {"backend": "x"},
+    {"backend": []},
+    {"window_losses": {"sdpa": [None] * 12}},
+    {"window_losses": {"sdpa": ["1.5"] * 12}},
+    {"window_losses": {"sdpa": [1.5] * 11}},
+    {"window_losses": {"sdpa": 1.5}},
+    {"window_losses": {}},
+    {"window_losses": []},
+]
 
 
-@pytest.mark.parametrize("change", NOT_FINITE)
-def test_a_record_that_is_not_finite_is_refused(exported, tmp_path, change):
+@pytest.mark.parametrize("change", NO_RECORD)
+def test_a_record_that_is_none_is_refused(exported, tmp_path, change):
     shutil.copytree(exported, tmp_path / "copy")
     record = json.loads((exported / "parity.json").read_text())
-    (tmp_path / "copy" / "parity.json").write_text(json.dumps(record | change))
+    write_json(tmp_path / "copy" / "parity.json", record | change, sealed=True)
     with pytest.raises(UserError, match="holds no finite losses"):
         evaluated(tmp_path / "copy")
+    (tmp_path / "copy" / "parity.json").write_text(json.dumps(record | {"loss": 1}))
+    with pytest.raises(UserError, match="was changed since export"):
+        evaluated(tmp_path / "copy")
+    del record["digest"]  # of earlier code
+    (tmp_path / "copy" / "parity.json").write_text(json.dumps(record))
+    assert evaluated(tmp_path / "copy") == 0

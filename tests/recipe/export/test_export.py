@@ -13,7 +13,7 @@ import flash_ladder.kernels.eager
 import flash_ladder.kernels.sdpa
 from flash_ladder.errors import UserError
 from flash_ladder.export.export import export_run
-from flash_ladder.files import checksum
+from flash_ladder.files import checksum, write_json
 from flash_ladder.script_schema import ExportConfig
 from tests.helpers.made_up import STEP, made_up_run, unscaled
 
@@ -81,7 +81,7 @@ def test_what_is_evaluated_was_read_from_the_disk(run, tmp_path, monkeypatch):
         safetensors.torch.save_file({name: w * 1.5 for name, w in weights.items()}, folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text())
         config["sha256"]["model.safetensors"] = checksum(folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config))
+        write_json(folder / "config.json", config, sealed=True)
 
     write = flash_ladder.export.export.write_export
     monkeypatch.setattr(flash_ladder.export.export, "write_export", damage)

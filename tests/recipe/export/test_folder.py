@@ -2,13 +2,15 @@
 
 import errno
 import json
+import math
 import os
 
 import pytest
 import safetensors.torch
 import torch
 
-from flash_ladder.data.tokenizer import byte_tokenizer
+from flash_ladder import files
+from flash_ladder.data.tokenizer import byte_tokenizer, train_bpe
 from flash_ladder.errors import UserError
 from flash_ladder.export.folder import FILES, load_export, load_windows, read_config, write_export
 from flash_ladder.files import replace_folder, write_json
@@ -147,21 +149,119 @@ def test_changed_or_missing_windows_are_named(exported):
     refused("validation.safetensors is missing", load_windows, exported, config)
 
 
+MODEL = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 32, "vocab_size": VOCAB}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format_version": 2}, "has format version 2, and this version of Flash Ladder reads 1"),
         ({"format": "other"}, "was not written by scripts/export.py"),
         ({"sha256": None}, "has no sha256"),
+        ({"wandb": "x"}, "wandb is not a run that wandb knows"),
+        ({"wandb": {"id": 5}}, "wandb is not a run that wandb knows"),
         ({"model": {"d_model": 32, "colour": "red"}}, "describes no model of this version .*colour"),
         ({"model": {"d_model": 32, "n_head": 3, "vocab_size": VOCAB}}, "d_model=32 is not divisible by model.n_head=3"),
-        ({"model": {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "d_model": 64, "vocab_size": VOCAB}}, "holds another model: .* is "),
+        ({"model": {**MODEL, "vocab_size": None}}, "describes no model of this version .vocab_size is None"),
+        ({"model": {**MODEL, "vocab_size": "320"}}, "describes no model of this version .vocab_size is '320'"),
+        ({"model": {**MODEL, "bias": 1}}, "describes no model of this version .bias is 1"),
+        ({"model": {**MODEL, "n_head": True}}, "describes no model of this version .n_head is True"),
+        ({"model": {**MODEL, "norm_eps": math.inf}}, "describes no model of this version .norm_eps is inf"),
+        ({"model": {**MODEL, "rope_theta": [1]}}, "describes no model of this version .rope_theta is .1"),
+        ({"model": {**MODEL, "norm": None}}, "describes no model of this version .norm is None"),
+        ({"model": {**MODEL, "n_layer": 10**6}}, "describes no model of this version .it is larger than the [0-9,]* numbers"),
+        ({"model": {**MODEL, "d_model": 10**9}}, "describes no model of this version .it is larger than"),
+        ({"model": {**MODEL, "vocab_size": 10**15}}, "describes no model of this version .it is larger than"),
+        ({"model": {**MODEL, "d_ff": 10**30}}, "describes no model of this version .it is larger than"),
+        (
+            {"model": {**MODEL, "position": "learned", "max_seq_len": 10**12}},
+            "describes no model of this version .it is larger than",
+        ),
+        ({"model": {**MODEL, "n_layer": 1}}, "holds another model: .* is "),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(exported, change, message):
-    config = json.loads((exported / "config.json").read_text())
-    (exported / "config.json").write_text(json.dumps(config | change))
+    """With a digest that fits: it may come from anybody."""
+    config = json.loads((exported / "config.json").read_text()) | change
+    config["digest"] = files._content_digest(config)
+    (exported / "config.json").write_text(json.dumps(config))
     refused(message, load_export, exported)
+
+
+def test_a_changed_config_is_named_and_one_of_earlier_code_has_no_digest(exported):
+    text = (exported / "config.json").read_text()
+    (exported / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 90000.0'))
+    refused("config.json was changed since export", load_export, exported)
+    config = json.loads(text)
+    del config["digest"]
+    (exported / "config.json").write_text(json.dumps(config))
+    load_export(exported)
+
+
+def reseal(exported, name: str) -> None:
+    """Makes config.json's checksum of a file that was replaced fit it."""
+    config = json.loads((exported / "config.json").read_text())
+    config["sha256"][name] = files.checksum(exported / name)
+    write_json(exported / "config.json", config, sealed=True)
+
+
+def test_weights_that_are_no_finite_numbers_are_refused(exported):
+    path = exported / "model.safetensors"
+    good = safetensors.torch.load_file(path)
+    for value in (
+        torch.full_like(good["norm.weight"], math.nan),
+        torch.full_like(good["norm.weight"], math.inf),
+        torch.ones(32).int(),
+    ):
+        safetensors.torch.save_file(good | {"norm.weight": value}, path)
+        reseal(exported, path.name)
+        refused("norm.weight is not made of finite numbers", load_export, exported)
+    path.write_bytes(b"\xff" * 16)
+    reseal(exported, path.name)
+    refused("model.safetensors cannot be read", load_export, exported)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(exported):
+    path = exported / "tokenizer.json"
+    good = json.loads(path.read_text())
+    train_bpe(["".join(map(chr, range(300, 900))) * 3], 400).save(exported)
+    reseal(exported, path.name)
+    refused("tokenizer.json is another model's: it has 400 tokens, and the model 320", load_export, exported)
+    holes = good["model"]["vocab"] | {"!": 5000}
+    for change in ({"model": good["model"] | {"vocab": holes}}, {"normalizer": {"type": "Lowercase"}}, {"decoder": None}):
+        path.write_text(json.dumps(good | change))
+        reseal(exported, path.name)
+        refused("is no byte-level tokenizer", load_export, exported)
+    for content in ("[]", "{}", '{"model": 5}', "[" * 9999):
+        path.write_text(content)
+        reseal(exported, path.name)
+        refused("is not a tokenizer", load_export, exported)
+
+
+ROWS = torch.zeros(4, 9, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        {},
+        {"tokens": ROWS, "more": ROWS},
+        {"tokens": ROWS.float()},
+        {"tokens": ROWS[0]},
+        {"tokens": ROWS[:0]},
+        {"tokens": ROWS[:, :1]},
+        {"tokens": ROWS - 1},
+        {"tokens": ROWS + VOCAB},
+        {"tokens": ROWS, "document_ids": ROWS},
+        {"tokens": ROWS, "document_ids": ROWS[:, :8] - 1},
+        {"tokens": ROWS, "document_ids": torch.arange(8, 0, -1, dtype=torch.int32).expand(4, 8)},
+    ],
+)
+def test_windows_that_are_none_are_refused(exported, windows):
+    windows = {name: rows.clone().contiguous() for name, rows in windows.items()}
+    safetensors.torch.save_file(windows, exported / "validation.safetensors")
+    reseal(exported, "validation.safetensors")
+    refused("holds no windows to evaluate on", load_windows, exported, read_config(exported))
 
 
 def test_what_is_no_export_is_refused(exported, tmp_path):

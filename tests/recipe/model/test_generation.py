@@ -196,8 +196,13 @@ def test_a_compiled_model_is_not_compiled_again_for_every_length():
 
 
 def test_the_cache_has_the_dtype_that_attention_runs_in(monkeypatch):
-    dtypes, real = [], flash_ladder.model.generation.KVCache
-    monkeypatch.setattr(flash_ladder.model.generation, "KVCache", lambda *a, **k: dtypes.append(k["dtype"]) or real(*a, **k))
+    dtypes, init = [], flash_ladder.model.generation.KVCache.__init__
+
+    def noted(cache, *arguments, dtype, **more):
+        dtypes.append(dtype)
+        init(cache, *arguments, dtype=dtype, **more)
+
+    monkeypatch.setattr(flash_ladder.model.generation.KVCache, "__init__", noted)
     generate(small(), TOKENIZER, "def ", max_new_tokens=5)
     with torch.autocast("cpu", torch.bfloat16):
         generate(small(), TOKENIZER, "def ", max_new_tokens=5)
@@ -211,3 +216,16 @@ def test_no_gradients_are_kept_and_the_callers_mode_is_left_alone():
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
     assert modes == [True] * 3
+
+
+def test_no_temperature_is_too_small():
+    """The likeliest token is left, and nothing overflows."""
+    coldest = generate(small(), TOKENIZER, "def ", max_new_tokens=8, temperature=0)
+    for temperature in (1e-300, 5e-324, 1e-40):
+        assert generate(small(), TOKENIZER, "def ", max_new_tokens=8, temperature=temperature) == coldest
+
+
+def test_what_the_keys_and_values_would_take_is_said_before_the_prompt(monkeypatch):
+    monkeypatch.setattr("flash_ladder.memory.machine_memory", lambda: 2**34)
+    with pytest.raises(UserError, match=r"max_new_tokens=100000000000000: the keys and values would take .* TiB"):
+        stream(small(), TOKENIZER, "def ", max_new_tokens=10**14)

@@ -59,6 +59,23 @@ def test_a_sweep_goes_on_only_where_one_is_and_is_asked_to(tmp_path):
         again.place(0, ["seed=9"], "0")
 
 
+def test_a_record_of_somebody_else_empties_no_folder_outside(tmp_path):
+    (tmp_path / "mine").mkdir()
+    begin(tmp_path / "sweep", "seed=1").lock.release()
+    record = tmp_path / "sweep" / "points.json"
+    written = record.read_text()
+    for old, new in (('"folder": "0"', '"folder": "../mine"'), ('"status"', '"state"'), ('"points"', '"dots"')):
+        record.write_text(written.replace(old, new))
+        with pytest.raises(UserError, match=r"is no folder of its own inside|was not written by"):
+            Sweep.open(tmp_path / "sweep", [], [], go_on=True)
+
+
+def test_what_a_point_goes_on_with_is_typed_again_where_it_reaches_code(tmp_path):
+    code = ["+callbacks.x._target_=my.Class", "+trainer.lightning.max_epochs=2"]
+    point = Point(0, "0", ["seed=1", "prompt='a b'", "callbacks=early_stopping", *code])
+    assert command_of(point, ["train.py"], tmp_path, goes_on=True)[-3:] == [f"resume={tmp_path}", *code]
+
+
 def test_points_never_share_a_folder(tmp_path):
     sweep = begin(tmp_path, "seed=1")
     assert [sweep.place(n, [f"seed={n}"], "abc").folder for n in (1, 2)] == ["abc", "abc_2"]
@@ -235,8 +252,8 @@ def test_points_share_wandbs_group_and_are_named_by_what_differs(tmp_path, monke
     points = [sweep.place(n, ["attention=eager", f"data.seq_len={length}"], str(n)) for n, length in enumerate((64, 128))]
     name = sweep.names()[1]
     assert "128" in name
-    assert labels(points[1], sweep) == ["logger.group='2026-11-30/04-00-00'", f"logger.name='{name}'"]
+    assert labels(points[1], sweep) == ["logger.group=2026-11-30/04-00-00", f"logger.name={name}"]
     monkeypatch.setenv("WANDB_NAME", "mine")
-    assert labels(points[1], sweep) == ["logger.group='2026-11-30/04-00-00'"]
+    assert labels(points[1], sweep) == ["logger.group=2026-11-30/04-00-00"]
     points[1].overrides.append("logger.group=g")
     assert labels(points[1], sweep) == []

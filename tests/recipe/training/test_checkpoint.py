@@ -1,18 +1,20 @@
 """Checkpoints: whole or not at all, read as plain data, and a clear line for everything else."""
 
 import json
-import resource
-import signal
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import pytest
 import torch
 
 from flash_ladder.errors import UserError
 from flash_ladder.model.weights import load_weights
-from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run, read_checkpoint
+from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run, load_to_go_on, read_checkpoint
+from tests.helpers.disk import disk_with
 from tests.helpers.made_up import STEP, made_up_run, sharp_model
 
 IO = AtomicCheckpointIO()
@@ -53,7 +55,7 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path):
 def test_a_truncated_checkpoint_is_refused(saved, share):
     whole = saved.read_bytes()
     saved.write_bytes(whole[: int(share * len(whole))])
-    refused("last.ckpt cannot be read: it was cut short", read_checkpoint, saved)
+    refused("last.ckpt (cannot be read: it was|is damaged: it was changed or) cut short", read_checkpoint, saved)
 
 
 def test_a_checkpoint_that_is_missing_empty_or_something_else_is_refused(tmp_path, saved):
@@ -66,30 +68,59 @@ def test_a_checkpoint_that_is_missing_empty_or_something_else_is_refused(tmp_pat
     refused("holds no dictionary", read_checkpoint, tmp_path / "list.ckpt")
 
 
-def test_no_flipped_bit_gets_through(saved):
-    whole, good = saved.read_bytes(), read_checkpoint(saved)
+@pytest.mark.parametrize("has_digest", [True, False])  # earlier ones have none
+def test_no_flipped_bit_gets_through(saved, has_digest):
+    good = read_checkpoint(saved)
+    if not has_digest:
+        torch.save(good, saved)
+    whole = saved.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    flips = [(i, 4) for i in range(0, directory, 61)] + [(i, bit) for i in range(directory, len(whole), 3) for bit in (i % 8, 4)]
     caught = 0
-    for position in range(0, len(whole), 61):
-        saved.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
-        try:
-            read = read_checkpoint(saved)
-        except UserError:
-            caught += 1
-        else:  # padding between the archive's files
-            assert torch.equal(read["weights"], good["weights"]) and read["step"] == 1
-    assert caught > 0.9 * len(whole) / 61
+    for position, bit in flips:
+        saved.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+        for mmap in (False, True):
+            try:
+                read = read_checkpoint(saved, mmap=mmap)
+            except UserError:
+                caught += 1
+            else:  # a byte that nothing reads
+                assert torch.equal(read["weights"], good["weights"]) and read["step"] == 1, (position, bit)
+    assert caught > (1.98 if has_digest else 1.3) * len(flips)
+
+
+def test_what_torch_takes_for_a_folder_is_refused(saved):
+    """The directory of an archive, less its digest: a tensor's entry with a folder's attribute, of which torch reads nothing."""
+    torch.save(read_checkpoint(saved), saved)
+    whole = saved.read_bytes()
+    entry = whole.rindex(b"/data/0") - whole[: whole.rindex(b"/data/0")][::-1].index(b"PK\x01\x02"[::-1]) - 4
+    saved.write_bytes(whole[: entry + 38] + b"\x10" + whole[entry + 39 :])
+    refused("is damaged: its directory has an entry that torch does not write, .*/data/0", read_checkpoint, saved)
+
+
+def test_numbers_of_another_machine_and_nothing_at_all_are_refused(saved):
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(saved.with_name("big.ckpt"), "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, b"big" if entry.filename.endswith("byteorder") else old.read(entry))
+            new.infolist()[-1].external_attr = 0
+    refused("is damaged: its numbers are not little-endian", read_checkpoint, saved.with_name("big.ckpt"))
+    IO.save_checkpoint({}, saved)
+    refused("holds no dictionary, or an empty one", read_checkpoint, saved)
+
+
+def test_others_read_it_too(saved):
+    for mmap in (False, True):
+        assert torch.equal(torch.load(saved, mmap=mmap)["weights"], torch.arange(5000.0))
+    with zipfile.ZipFile(saved) as archive:
+        assert archive.testzip() is None
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(saved):
     before = saved.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # a disk with 100 kB left
-    try:
-        refused("last.ckpt cannot be written .*untouched", IO.save_checkpoint, {"weights": torch.zeros(10**6)}, saved)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with disk_with(bytes_left=100_000):
+        refused(
+            r"last.ckpt cannot be written \(File too large.*untouched", IO.save_checkpoint, {"weights": torch.zeros(10**6)}, saved
+        )
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
 
@@ -184,6 +215,26 @@ def test_what_is_no_run_is_refused(run, tmp_path):
     refused("has no checkpoint best.ckpt; checkpoint=last is there", load_run, tmp_path)
     refused("was not written by this version of train.py .'hyper_parameters'", load_run, tmp_path, "last")
     refused("checkpoint=bset is not a choice.*did you mean best", load_run, run, "bset")
+
+
+def test_a_configuration_that_is_none_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for text in ("a: &a [1]\nmodel: *a\n", "!!python/name:os.system", "[" * 9999, "model: 5", "", "- 1", "\x00", "#" * (1 << 21)):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        refused("config.yaml is not what train.py wrote", load_run, tmp_path / "run")
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_best(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    last, best = (tmp_path / "run" / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
+    assert load_to_go_on(tmp_path / "run")[2]["checkpoint"] == str(last)
+    for damage in (b"", last.read_bytes()[:-1], last.read_bytes()[:900], b"text"):
+        last.write_bytes(damage)
+        capsys.readouterr()
+        assert load_to_go_on(tmp_path / "run")[2]["checkpoint"] == str(best)
+        assert re.match(rf".*last.ckpt .*; best.ckpt, of step {STEP}, takes its place\n$", capsys.readouterr().out)
+    best.write_bytes(b"")
+    refused("last.ckpt cannot be read", load_to_go_on, tmp_path / "run")
 
 
 def test_another_runs_checkpoint_is_refused(run, tmp_path):

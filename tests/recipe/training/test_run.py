@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import torch
 from omegaconf import OmegaConf
 
 from flash_ladder.errors import UserError
+from flash_ladder.export.export import export_run
 from flash_ladder.machine.decide import decide
 from flash_ladder.schema import AttentionConfig
-from flash_ladder.training.report import printable
+from flash_ladder.script_schema import ExportConfig
+from flash_ladder.training.optimizer import lr_factor
+from flash_ladder.training.report import perplexity_in_words, printable
 from flash_ladder.training.run import train
 from tests.helpers.tiny import metrics, overrides, tiny_config, values
 
@@ -52,7 +56,15 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_its_record(whole):
     _, run, _ = whole
-    files = {"config.yaml", "metrics.jsonl", "environment.json", "tokenizer.json", "result.json", "train.log"}
+    files = {
+        "config.yaml",
+        "metrics.jsonl",
+        "environment.json",
+        "tokenizer.json",
+        "result.json",
+        "train.log",
+        "validation.safetensors",
+    }
     assert {p.name for p in run.iterdir()} == {*files, "checkpoints"}
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     environment = json.loads((run / "environment.json").read_text())
@@ -152,6 +164,14 @@ def test_a_step_of_so_many_tokens(tmp_path, whole):
     assert list(values(tmp_path / "run", "train/loss")) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [(1.0, "perplexity 2.72"), (13.5, "perplexity 729416.37"), (300.0, "perplexity 1.94e+130"), (1e4, "perplexity inf")],
+)
+def test_a_loss_that_diverged_is_still_reported(loss, said):
+    assert perplexity_in_words(loss) == said
+
+
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("a\x1b[2J\tb\n\x00é") == "a\ufffd[2J\tb\n\ufffdé"
 
@@ -167,6 +187,24 @@ def test_a_run_that_only_measures_keeps_no_checkpoint(tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoints").exists()
     printed = capsys.readouterr().out
     assert "\nrun          " in printed and "checkpoints/" not in printed and "\nnext" not in printed
+
+
+@pytest.mark.parametrize("document_ids", [False, True])
+def test_a_run_is_exported_without_its_text(tmp_path, capsys, document_ids):
+    cfg = tiny_config(tmp_path)
+    train(replace(cfg, data=replace(cfg.data, document_ids=document_ids)), tmp_path / "run")
+    export = ExportConfig(run=str(tmp_path / "run"), out=str(tmp_path / "before"))
+    assert export_run(export) == 0
+    shutil.rmtree(tmp_path / "text")
+    shutil.rmtree(tmp_path / "cache")
+    capsys.readouterr()
+    assert export_run(replace(export, out=str(tmp_path / "after"))) == 0
+    assert "4 windows of 16 tokens" in (said := capsys.readouterr().out) and "|Δ loss| to training" in said
+    before, after = ((tmp_path / name / "validation.safetensors").read_bytes() for name in ("before", "after"))
+    assert before == after
+    assert export_run(replace(export, windows=2, seq_len=8)) == 0
+    with pytest.raises(UserError, match="no such file"):  # more than the run keeps
+        export_run(replace(export, windows=5))
 
 
 # ---- going on ----
@@ -237,6 +275,23 @@ def resumable(tmp_path, **trainer):
     return replace(cfg, resume=str(tmp_path / "run")), tmp_path / "run"
 
 
+def test_optimizer_values_given_at_resume_are_taken(tmp_path):
+    cfg, run = resumable(tmp_path)
+    cfg = replace(cfg, optimizer=replace(cfg.optimizer, lr=1e-5, weight_decay=0.3, beta1=0.5, beta2=0.6))
+    train(cfg, run)
+    assert values(run, "train/lr") == {1: 1e-2, 2: 1e-2, 3: 1e-2, 4: 1e-5, 5: 1e-5, 6: 1e-5}
+    matrices, vectors = checkpoint(run)["optimizer_states"][0]["param_groups"]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+    assert all(group["betas"] == (0.5, 0.6) and group["initial_lr"] == 1e-5 for group in (matrices, vectors))
+    assert checkpoint(run)["lr_schedulers"][0]["base_lrs"] == [1e-5, 1e-5]
+
+
+def test_a_changed_schedule_holds_from_the_first_step_on(tmp_path):
+    cfg, run = resumable(tmp_path)
+    train(replace(cfg, optimizer=replace(cfg.optimizer, min_lr_ratio=0.5)), run)
+    assert values(run, "train/lr")[4] == pytest.approx(1e-2 * lr_factor(3, 0, 6, 0.5)) != 1e-2
+
+
 def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
     cfg, run = resumable(tmp_path)
     last = run / "checkpoints" / "last.ckpt"
@@ -251,6 +306,7 @@ def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
         torch.save(changed, last)
         train(cfg, run)
     last.write_bytes(good[:1000])
+    (run / "checkpoints" / "best.ckpt").unlink()
     with pytest.raises(UserError, match=r"last.ckpt"):
         train(cfg, run)
     torch.save({"weights": 1}, last)
@@ -260,9 +316,36 @@ def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint last.ckpt"):
         train(cfg, run)
     last.write_bytes(good)
-    (tmp_path / "text" / "00.txt").write_text("another text " * 100)
-    train(cfg, run)  # bytes have one tokenizer whatever the text
+    train(cfg, run)
     assert checkpoint(run)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_fraction": 0.3}, r"held out text by data\.val_fraction=0\.2, and with 0\.3 it would validate"),
+        ({"split_seed": 1}, r"data\.split_seed=0 goes on, or start a new run"),
+        ({"files": "changed"}, "its corpus has changed"),
+    ],
+)
+def test_resume_never_validates_on_what_was_trained_on(tmp_path, change, message):
+    """Bytes have one tokenizer whatever the text, so that nothing but the split tells."""
+    cfg, run = resumable(tmp_path)
+    if "files" in change:
+        (tmp_path / "text" / "zz.txt").write_text("one more document\n" * 30)
+        change = {}
+    with pytest.raises(UserError, match=message):
+        train(replace(cfg, data=replace(cfg.data, **change)), run)
+    assert checkpoint(run)["global_step"] == 3
+
+
+def test_another_seed_redraws_the_split_only_where_it_draws_it(tmp_path):
+    cfg, run = resumable(tmp_path)
+    train(replace(cfg, seed=7), run)
+    free = replace(cfg, data=replace(cfg.data, split_seed=None), resume=None)
+    train(replace(free, trainer=replace(cfg.trainer, max_steps=3)), tmp_path / "free")
+    with pytest.raises(UserError, match=r"held out text by seed=1337, and with 7"):
+        train(replace(free, seed=7, resume=str(tmp_path / "free")), tmp_path / "free")
 
 
 def test_resume_refuses_another_tokenizer(tmp_path):

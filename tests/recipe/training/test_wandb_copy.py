@@ -10,6 +10,7 @@ import wandb
 
 from flash_ladder.errors import UserError
 from flash_ladder.measure.probe import Layer, Probe
+from flash_ladder.processes import children
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training import wandb_copy
 from flash_ladder.training.wandb_copy import check_wandb, continue_wandb, open_wandb, recorded_run, savings
@@ -141,10 +142,11 @@ def test_the_default_project(tmp_path):
     assert logged(tmp_path).run.project == "flash-ladder"
 
 
-@pytest.mark.parametrize("cfg", [LoggerConfig(mode="disabled"), LoggerConfig()])
-def test_disabled_leaves_nothing(tmp_path, monkeypatch, cfg):
-    if cfg.mode is None:
-        monkeypatch.setenv("WANDB_MODE", "disabled")
+@pytest.mark.parametrize("variables", [{}, {"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
+def test_disabled_leaves_nothing(tmp_path, monkeypatch, variables):
+    cfg = LoggerConfig(mode=None if variables else "disabled")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert open_wandb(cfg, tmp_path, {}) is None
     assert not list(tmp_path.iterdir())
 
@@ -250,24 +252,55 @@ def test_how_to_look_names_commands_of_the_installed_version(tmp_path, monkeypat
     ("variable", "value", "said"),
     [
         ("WANDB_MODE", "garbage", "mode=garbage"),
+        ("WANDB_MODE", "", "mode="),
         ("WANDB_SILENT", "maybe", "silent=maybe"),
         ("WANDB_BASE_URL", "localhost:8080", "base_url=localhost:8080"),
+        ("WANDB_INIT_TIMEOUT", "garbage", "init_timeout=garbage"),
+        ("WANDB_X_STATS_SAMPLING_INTERVAL", "garbage", "x_stats_sampling_interval=garbage"),
+        ("WANDB_SERVICE", "garbage", "WANDB_SERVICE='garbage'"),
+        ("WANDB_RUN_ID", "a/b:c", "Run ID"),
         ("WANDB_PROJECT", "a/b", "Invalid project name"),
     ],
 )
-def test_a_variable_that_wandb_refuses_is_one_line(tmp_path, monkeypatch, variable, value, said):
+def test_a_variable_that_wandb_refuses_costs_a_warning(tmp_path, monkeypatch, capsys, variable, value, said):
     monkeypatch.setenv(variable, value)
-    for start in (lambda: check_wandb(LoggerConfig()), lambda: open_wandb(LoggerConfig(), tmp_path, {})):
-        with pytest.raises(UserError) as error:
-            start()
-        assert said in str(error.value) and "\n" not in str(error.value)
-    check_wandb(LoggerConfig(mode="disabled"))
+    check_wandb(LoggerConfig())
+    assert open_wandb(LoggerConfig(), tmp_path, {}) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: wandb could not start (") and said in line
 
 
 def test_a_key_that_wandb_refuses_is_one_line():
     for cfg in (LoggerConfig(tags=[""]), LoggerConfig(project="a/b")):
         with pytest.raises(UserError, match="wandb refuses a value"):
             check_wandb(cfg)
+    check_wandb(LoggerConfig(mode="disabled", project="a/b"))
+
+
+def test_without_a_home_the_service_says_nothing_on_the_screen(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("WANDB_CACHE_DIR", raising=False)
+    assert logged(tmp_path, steps=[(1, {"train/loss": 1.0})]).values("train/loss") == [(1, 1.0)]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_service_that_dies_or_hangs_costs_one_warning_and_a_bounded_wait(tmp_path, monkeypatch, capfd, signum):
+    monkeypatch.setattr(wandb_copy, "CALL_TIMEOUT", 0.5)
+    monkeypatch.setattr(wandb_copy, "FINISH_TIMEOUT", 0.5)
+    copy = open_wandb(OFFLINE, tmp_path, {})
+    (service,) = children(wandb_copy.SERVICE)
+    os.kill(service, signum)
+    start = time.monotonic()
+    for step in range(1, 4):
+        copy.log_metrics({"train/loss": 1.0}, step)
+    copy.close()
+    assert time.monotonic() - start < 10 and not children(wandb_copy.SERVICE)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: wandb stopped working (") and line.endswith("; metrics.jsonl goes on")
+    next_second()
+    assert logged(tmp_path, steps=[(5, {"train/loss": 2.0})]).values("train/loss") == [(5, 2.0)]  # nothing of it is left over
 
 
 def test_a_dead_server_costs_a_bounded_wait_and_one_warning(tmp_path, monkeypatch, capfd):
