@@ -252,8 +252,8 @@ def test_points_share_wandbs_group_and_are_named_by_what_differs(tmp_path, monke
     points = [sweep.place(n, ["attention=eager", f"data.seq_len={length}"], str(n)) for n, length in enumerate((64, 128))]
     name = sweep.names()[1]
     assert "128" in name
-    assert labels(points[1], sweep) == ["logger.group='2026-11-30/04-00-00'", f"logger.name='{name}'"]
+    assert labels(points[1], sweep) == ["logger.group=2026-11-30/04-00-00", f"logger.name={name}"]
     monkeypatch.setenv("WANDB_NAME", "mine")
-    assert labels(points[1], sweep) == ["logger.group='2026-11-30/04-00-00'"]
+    assert labels(points[1], sweep) == ["logger.group=2026-11-30/04-00-00"]
     points[1].overrides.append("logger.group=g")
     assert labels(points[1], sweep) == []
