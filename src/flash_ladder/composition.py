@@ -171,7 +171,9 @@ def check(source: Source, overrides: list[str], schema: type, sweep: bool, shows
 def _check_key(source: Source, defaults: DictConfig, override: Override) -> None:
     """Raises UserError where the key, or the option of a group, is not there, and for a key that would be taken away."""
     key = override.key_or_group
-    value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
+    value = override.value()
+    if override.is_sweep_override():  # an interval has no values to look at
+        value = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
     asked = value if isinstance(value, list) else [value]
     if command_line.is_hydras(key):
         if "/" in key and not all(isinstance(option, str) for option in asked):
