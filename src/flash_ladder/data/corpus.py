@@ -131,7 +131,9 @@ def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
     are_tokens = _are_tokens(cfg, files, val_files)
     hub = open_hub(cfg) if cfg.source == "hub" else None
     fingerprint = digest(content_hash(files), cfg.text_column) if hub is None else hub_fingerprint(cfg, hub)
-    if cfg.streaming and cfg.split_seed is not None:  # its beginning tells whether the cache holds the text that it holds out
+    if (
+        hub is not None and cfg.streaming and cfg.split_seed is not None
+    ):  # its beginning tells whether the cache holds the text that it holds out
         fingerprint = digest(fingerprint, take(iter(hub), split.STREAM_VALIDATION_BYTES))
     if cfg.weights:
         if sum(map(len, entries)) > len(files):
