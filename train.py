@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flash_ladder.front_door import front_door
+from flash_ladder.front_door import front_door, hydra_notes
 from flash_ladder.overrides import as_typed
 from flash_ladder.schema import Config
 from flash_ladder.sweep import launcher
@@ -19,7 +19,7 @@ def main(cfg: Config, run_dir: Path) -> float | None:
         return None
     from flash_ladder.training.run import train  # torch and Lightning are imported once the configuration is known to be good
 
-    return train(cfg, run_dir)
+    return train(cfg, run_dir, hydra_notes(cfg))
 
 
 if __name__ == "__main__":

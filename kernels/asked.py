@@ -28,10 +28,14 @@ class Asked(NamedTuple):
 
     def used(self) -> tuple[bool, ...]:
         """Which of FEATURES the call uses, in their order."""
-        return tuple([argument is not None and argument is not False for argument in self[1:]])
+        return (abs(self.scale) > LARGEST_SCALE, *[argument is not None and argument is not False for argument in self[1:]])
 
 
-FEATURES = Asked._fields[1:]  # what a backend may refuse; every backend has a scale
+# Fused kernels round a row's maximum times the scale to float32, and subtract it from products that are not rounded. Behind a large
+# scale nothing after the point is left of the difference.
+LARGEST_SCALE = 1024.0
+ARGUMENTS = Asked._fields[1:]
+FEATURES = ("huge_scale", *ARGUMENTS)  # what a backend may refuse
 # Where tensors stand among the fields: autograd saves them apart from the numbers.
 TENSORS = tuple(i for i, annotation in enumerate(Asked.__annotations__.values()) if annotation == Tensor | None)
 

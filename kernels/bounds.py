@@ -27,7 +27,7 @@ def key_bounds(asked: Asked, seq_q: int, seq_k: int, device: torch.device | None
         first, last = document_bounds(asked.document_ids)
         lo = torch.maximum(lo, first)
         hi = torch.minimum(hi, last)
-    return lo, torch.clamp(hi, max=seq_k - 1)
+    return lo, torch.minimum(hi, torch.full_like(hi, seq_k - 1))
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import eager, sdpa
+from .asked import LARGEST_SCALE
 from .generations import ELSEWHERE, describe, dtype_name, generation
 from .jit import has_triton
 
@@ -81,4 +82,6 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
     module = BACKENDS[backend]
     if module is None:
         return "the package triton is not installed"
+    if "huge_scale" in features and backend != "eager":
+        return f"scores times more than {LARGEST_SCALE:g} lose all digits after the point in a fused kernel's float32"
     return module.unsupported(device, dtype, head_dim, features)

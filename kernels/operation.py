@@ -52,7 +52,8 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
         query: [B, Hq, Sq, D]; any strides with a contiguous last dimension, so a transposed [B, S, H, D] view costs no copy.
         key, value: [B, Hkv, Sk, D] with Hq a multiple of Hkv: query head h reads key/value head h // (Hq / Hkv).
         is_causal: query i sees keys j <= i, with i aligned bottom-right: i counts from Sk - Sq.
-        scale: factor of the scores; None means 1/sqrt(D).
+        scale: factor of the scores; None means 1/sqrt(D). Beyond ±1024 only eager takes it. torch.compile makes a graph for each
+            value, of softcap too.
         window_size: w keeps i - w < j <= i under causality and |i - j| < w without it.
         softcap: c turns the scaled score s into c * tanh(s / c).
         alibi_slopes: [Hq] float32, adds -slope * |i - j| (Press et al., 2022); not differentiated.
@@ -65,6 +66,8 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
     Returns:
         The output [B, Hq, Sq, D] in the inputs' dtype, and the log-sum-exp if asked for. Sums are kept in float32. A row that
         sees no key gives output 0, log-sum-exp -inf and zero gradients. Under autocast the inputs are cast to its dtype.
+        A mask multiplies a hidden value by 0, so a NaN there reaches rows that do not see it. Scores beyond 1e5, scaled, lose
+        digits in the fused backends, and from about 1e9 on may give NaN: their float32 has 24 bits.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together.
@@ -99,6 +102,8 @@ def attention(  # type: ignore[misc]  # the overloads stand for these keywords w
     name = pick(query.device, query.dtype, query.shape[-1], backend, asked.used(), switched)
 
     module = BACKENDS[name]
+    if compiling and name != "eager":
+        asked = asked._replace(scale=constant(asked.scale), softcap=None if softcap is None else constant(softcap))
     if asked.scale <= 0 and name != "eager":  # fused kernels mask before they scale, so the query takes the sign
         query = query * (-1.0 if asked.scale < 0 else 0.0)
         asked = asked._replace(scale=-asked.scale or 1.0)
@@ -118,6 +123,15 @@ def _pick(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str,
     """The backend that `choose` names, cached without its reason. `used`: which of FEATURES. `switched`: PyTorch's switch."""
     features = frozenset(name for name, one in zip(FEATURES, used, strict=True) if one)
     return choose(device, dtype, head_dim, backend=backend, features=features).backend
+
+
+def constant(number: float) -> float:
+    """`number`, which torch.compile is made to take as a constant of its graph: a number can be symbolic, a text cannot.
+
+    A number that changed from call to call becomes a symbol, and Inductor's cache of graphs then forgets its value: the third call
+    would run the graph of the second. A constant costs a graph for each value.
+    """
+    return float(f"{number}")
 
 
 def refuse_tangents(*tensors: Tensor) -> None:

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from flash_ladder.errors import UserError
 from flash_ladder.front_door import front_door
 from flash_ladder.script_schema import GenerateConfig
 
@@ -14,16 +13,11 @@ def main(cfg: GenerateConfig, output_dir: Path) -> None:
     from flash_ladder.machine.decide import pick_backend, pick_device
     from flash_ladder.model.generation import stream
 
-    try:
-        cfg.prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not text: its bytes are not UTF-8") from None
     device = pick_device(cfg.device)
     model, tokenizer, _ = load_export(Path(cfg.model), device=device)
     choice = pick_backend(cfg.attention, model.cfg, device, "32")
     model.backend = choice.backend
-    print(f"attention: {choice}", file=sys.stderr)
-    for text in stream(
+    texts = stream(
         model,
         tokenizer,
         cfg.prompt,
@@ -31,7 +25,9 @@ def main(cfg: GenerateConfig, output_dir: Path) -> None:
         temperature=cfg.temperature,
         top_k=cfg.top_k,
         seed=cfg.seed,
-    ):
+    )
+    print(f"attention: {choice}", file=sys.stderr)
+    for text in texts:
         print(text, end="", flush=True)
     print()
 

@@ -7,17 +7,22 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from errno import EACCES, EISDIR
 from pathlib import Path
 from typing import Any
 
 import yaml  # Hydra's
+from filelock import FileLock, Timeout
 
-from flash_ladder.errors import UserError, first_line
+from flash_ladder.errors import UserError, argument, first_line
 
 YAML_BYTES = 1 << 20  # a file of ours has a few thousand
 DIGEST = "digest"  # key of a sealed object
+
+LOCK = ".lock"  # in the folder of a run: locked for as long as a process trains there
+LEASE_SECONDS = 180  # how long a lock of a machine that is gone may last: NFS 4 gives it up after 90
 
 
 def make_writable(folder: Path, what: str, key: str) -> None:
@@ -31,12 +36,36 @@ def make_writable(folder: Path, what: str, key: str) -> None:
         raise UserError(f"{what} {folder} cannot be written ({reason}); set {key}=PATH")
 
 
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Makes `folder` this process's own until the block ends, or the process, however it dies.
+
+    Raises UserError where another process owns it, and where it cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    # A network file system keeps the lock of a node that failed for a while, when SLURM has queued its job again.
+    patience = LEASE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise UserError(
+            f"{folder} is another process's, which still runs (fuser {folder / LOCK} names it); wait for its end, or end it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{folder / LOCK} cannot be written ({error.strerror}); a run locks its folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def refuse_taken(run_dir: Path) -> None:
     """Raises UserError where `run_dir` holds a run, which a new one would destroy."""
     there = [name for name in ("config.yaml", "metrics.jsonl", "train.log", "checkpoints") if (run_dir / name).exists()]
     if there:
+        goes_on = argument("resume", run_dir)
         raise UserError(
-            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and resume={run_dir} goes on"
+            f"{run_dir} holds a run already ({there[0]}); hydra.run.dir=PATH names another folder, and {goes_on} goes on"
         )
 
 
@@ -57,6 +86,8 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
     files than `names`, which would be lost, and where `out` cannot be written.
     """
     out = out.absolute()
+    if not out.name:
+        raise UserError(f"out={out} cannot be replaced; name a folder below it")
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     if old.is_dir() and not out.exists():  # killed between the two renames below
         old.rename(out)
@@ -90,13 +121,21 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def json_of(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError where it is none, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Raises UserError where `path` is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_of(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; copy it again, or have it written again") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again, or have it written again") from None
 
 
@@ -124,6 +163,17 @@ class _NoAliases(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+def check_file(path: Path, key: str) -> None:
+    """Raises UserError where `path`, which `key` names, cannot become a file: said before there is something to write."""
+    folder = path.absolute().parent
+    if os.path.isdir(path):
+        raise UserError(f"{key}={path} is a folder; name a file")
+    if not os.path.isdir(folder):
+        raise UserError(f"{key}={path} cannot be written: there is no folder {path.parent}; make it, or name another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={path} cannot be written (permission denied); name a file elsewhere")
+
+
 def write_json(path: Path, value: Any, sealed: bool = False) -> None:
     """Writes `value` to `path`, all of it or nothing; nan and inf, which JSON lacks, become null. Raises UserError.
 
@@ -132,14 +182,50 @@ def write_json(path: Path, value: Any, sealed: bool = False) -> None:
     value = _finite(value)
     if sealed:
         value = value | {DIGEST: _content_digest(value)}
-    saving = path.with_name(f".{path.name}.saving")
     try:
-        saving.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        sync(saving)
-        os.replace(saving, path)
+        replace_files({path: as_json(value)})
     except OSError as error:
-        saving.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
+
+
+def as_json(value: Any) -> str:
+    """`value` as the text of a JSON file; nan and inf, which JSON lacks, become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def as_yaml(value: Any) -> str:
+    """Plain values as the text of a YAML file. A ${ in a text is text, which OmegaConf's own writer would try to follow."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raises OSError where a file is there that may not be written, or a folder."""
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        code = EISDIR if path.is_dir() else EACCES
+        raise OSError(code, os.strerror(code), str(path))
+
+
+def replace_files(contents: Mapping[Path, str | bytes]) -> None:
+    """Writes every file with its content, in place of what is there. All are on the disk before the first takes its name.
+
+    Raises OSError, whose filename is the file, where one cannot be written; then all are as they were.
+    """
+    saving = {path: path.with_name(f".{path.name}.saving") for path in contents}
+    path = Path()
+    try:
+        for path in contents:
+            refuse_unwritable(path)
+        for path, content in contents.items():
+            saving[path].write_bytes(content if isinstance(content, bytes) else content.encode())
+            sync(saving[path])
+        for path in contents:
+            os.replace(saving[path], path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        for left_over in saving.values():
+            with suppress(OSError):
+                left_over.unlink()
 
 
 def is_sealed(value: dict[str, Any]) -> bool:

@@ -1,193 +1,56 @@
 """The front door: how train.py and every script start. Hydra composes YAML and the command line on top of the schema's defaults,
-this file checks the result, and only then `main` imports torch.
+flash_ladder.composition checks the result, and only then `main` imports torch.
 
 A mistake costs a user about a second and leaves no files behind. One line says what is wrong, why, and what would work.
-The dataclasses that a configuration is checked against are in flash_ladder.schema; flash_ladder.overrides reads the command line.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
+import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from tqdm import tqdm
+from omegaconf.errors import OmegaConfBaseException
 
-from flash_ladder import names
+from flash_ladder import flags as hydras_flags
 from flash_ladder import overrides as command_line
-from flash_ladder.errors import UserError, nearest, one_of
-from flash_ladder.files import make_writable, refuse_taken
+from flash_ladder.composition import Source, check, parse, store_defaults
+from flash_ladder.errors import UserError, argument
+from flash_ladder.files import LOCK, as_yaml, make_writable, owned, refuse_taken
+from flash_ladder.flags import Flags
 from flash_ladder.processes import is_first, started
+from flash_ladder.screen import outlive_readers
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-
-# Placeholders that a help text in YAML may hold: the list of backends, and the list of the benchmark's peers.
-OmegaConf.register_new_resolver("backends", lambda: names.listing(names.BACKENDS), replace=True)
-OmegaConf.register_new_resolver("peers", lambda: names.listing(names.PEERS), replace=True)
-
-# ---- from a composed DictConfig to a checked dataclass ----
+NOTES = ".hydra"  # in the folder of a run, as Hydra calls it
 
 T = TypeVar("T")
 
+# ---- the folder that a command writes to ----
 
-def parse(cfg: DictConfig, schema: type[T]) -> T:
-    """Merges a composed configuration onto the dataclass `schema` and validates it.
 
-    Raises UserError for an unknown key, a wrong type or an impossible combination.
-    """
+def _folder(cfg: DictConfig, key: str) -> Path:
+    """The folder that `key` names. Raises UserError where it is empty, or refers to what is not there."""
     try:
-        parsed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
-    except ConfigKeyError as error:
-        raise _unknown_key(str(error.full_key), OmegaConf.structured(schema)) from None
+        folder = OmegaConf.select(cfg, key)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{error.full_key}: {reason[0].lower()}{reason[1:]}") from None
-    parsed.validate()
-    return parsed
-
-
-def store_defaults(schema: type) -> None:
-    """Stores the defaults of the dataclass `schema` where a YAML file's defaults list finds them, under the name "schema".
-
-    They are stored as plain values, without types: `parse` words a user's mistakes, and Hydra would report a wrong type first.
-    """
-    ConfigStore.instance().store("schema", OmegaConf.to_container(OmegaConf.structured(schema)))
-
-
-def without_hydra(cfg: DictConfig) -> DictConfig:
-    """The command's own part of a composed configuration."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-
-
-def _leaves(tree: dict, prefix: str = "") -> list[str]:
-    """Every key of a nested dict in dotted form."""
-    keys = []
-    for key, value in tree.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            keys += _leaves(value, f"{prefix}{key}.")
-    return keys
-
-
-def _unknown_key(key: str, cfg: DictConfig) -> UserError:
-    tree: Any = OmegaConf.to_container(cfg, resolve=False)
-    known = _leaves(tree)
-    parent, _, leaf = key.rpartition(".")
-    if parent in known and OmegaConf.select(cfg, parent) == {}:  # whose keys are another library's
-        return UserError(f"{key} is not set yet; +{key}=VALUE adds it")
-    close = nearest(key, known) or nearest(leaf, [k.rsplit(".", 1)[-1] for k in known])
-    return UserError(f"{key} is not a key{close}; --help lists them")
-
-
-# ---- checks before Hydra starts ----
-
-
-def _check(conf: Path, config_name: str, overrides: list[str], schema: type, sweep: bool) -> DictConfig:
-    """Composes what the command line asks for and checks it, every point of a sweep; returns the (first) configuration with
-    Hydra's own part.
-
-    Whatever begins with `hydra` is Hydra's to judge. The points of a sweeper that searches are checked when its launcher gets them.
-    Raises UserError for an unknown key or group option (naming the nearest right one), a wrong type or an impossible combination.
-    """
-    with initialize_config_dir(str(conf), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        asked = [command_line.parse_override(argument, loader) for argument in overrides]
-        for override in asked if not sweep else ():
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line} names several values: add -m to run each, or write a list as [a,b]")
-        if not any(override.key_or_group == "hydra.searchpath" for override in asked):  # which brings groups and options of its own
-            defaults = compose(config_name, return_hydra_config=True)
-            for override in asked:
-                _check_key(conf, defaults, override)
-        cfg = _compose(config_name, command_line.one_point(asked))
-        if sweep and cfg.hydra.runtime.choices["hydra/sweeper"] == "basic":
-            listed = [
-                command_line.parse_override(f"{key}={value}", loader) for key, value in (cfg.hydra.sweeper.params or {}).items()
-            ]
-            _check_points(config_name, command_line.points_of([*listed, *asked]), schema)
-        else:
-            fixed = [override.input_line or "" for override in asked if not override.is_sweep_override()]
-            _check_either(config_name, cfg, fixed, schema)
-    return cfg
-
-
-def _check_key(conf: Path, defaults: DictConfig, override: Override) -> None:
-    """Raises UserError where the key, or the option of a group, is not there."""
-    key = override.key_or_group
-    if command_line.is_hydras(key):
-        return
-    if (conf / key).is_dir():
-        options = sorted(path.stem for path in (conf / key).glob("*.yaml"))
-        value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
-        for option in value if isinstance(value, list) else [value]:
-            one_of(key, str(option), options)
-    elif not override.is_add() and not _has(defaults, key):
-        raise _unknown_key(key, without_hydra(defaults))
-
-
-def _has(cfg: DictConfig, key: str) -> bool:
-    """Whether a dotted key is in `cfg`, set to None, missing, or a reference that cannot be followed yet included."""
-    *parents, leaf = key.split(".")
-    node: Any = cfg
-    for part in parents:
-        node = node.get(part) if OmegaConf.is_dict(node) else None
-    return OmegaConf.is_dict(node) and leaf in node.keys()  # noqa: SIM118  # `in node` would follow the reference
-
-
-def _compose(config_name: str, overrides: list[str]) -> DictConfig:
-    try:
-        return compose(config_name, overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        said = str(error).partition("Config search path")[0].split()  # and for an option that is not there, those that are
-        cause = str(error.__cause__).splitlines()[:1] if error.__cause__ else []
-        raise UserError(": ".join([" ".join(said), *cause])) from None
-
-
-def _check_points(config_name: str, points: list[list[str]], schema: type) -> None:
-    """Raises one UserError that lists every point that cannot run, a line each."""
-    wrong: list[tuple[str, str]] = []
-    bar = tqdm(points, desc="checking", unit="point", leave=False, delay=2)
-    for point, apart in zip(bar, command_line.differing(points), strict=True):
-        try:
-            parse(without_hydra(_compose(config_name, point)), schema)
-        except UserError as error:
-            wrong.append((apart, str(error)))
-    if len(wrong) == len(points) and len({reason for _, reason in wrong}) == 1:
-        raise UserError(wrong[0][1])
-    if len(wrong) == 1:
-        raise UserError(f"{wrong[0][0]}: {wrong[0][1]} (1 of {len(points)} points; none was started)")
-    if wrong:
-        lines = "".join(f"\n  {apart}: {reason}" for apart, reason in wrong)
-        raise UserError(f"{len(wrong)} of {len(points)} points cannot run, and none was started:{lines}")
-
-
-def _check_either(config_name: str, first: DictConfig, fixed: list[str], schema: type) -> None:
-    """Checks a run, or the first point of a search. That point may be a bad combination which the search has others beside: then
-    what all points share decides.
-    """
-    try:
-        parse(without_hydra(first), schema)
-    except UserError as error:
-        try:
-            parse(without_hydra(_compose(config_name, fixed)), schema)
-        except UserError:
-            raise error from None
-
-
-# ---- the folder that a command writes to ----
+        raise UserError(f"{key}: {reason[0].lower()}{reason[1:]}; \\${{ is the text ${{") from None
+    if not folder:
+        raise UserError(f"{key} is empty; name a folder, or leave it out")
+    return Path(str(folder))
 
 
 def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
@@ -196,7 +59,7 @@ def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
     is_chosen: the user named it. is_new: nothing may be in it yet. Raises UserError where that is not so, or it cannot be written.
     """
     if is_chosen and is_new and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{key}={folder} is not empty; name another folder (a sweep goes on with sweep={folder})")
+        raise UserError(f"{key}={folder} is not empty; name another folder (a sweep goes on with {argument('sweep', folder)})")
     if is_chosen:
         make_writable(folder, "the output folder", key)
         return folder
@@ -211,10 +74,37 @@ def _claim(folder: Path, key: str, is_chosen: bool, is_new: bool) -> Path:
     raise AssertionError("count() has no end")
 
 
-def _remove_bare(folder: Path) -> None:
-    """Removes the folder of a run that never began: one that holds nothing but Hydra's notes."""
-    if {path.name for path in folder.iterdir()} == {".hydra"}:
-        shutil.rmtree(folder)
+def _first_missing(folder: Path) -> Path | None:
+    """The uppermost of `folder` and those above it that is not there."""
+    missing = [path for path in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(path)]
+    return missing[-1] if missing else None
+
+
+def _remove_bare(folder: Path, made: Path | None) -> None:
+    """Removes what a run that never began leaves: a lock, Hydra's notes, and the folders from `made` down, made for it."""
+    if not {path.name for path in folder.iterdir()} <= {NOTES, LOCK}:
+        return
+    shutil.rmtree(folder / NOTES, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
+    folder = folder.absolute()
+    with contextlib.suppress(OSError):  # another run has begun beside it
+        while made is not None and folder.is_relative_to(made):
+            folder.rmdir()
+            folder = folder.parent
+
+
+def hydra_notes(cfg: Any) -> dict[str, str]:
+    """Texts by file name, in the folder of the run that Hydra is at, of what Hydra says about it. resume= reads them.
+
+    Hydra itself would write them before `main` knows whether the run can start, over those of the run that it goes on with.
+    """
+    about = HydraConfig.instance().cfg
+    assert about is not None
+    return {
+        f"{NOTES}/config.yaml": as_yaml(asdict(cfg)),
+        f"{NOTES}/hydra.yaml": OmegaConf.to_yaml(about),
+        f"{NOTES}/overrides.yaml": OmegaConf.to_yaml(about.hydra.overrides.task),
+    }
 
 
 # ---- the door ----
@@ -231,30 +121,29 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     `output_dir` is Hydra's run folder (the working folder for commands that write none). An int that `main` returns is the exit
     code; a float is the result, for Hydra's sweepers. The process exits with 2 and one line on a UserError, and with 130 on Ctrl-C.
     """
+    printed = outlive_readers()
     _leave_script_folder()
     store_defaults(schema)
     try:
         asked = _read(sys.argv[1:], conf, config_name, schema)
-    except UserError as error:
-        fail(error)
-    sys.argv[1:] = [*asked.flags, *asked.overrides]
-    saved_text = asked.resumes.read_text() if asked.resumes else ""
+    except (UserError, OSError) as error:
+        fail(in_a_line(error))
+    if "--version" in asked.flags:
+        print(f"Flash Ladder {version('flash-ladder')}")
+        return
+    flags, texts = hydras_flags.typed(asked.flags), command_line.text_keys(schema)
+    writes_notes = asked.has_folder and not asked.is_sweep  # `hydra_notes`, in place of Hydra
+    sys.argv[1:] = [*flags, *asked.overrides, *(["hydra.output_subdir=null"] if writes_notes else [])]
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
     def run(cfg: DictConfig) -> float | None:
-        # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
-        import flash_ladder.kernels  # noqa: F401
-
-        sys.argv[1:] = [*asked.flags, *map(command_line.as_typed, asked.overrides)]  # training.ranks starts processes with these
+        # training.ranks starts processes with these
+        sys.argv[1:] = [*flags, *(command_line.as_typed(override, texts) for override in asked.overrides)]
         folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            result = main(parse(cfg, schema), folder)
+            with owned(folder) if asked.has_folder else contextlib.nullcontext():
+                result = _call(lambda: main(parse(cfg, schema), folder), folder, asked)
         except UserError as error:
-            if asked.resumes and is_first(started()):
-                # Hydra has written the new overrides into a run that could not go on: undo that
-                asked.resumes.write_text(saved_text)
-            elif HydraConfig.get().output_subdir is not None:
-                _remove_bare(folder)
             if asked.is_sweep:
                 print(f"error: {error}", file=sys.stderr)
                 raise PointFailed(str(error)) from None
@@ -270,64 +159,108 @@ def front_door(config_name: str, schema: type[T], main: Callable[[T, Path], floa
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    lost = [file.error for file in printed if file.error is not None and file.error.errno != errno.EPIPE]
+    if lost and not asked.has_folder:  # what a run prints is in its train.log as well
+        fail(UserError(f"what this command prints could not be written ({lost[0].strerror})"))
+
+
+def _call(main: Callable[[], float | None], folder: Path, asked: Asked) -> float | None:
+    """Calls a command's `main`, and removes its folder where it ends before it has written anything there."""
+    # The first heavy import. Without a GPU it must come before Lightning, which loads Triton.
+    import flash_ladder.kernels  # noqa: F401
+
+    try:
+        return main()
+    except BaseException as error:
+        if asked.has_folder and not asked.resumes:
+            _remove_bare(folder, asked.made)
+        if isinstance(error, (UserError, OSError)):
+            raise in_a_line(error) from error
+        raise
+
+
+NAMED_WRONGLY = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
+def in_a_line(error: UserError | OSError) -> UserError:
+    """`error`, with a path that the system refuses as a line for the user. Raises any other error of the system again."""
+    if isinstance(error, UserError):
+        return error
+    if error.errno not in NAMED_WRONGLY or error.filename is None:
+        raise error
+    return UserError(f"{os.fsdecode(error.filename)}: {(error.strerror or '').lower()}; name another path")
 
 
 @dataclass(frozen=True)
 class Asked:
     """What a command was asked for, in Hydra's grammar, checked, with the folder that it writes to."""
 
-    flags: list[str]
+    flags: Flags
     overrides: list[str]
-    is_sweep: bool
-    resumes: Path | None = None  # the file with the overrides of the run that goes on
+    is_sweep: bool = False
+    has_folder: bool = False  # of its own: not so for a script, and for the further processes of a run
+    resumes: bool = False  # a run that is there already
+    made: Path | None = None  # the uppermost folder that was made for it
 
 
 def _read(typed: list[str], conf: Path, config_name: str, schema: type) -> Asked:
     """Reads and checks the arguments of a command, and makes its folder. Raises UserError."""
-    flags, overrides = command_line.split(typed)
+    for word in typed:
+        if word != word.encode(errors="replace").decode():
+            raise UserError(f"{word.partition('=')[0]}: its bytes are not UTF-8, and only text can be given here")
+    flags, overrides = hydras_flags.split(typed)
+    for flag in ("--config-dir", "--config-path"):
+        if flag in flags:  # which Hydra would take from this file's folder
+            flags[flag] = os.path.abspath(flags[flag])
+    texts = command_line.text_keys(schema)
+    overrides = [command_line.plain(override, texts) for override in overrides]
+    hydras_flags.check(flags, overrides)
+    if "--version" in flags or "--shell-completion" in flags:
+        return Asked(flags, overrides)
+    source = Source.of(conf, config_name, flags)
     go_on, resume = command_line.named("sweep", overrides), command_line.named("resume", overrides)
-    overrides = [command_line.for_hydra(override) for override in overrides]
-    if not command_line.HELP.isdisjoint(flags):  # Hydra's help shows one run
-        overrides = [override for override in overrides if not command_line.parse_override(override).is_sweep_override()]
-        return Asked([flag for flag in flags if flag not in command_line.SWEEP], overrides, is_sweep=False)
-    if go_on and command_line.SWEEP.isdisjoint(flags):
-        flags = [*flags, "-m"]
+    if any(flag in flags for flag in hydras_flags.SHOW):  # of one run
+        overrides = [command_line.for_hydra(o, texts) for o in overrides if not o.startswith("sweep=")]
+        overrides = [o for o in overrides if not command_line.parse_override(o).is_sweep_override()]
+        check(source, overrides, schema, sweep=False, shows=True)
+        flags.pop("--multirun", None)
+        return Asked(flags, overrides)
+    if go_on:
+        flags["--multirun"] = ""
     sweep = command_line.asks_for_a_sweep(flags, overrides)
-    _check_flags(flags, sweep, resume)
-    if not set(flags) <= command_line.SWEEP:  # Hydra's own flags, --cfg or --config-dir, need no check
-        return Asked(flags, overrides, sweep)
-    saved = None
+    _check_sweep(sweep, resume)
+    overrides = [command_line.for_hydra(o if sweep else command_line.absolute(o), texts, sweep) for o in overrides]
     if go_on:
         overrides = command_line.swept(go_on, overrides)
     elif resume:
-        saved = command_line.saved_run(resume)
-        overrides = command_line.resumed(saved, overrides)
+        overrides = command_line.resumed(command_line.saved_run(resume), overrides)
     if sweep:
         overrides = [command_line.for_sweeper(override) for override in overrides]
-    cfg = _check(conf, config_name, overrides, schema, sweep)
+    cfg = check(source, overrides, schema, sweep)
+    has_folder = is_first(started()) and cfg.hydra.output_subdir is not None  # the scripts' conf says null
+    made = None
     if not is_first(started()):  # the run's folder is the first process's, which alone writes to it
         named = any(override.startswith("hydra.run.dir=") for override in overrides)
         overrides = [*overrides, "hydra.output_subdir=null", *([] if named else ["hydra.run.dir=."])]
-    elif cfg.hydra.output_subdir is not None:  # the scripts have no run folder
-        key, folder = ("hydra.sweep.dir", cfg.hydra.sweep.dir) if sweep else ("hydra.run.dir", cfg.hydra.run.dir)
-        is_chosen = any(override.startswith(f"{key}=") for override in overrides)
-        if not sweep and not saved:
-            refuse_taken(Path(folder))  # before Hydra writes its notes there
-        claimed = _claim(Path(folder), key, is_chosen, is_new=sweep and not go_on)
+    elif has_folder:
+        key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+        folder, is_chosen = _folder(cfg, key), any(override.startswith(f"{key}=") for override in overrides)
+        if not sweep and not resume:
+            refuse_taken(folder)
+        made = _first_missing(folder)
+        claimed = _claim(folder, key, is_chosen, is_new=sweep and not go_on)
         # Hydra would read the clock again, and might make another folder a second later.
-        overrides = [*overrides, f"{key}={command_line.quoted(str(claimed))}"]
-    return Asked(flags, overrides, sweep, saved)
+        overrides = [*overrides, f"{key}={command_line.quoted(str(claimed))}" if sweep else command_line.run_folder(claimed)]
+    return Asked(flags, overrides, sweep, has_folder, bool(resume), made)
 
 
-def _check_flags(flags: list[str], sweep: bool, resume: str | None) -> None:
+def _check_sweep(sweep: bool, resume: str | None) -> None:
     """Raises UserError for a sweep beside what is about one run."""
-    if not sweep:
-        return
-    if other := command_line.ONE_RUN.intersection(flags):
-        raise UserError(f"{other.pop()} is about one run: leave -m out")
-    if resume:
+    if sweep and resume:
         raise UserError(f"resume={resume} goes on with one run, so leave -m out; a sweep goes on with sweep=FOLDER")
-    if started() is not None:
+    if sweep and started() is not None:
         raise UserError("a sweep starts the processes of every point itself: start it once, without torchrun or the like")
 
 

@@ -1,14 +1,19 @@
-"""The command line: what is Hydra's, what is text to be taken as it is, and which points a sweep over it has."""
+"""The values on the command line: which keys hold text that is taken as it is, and which points a sweep over them has.
+
+Hydra's grammar gives commas, quotes, brackets, numbers and ${ a meaning. A key that holds text, a path above all, is taken as typed
+all the same: `for_hydra` writes it in that grammar, and `as_typed` undoes that.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shlex
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,11 +24,9 @@ from flash_ladder.errors import UserError, first_line
 from flash_ladder.files import plain_yaml, read_json
 from flash_ladder.schema import Config
 
-AS_TYPED = ("prompt", "resume", "sweep")  # any text, or a path: Hydra's grammar has no say in the value
-SWEEP = {"-m", "--multirun"}
-WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"}  # flags whose value is the next argument
-ONE_RUN = {"--cfg", "-c", "--info", "-i", "--run", "-r", "--shell-completion", "-sc"}  # flags that Hydra does not take beside -m
-HELP = {"--help", "-h", "--hydra-help"}
+ONE_TEXT = ("prompt", "resume", "sweep")  # which no sweep goes over: commas in them are text
+FILES = "data.files"  # a text, or a list of them
+SAVED_PATHS = (FILES, "data.cache_dir")  # that a run reads again when it goes on or is exported, from whatever folder
 
 # What a saved override may name beside the keys of schema.Config, and those of its keys that reach other code: classes of
 # callbacks, arguments of Lightning, lines of a job's shell script.
@@ -35,22 +38,31 @@ REACHES_NONE = ("trainer.lightning={}", "slurm.submit=false")
 KEYS = {field.name for field in fields(Config)}
 GROUPS = KEYS - {"seed", "resume", "prompt"}
 
-# ---- arguments ----
+# ---- which keys hold text ----
+
+TEXT, TEXT_OR_NULL, TEXTS, HYDRAS = "text", "text or null", "a list of texts", "a path of Hydra's, in which ${} is followed"
+Texts = Mapping[str, str]  # the kind of every key that holds text
 
 
-def split(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags, with the values that follow them, and the overrides."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("-"):
-            overrides.append(argument)
-            continue
-        flags.append(argument)
-        if argument in WITH_VALUE:
-            flags += itertools.islice(rest, 1)
-    return flags, overrides
+def text_keys(schema: type) -> Texts:
+    """The keys of a command that hold text, by the types of its dataclass `schema`, and Hydra's own that are paths."""
+    hydras = dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), HYDRAS)
+    return hydras | {"sweep": TEXT_OR_NULL} | dict(_text_keys(schema, ""))
+
+
+def _text_keys(schema: type, prefix: str) -> Iterable[tuple[str, str]]:
+    kinds = {str: TEXT, str | None: TEXT_OR_NULL, list[str]: TEXTS, list[str] | None: TEXTS}
+    for name, kind in get_type_hints(schema).items():
+        key = f"{prefix}{name}"
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _text_keys(kind, f"{key}.")
+        elif key == FILES or kind in kinds:
+            yield key, TEXT_OR_NULL if key == FILES else kinds[kind]
+
+
+OF_TRAIN = text_keys(Config)
+
+# ---- text in Hydra's grammar ----
 
 
 def is_hydras(key: str) -> bool:
@@ -58,32 +70,98 @@ def is_hydras(key: str) -> bool:
     return re.split("[./]", key)[0] == "hydra"
 
 
-def asks_for_a_sweep(flags: Iterable[str], overrides: Iterable[str]) -> bool:
-    """Whether Hydra would run several points: -m, or the mode by its name."""
-    return not SWEEP.isdisjoint(flags) or "hydra.mode=MULTIRUN" in overrides
-
-
-def quoted(text: str) -> str:
-    """Any text as a quoted value for Hydra, which gives spaces, quotes, commas and ${ a meaning."""
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+def quoted(text: str, follow: bool = False) -> str:
+    """Any text as a quoted value for Hydra, which gives spaces, quotes and commas a meaning; ${ as well, unless `follow`."""
+    text = text if follow else _literal(text)
     text = re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), text)
     return f"'{text}'"
 
 
-def for_hydra(argument: str) -> str:
-    """Quotes the value of an argument that is taken as typed: any text, or a path."""
-    key, equals, text = argument.partition("=")
-    given = equals and (key == "prompt" or text not in ("", "null"))
-    return f"{key}={quoted(text)}" if key in AS_TYPED and given else argument
+def _literal(text: str) -> str:
+    """Text that OmegaConf reads as `text`, where it has a ${ in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
-def as_typed(override: str) -> str:
+def run_folder(folder: Path) -> str:
+    """The override that makes `folder` the run's."""
+    if "${" not in str(folder.absolute()):
+        return f"hydra.run.dir={quoted(str(folder))}"
+    return f"hydra.run.dir={quoted(_literal(str(folder.absolute())))}"  # Hydra reads it twice
+
+
+def written(text: str, follow: bool = False) -> str:
+    """A text in Hydra's grammar: as it is where Hydra reads that very text, else quoted. follow: as in `quoted`."""
+    is_plain = follow or "${" not in text
+    return text if is_plain and _as_hydra_reads(text) == text else quoted(text, follow)
+
+
+def _as_hydra_reads(text: str) -> Any:
+    """The value that Hydra's grammar gives a text; None where it has none, or several."""
+    try:
+        [override] = OverridesParser.create().parse_overrides([f"x={text}"])
+        return None if override.is_sweep_override() else override.value()
+    except (HydraException, ValueError):
+        return None
+
+
+def plain(argument: str, texts: Texts) -> str:
+    """++KEY=VALUE as KEY=VALUE: the two are the same for a key that is there, and ours are."""
+    return argument[2:] if argument.startswith("++") and argument[2:].partition("=")[0] in texts else argument
+
+
+def for_hydra(argument: str, texts: Texts = OF_TRAIN, is_sweep: bool = False) -> str:
+    """KEY=VALUE as typed, in Hydra's grammar. Under a sweep a,b and the like stay several values."""
+    name, equals, text = argument.partition("=")
+    kind = texts.get(name.lstrip("+"))
+    if kind is None or not equals:
+        return argument
+    if kind != TEXT and text in ("", "null"):
+        return argument
+    if kind == HYDRAS and text[0] in "'\"" and isinstance(_as_hydra_reads(text), str):  # quoted for Hydra by the user
+        return argument
+    if is_sweep and name not in ONE_TEXT and kind != HYDRAS:
+        if re.fullmatch(r"[^'\"()\[\]{}\\$]*,[^'\"()\[\]{}\\$]*", text):
+            return f"{name}={','.join(map(written, text.split(',')))}"
+        if _is_several(argument):
+            return argument
+    if (kind == TEXTS or name == FILES) and text.startswith("[") and text.endswith("]"):
+        several = re.fullmatch(r"\[[^'\"()\[\]{}\\$]+\]", text)
+        return f"{name}=[{','.join(written(one.strip()) for one in text[1:-1].split(','))}]" if several else argument
+    return argument if kind == TEXTS else f"{name}={written(text, follow=kind == HYDRAS)}"
+
+
+def _is_several(argument: str) -> bool:
+    try:
+        [override] = OverridesParser.create().parse_overrides([argument])
+        return override.is_sweep_override()
+    except (HydraException, ValueError):
+        return False
+
+
+def as_typed(override: str, texts: Texts = OF_TRAIN) -> str:
     """What a user types for an override in Hydra's grammar; `for_hydra` undone."""
-    key, _, text = override.partition("=")
-    if key not in AS_TYPED or not text.startswith("'"):
+    name, _, text = override.partition("=")
+    if texts.get(name.lstrip("+")) not in (TEXT, TEXT_OR_NULL) or text[:1] not in ("'", '"'):
         return override
     value = str(parse_override(override).value())  # in which Hydra leaves the backslashes before ${ to OmegaConf
-    return f"{key}=" + re.sub(r"(\\*)\\\$\{", lambda start: start[1][: len(start[1]) // 2] + "${", value)
+    return f"{name}=" + re.sub(r"(\\*)\\\$\{", lambda start: start[1][: len(start[1]) // 2] + "${", value)
+
+
+def absolute(argument: str) -> str:
+    """Makes relative paths that a run will read again absolute; `argument` as in `for_hydra`, one run's."""
+    name, _, text = argument.partition("=")
+    if name not in SAVED_PATHS or text in ("", "null"):
+        return argument
+    if not (name == FILES and text.startswith("[") and text.endswith("]")):
+        return f"{name}={_absolute(text)}"
+    found = _as_hydra_reads(text)
+    if not isinstance(found, list) or not all(isinstance(path, str) for path in found):
+        return argument
+    return f"{name}=[{','.join(quoted(_absolute(path)) for path in found)}]"
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith("~") else os.path.join(os.getcwd(), path)
 
 
 def for_sweeper(argument: str) -> str:
@@ -102,15 +180,31 @@ def parse_override(argument: str, loader: ConfigLoader | None = None) -> Overrid
         raise UserError(f"{argument} is not KEY=VALUE; --help lists the keys")
     try:
         [override] = OverridesParser.create(config_loader=loader).parse_overrides([argument])
+        is_missing = not override.is_sweep_override() and override.value() == "???"
     except HydraException:
-        typed = f"'{key}=\"{value}\"'"
-        raise UserError(f"{argument} cannot be read: such a value needs quotes that the shell leaves on, {typed}") from None
-    if not override.is_sweep_override() and override.value() == "???":
+        raise UserError(f"{argument} cannot be read: {_what_can(key, value)}") from None
+    except ValueError:  # Python reads no number of thousands of digits
+        raise UserError(f"{argument} cannot be read: a number has at most 64 bits here, about 19 digits") from None
+    if is_missing:
         raise UserError(f"{argument} says that the value is missing; give one")
     return override
 
 
+def _what_can(key: str, value: str) -> str:
+    """What to type for a value that Hydra cannot read."""
+    if not re.fullmatch(r"[+~]{0,2}[\w./@:-]+", key):
+        return "there is no such key; --help lists them"
+    if value.startswith("["):
+        return f"a text with such characters needs quotes of its own in a list, \"{key}=['a, b','c']\""
+    return f"such a value needs quotes that the shell leaves on, {shlex.quote(f'{key}={quoted(value)}')}"
+
+
 # ---- the points of a sweep ----
+
+
+def asks_for_a_sweep(flags: Iterable[str], overrides: Iterable[str]) -> bool:
+    """Whether Hydra would run several points: -m, or the mode by its name."""
+    return "--multirun" in flags or "hydra.mode=MULTIRUN" in overrides
 
 
 def points_of(asked: list[Override]) -> list[list[str]]:
@@ -151,15 +245,20 @@ def differing(points: list[list[str]]) -> list[str]:
 
 
 def named(word: str, overrides: Iterable[str]) -> str | None:
-    """The folder that the last `word=FOLDER` names (resume, sweep); None where there is none."""
-    folders = [o.partition("=")[2] for o in overrides if o.startswith(f"{word}=") and o not in (f"{word}=", f"{word}=null")]
+    """The folder that the last `word=FOLDER` names (resume, sweep); None where there is none.
+
+    Raises UserError for an empty name.
+    """
+    folders = [o.partition("=")[2] for o in overrides if o.startswith(f"{word}=") and o != f"{word}=null"]
+    if folders and not folders[-1]:
+        raise UserError(f"{word} is empty; name the folder that goes on, or leave it out")
     return folders[-1] if folders else None
 
 
 def saved_run(folder: str) -> Path:
     """The file with the overrides of the run in `folder`. Raises UserError where there is no run."""
     saved = Path(folder) / ".hydra" / "overrides.yaml"
-    if not saved.is_file():
+    if not os.path.isfile(saved):
         raise UserError(f"resume={folder}: there is no run here (no {saved}); name a folder that train.py wrote, outputs/DATE/TIME")
     return saved
 
@@ -229,7 +328,7 @@ def swept(folder: str, overrides: list[str]) -> list[str]:
     Raises UserError where there is no sweep, for a new value of anything else, and as `trusted` does.
     """
     saved = Path(folder) / "points.json"
-    if not saved.is_file():
+    if not os.path.isfile(saved):
         raise UserError(f"sweep={folder}: there is no sweep here (no {saved}); name a folder that train.py -m wrote")
     new = [o for o in overrides if not o.startswith("sweep=")]
     before = read_json(saved).get("overrides")

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flash_ladder.errors import UserError, at_least, one_of
+from flash_ladder.memory import PROCESS, WORKER, free_memory, must_fit
 from flash_ladder.names import CHOICES
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
@@ -86,6 +87,27 @@ class ModelConfig:
             return self.d_ff
         return 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // 3 // 64) * 64
 
+    def n_params(self, vocab_size: int) -> int:
+        """The number of parameters of a model.gpt.GPT with that vocabulary, shared ones counted once."""
+        width, qkv, hidden = self.d_model, (self.n_head + 2 * self.n_kv_head) * self.head_dim, self.hidden_dim
+        up = 2 * hidden if self.mlp == "swiglu" else hidden
+        norm = width * (2 if self.norm == "layernorm" and self.bias else 1)
+        block = 2 * norm + width * (qkv + width + up + hidden) + (qkv + up + 2 * width if self.bias else 0)
+        tables = vocab_size * (1 if self.tie_embeddings else 2) + (self.max_seq_len if self.position == "learned" else 0)
+        return self.n_layer * block + norm + width * tables
+
+    def check_memory(self, n_bytes: int = 4, vocab_size: int = 257) -> None:
+        """Raises UserError where this machine cannot hold the model, with `n_bytes` for every parameter (4: the weights alone).
+
+        vocab_size: the fewest tokens there will be, where the configuration leaves that to the tokenizer.
+        """
+        vocab_size = self.vocab_size or vocab_size
+        n = self.n_params(vocab_size)
+        what = (
+            f"a model of {n:,} parameters (model.d_model={self.d_model}, model.n_layer={self.n_layer}, vocabulary {vocab_size:,})"
+        )
+        must_fit(what if n_bytes == 4 else f"training {what}", n * n_bytes, "a smaller one would fit")
+
     def validate(self) -> None:
         at_least(1, model__n_layer=self.n_layer, model__n_head=self.n_head, model__n_kv_head=self.n_kv_head)
         at_least(1, model__d_model=self.d_model, model__d_ff=self.d_ff, model__max_seq_len=self.max_seq_len)
@@ -100,14 +122,19 @@ class ModelConfig:
                 f"model.d_model={self.d_model} is not divisible by model.n_head={self.n_head}: every head has d_model / n_head "
                 f"dimensions; d_model={self.n_head * max(1, round(self.d_model / self.n_head))} would work"
             )
-        if self.n_head % self.n_kv_head:
-            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise UserError(
-                f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}: each key/value head serves an "
-                f"equal group of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
-            )
+        check_groups(self.n_head, self.n_kv_head, "model.")
         if self.position == "rotary" and self.head_dim % 2:
             raise UserError(f"model.position=rotary rotates pairs: head_dim = d_model / n_head = {self.head_dim} must be even")
+
+
+def check_groups(n_head: int, n_kv_head: int, group: str = "") -> None:
+    """Raises UserError where the query heads are no equal groups, one for each key/value head; `group` comes before the keys."""
+    if n_head % n_kv_head:
+        divisors = [n for n in range(1, min(n_head, 1000) + 1) if n_head % n == 0]
+        raise UserError(
+            f"{group}n_head={n_head} is not divisible by {group}n_kv_head={n_kv_head}: each key/value head serves an equal group "
+            f"of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
+        )
 
 
 @dataclass
@@ -152,7 +179,8 @@ class DataConfig:
         at_least(1, data__tokens_per_step=self.tokens_per_step)
         at_least(0, data__num_workers=self.num_workers, data__split_seed=self.split_seed)
         for key, files in (("data.files", self.files), ("data.val_files", self.val_files)):
-            if files is not None and not isinstance(files, (str, list)):
+            listed = files if isinstance(files, list) else [files]
+            if files is not None and not all(isinstance(file, str) for file in listed):
                 raise UserError(f"{key}={files} must be a path, a glob or a list of them")
         if self.source == "files" and not self.paths():
             raise UserError("data=text needs data.files=PATH (txt, jsonl or parquet; a glob or a [list, of, paths] works too)")
@@ -213,6 +241,7 @@ class TrainerConfig:
     devices: int | str | None = None
     num_nodes: int | None = None  # None: as many as torchrun or srun started processes on, else 1
     strategy: str = "auto"  # auto (ddp on several devices) | ddp | fsdp
+    shard: str = "weights"  # what fsdp keeps in pieces between the batches of a step: weights (all) | optimizer (its state)
     timeout_seconds: float = 600  # how long a process may leave the others waiting before the run ends and names it
     precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
     accumulate: int = 1  # batches per optimiser step
@@ -230,10 +259,15 @@ class TrainerConfig:
     def validate(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         one_of("trainer.strategy", self.strategy, ("auto", "ddp", "fsdp"))
+        one_of("trainer.shard", self.shard, ("weights", "optimizer"))
         one_of("trainer.precision", self.precision, PRECISIONS)
         at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
         at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every, trainer__loss_rows=self.loss_rows)
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__timeout_seconds=self.timeout_seconds)
+        if isinstance(self.devices, str) and self.devices not in ("auto", "-1") and not self.devices.isdigit():
+            raise UserError(
+                f"trainer.devices={self.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen"
+            )
         if isinstance(self.devices, int) and self.devices < 1 and self.devices != -1:
             raise UserError(f"trainer.devices={self.devices} must be a number of devices, or -1 or auto for all of them")
         for name in self.lightning:
@@ -310,8 +344,44 @@ class Config:
                 f"data.seq_len={self.data.seq_len} is longer than the learned position table, model.max_seq_len="
                 f"{self.model.max_seq_len}; raise max_seq_len or take model.position=rotary"
             )
+        at_least(0, seed=self.seed)
         # The devices are counted when the run starts; what does not come out on one does not on several.
         with_batch_size(self, n_devices=1)
+        if not self.slurm.submit:  # another machine's memory
+            self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raises UserError where this machine cannot hold what every run takes of it, whatever its devices have."""
+        self.model.check_memory()  # built here, and moved to a device
+        cfg = with_batch_size(self, n_devices=1)
+        batch_size, seq_len = cfg.data.batch_size, cfg.data.seq_len
+        less = "a smaller one, with a larger trainer.accumulate, takes less"
+        must_fit(f"data.batch_size={batch_size}: a batch of tokens at data.seq_len={seq_len}", 8 * batch_size * (seq_len + 1), less)
+        for key, n, each in (
+            ("trainer.devices", self.trainer.devices, PROCESS),
+            ("data.num_workers", self.data.num_workers, WORKER),
+            ("data.num_proc", self.data.num_proc, WORKER),
+        ):
+            if isinstance(n, int):
+                must_fit(f"{key}={n}: that many processes", n * each, "fewer would fit")
+
+    def check_cpu_memory(self) -> None:
+        """Raises UserError where training on the CPU takes more memory than is free, from a lower bound: weights, gradients and
+        AdamW's two moments in float32, and the logits. A machine without memory kills processes instead.
+
+        model.vocab_size must be filled in.
+        """
+        self.model.check_memory(16)
+        vocab_size = self.model.vocab_size or 0
+        positions = self.data.batch_size * self.data.seq_len
+        rows = min(positions, self.trainer.loss_rows or positions)
+        must_fit(
+            f"the logits of {rows:,} positions and {vocab_size:,} tokens",
+            4 * rows * vocab_size,
+            "trainer.loss_rows=N takes N positions at a time, and a smaller data.batch_size takes fewer",
+            free_memory(),
+            "this machine's free memory is",
+        )
 
 
 # ---- from a file ----

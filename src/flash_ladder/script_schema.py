@@ -8,7 +8,7 @@ from itertools import product
 
 from flash_ladder.errors import UserError, at_least, nearest, one_of
 from flash_ladder.names import BACKENDS, CHOICES, MASKED_PEERS, PEERS
-from flash_ladder.schema import PRECISIONS, WANDB_MODES
+from flash_ladder.schema import PRECISIONS, WANDB_MODES, check_groups
 
 
 @dataclass
@@ -87,7 +87,7 @@ class GenerateConfig:
             raise UserError("model=EXPORTED is missing: name the folder that scripts/export.py wrote, such as model=RUN/export")
         one_of("attention", self.attention, CHOICES)
         at_least(1, max_new_tokens=self.max_new_tokens, top_k=self.top_k)
-        at_least(0, temperature=self.temperature)
+        at_least(0, temperature=self.temperature, seed=self.seed)
 
 
 # What a benchmark measures. The other keys (baseline, out, plot) also serve to look at a finished run.
@@ -232,12 +232,8 @@ class DoctorConfig:
         one_of("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32", "float64"))
         if self.softcap is not None and not self.softcap > 0:
             raise UserError(f"softcap={self.softcap} must be positive; null leaves the scores as they are")
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise UserError(
-                f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: each key/value head serves an equal group "
-                f"of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
-            )
+        if self.n_kv_head:
+            check_groups(self.n_head, self.n_kv_head)
 
 
 @dataclass

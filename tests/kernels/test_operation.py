@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_ladder.kernels import Choice, Unsupported, attention, choose, eager, jit, launch
-from flash_ladder.kernels.asked import FEATURES, Asked
+from flash_ladder.kernels.asked import ARGUMENTS, Asked
 from flash_ladder.kernels.choice import BACKENDS, why_not
 from flash_ladder.kernels.operators import attention_backward, attention_forward
 from tests.helpers.reference import DEVICE, RUNGS, TRITON_RUNGS, documents, finest, skip_unless_runs, slopes
@@ -212,7 +212,7 @@ def test_what_flash_v3_refuses_on_hopper(pretend_gpu, dtype, head_dim, expected)
 def test_what_flash_v3_takes_on_hopper(pretend_gpu):
     """float16 and bfloat16, head_dim 16 to 256 in steps of 8, and every argument of attention."""
     pretend_gpu("NVIDIA H200", (9, 0))
-    cuda, features = torch.device("cuda"), frozenset(FEATURES)
+    cuda, features = torch.device("cuda"), frozenset(ARGUMENTS)
     for dtype in (torch.float16, torch.bfloat16):
         taken = [d for d in range(1, 300) if why_not("flash_v3", cuda, dtype, d, features) is None]
         assert taken == list(range(16, 257, 8))
@@ -288,7 +288,7 @@ def test_choice_by_generation(pretend_gpu, name, capability, dtype, expected):
 
 def test_choice_says_what_it_passed_over(pretend_gpu):
     pretend_gpu("NVIDIA H200", (9, 0))
-    assert choose(torch.device("cuda"), torch.bfloat16, 64, features=frozenset(FEATURES)).backend == "flash_v3"
+    assert choose(torch.device("cuda"), torch.bfloat16, 64, features=frozenset(ARGUMENTS)).backend == "flash_v3"
     choice = choose(torch.device("cuda"), torch.bfloat16, 300, features=frozenset({"is_causal", "document_ids"}))
     assert choice == Choice(
         "sdpa",

@@ -13,9 +13,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import flash_ladder.front_door
+from flash_ladder.composition import store_defaults
 from flash_ladder.errors import UserError
-from flash_ladder.front_door import CONF, front_door, store_defaults
-from flash_ladder.overrides import as_typed, for_hydra, quoted
+from flash_ladder.files import owned
+from flash_ladder.front_door import CONF, front_door, hydra_notes
 from flash_ladder.schema import Config, DataConfig, with_batch_size
 from flash_ladder.script_schema import (
     BenchmarkConfig,
@@ -31,7 +32,9 @@ from flash_ladder.sweep import launcher
 
 @pytest.fixture
 def train(monkeypatch, tmp_path, capsys):
-    """Calls the front door of train.py with a `main` that only listens; returns exit code, stderr, and what main was given."""
+    """Calls the front door of train.py with a `main` that only listens, and begins a run; returns exit code, stderr, and what main
+    was given.
+    """
     monkeypatch.chdir(tmp_path)
     launcher.register()
 
@@ -39,8 +42,15 @@ def train(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         given = []
         code = 0
+
+        def begin(cfg, folder):
+            given.append((cfg, folder))
+            (folder / ".hydra").mkdir(exist_ok=True)
+            for name, text in hydra_notes(cfg).items():
+                (folder / name).write_text(text)
+
         try:
-            front_door("train", Config, main or (lambda cfg, folder: given.append((cfg, folder))))
+            front_door("train", Config, main or begin)
         except SystemExit as stop:
             code = stop.code
         return code, capsys.readouterr().err, given
@@ -57,6 +67,11 @@ def refused(train, tmp_path):
         assert not any(tmp_path.iterdir())  # and nothing is left behind
 
     return check
+
+
+def contents(folder):
+    """The bytes of every file below a folder, by its name there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ---- what reaches main ----
@@ -168,10 +183,21 @@ def test_other_options_are_taken(train, option):
     assert train(option)[:2] == (0, "")
 
 
-def test_files_may_be_a_path_a_glob_or_a_list(train):
-    for argument, files in (("a.txt", ["a.txt"]), ("'my/*.txt'", ["my/*.txt"]), ("[a.txt,b.txt]", ["a.txt", "b.txt"])):
-        _, said, [(cfg, _)] = train("data=text", f"data.files={argument}")
-        assert cfg.data.paths() == files, said
+def test_files_may_be_a_path_a_glob_or_a_list(train, tmp_path, monkeypatch):
+    """They are saved absolute: a run goes on, and is exported, from any folder."""
+    for argument, files in (
+        ("a.txt", ["a.txt"]),
+        ("my/*.txt", ["my/*.txt"]),
+        ("[a.txt,b.txt]", ["a.txt", "b.txt"]),
+        ("a,b's (2).txt", ["a,b's (2).txt"]),
+    ):
+        _, said, [(cfg, folder)] = train("data=text", f"data.files={argument}", "data.cache_dir=cache")
+        assert cfg.data.paths() == [str(tmp_path / file) for file in files], said
+        assert cfg.data.cache_dir == str(tmp_path / "cache")
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert train(f"resume={folder}")[2][0][0].data == cfg.data
+        monkeypatch.chdir(tmp_path)
 
 
 def test_the_run_folder_and_its_overrides(train, tmp_path):
@@ -206,7 +232,6 @@ PROMPTS = [
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_taken_as_it_is(train, prompt):
     assert train(f"prompt={prompt}")[2][0][0].prompt == prompt
-    assert as_typed(for_hydra(f"prompt={prompt}")) == f"prompt={prompt}"
 
 
 # ---- what does not ----
@@ -237,10 +262,10 @@ def test_a_prompt_is_taken_as_it_is(train, prompt):
         ("model.bias=maybe", "model.bias: value 'maybe'"),
         ("optimizer.lr=fast", "optimizer.lr: value 'fast'"),
         ("seed", "seed is not KEY=VALUE; --help lists the keys"),
-        ("data.files=a(b).txt", "data.files=a(b).txt cannot be read: such a value needs quotes that the shell leaves on"),
+        ("seed=a(b)", "seed=a(b) cannot be read: such a value needs quotes that the shell leaves on, 'seed='\"'\"'a(b)'\"'\"''"),
+        ("data.files=['a]", "a text with such characters needs quotes of its own in a list, \"data.files=['a, b','c']\""),
         ("seed=???", "seed=??? says that the value is missing"),
         ("seed=1,2", "seed=1,2 names several values: add -m to run each"),
-        ("data.files=a.txt,b.txt", "write a list as [a,b]"),
         ("model.max_seq_len=${data.sqe_len}", "sqe_len"),
     ],
 )
@@ -265,8 +290,8 @@ def test_a_mistake_is_one_line_with_the_nearest_right_one(refused, argument, mes
         ("model.position=alibi", "model.position=alibi is not a choice"),
         ("data.source=web", "data.source=web is not a choice"),
         ("data=text", "data=text needs data.files=PATH"),
-        ("data.files=a.txt", "data.files=a.txt is for data=text"),
-        ("data=text data.files=3", "data.files=3 must be a path, a glob or a list"),
+        ("data.files=/a.txt", "data.files=/a.txt is for data=text"),
+        ("data=text data.files=['a',{b:c}]", "data.files=['a', {'b': 'c'}] must be a path, a glob or a list"),
         ("data=hub data.hub_name=null", "data=hub needs data.hub_name"),
         ("data.streaming=true", "data.streaming=true is for data=hub"),
         ("data.val_fraction=1", "data.val_fraction=1.0 must lie between 0 and 1"),
@@ -274,7 +299,7 @@ def test_a_mistake_is_one_line_with_the_nearest_right_one(refused, argument, mes
         ("data.tokenizer=words", "data.tokenizer=words is not a choice"),
         ("data.batch_size=0", "data.batch_size=0 must be at least 1"),
         ("optimizer.lr=-1", "optimizer.lr=-1.0 must be at least 0"),
-        ("optimizer.lr=nan", "optimizer.lr=nan must be at least 0"),
+        ("optimizer.lr=nan", "optimizer.lr=nan is not a finite number"),
         ("optimizer.beta2=1", "optimizer.beta2=1.0 must lie in [0, 1)"),
         ("optimizer.min_lr_ratio=2", "optimizer.min_lr_ratio=2.0 must lie in [0, 1]"),
         ("trainer.precision=fp8", "trainer.precision=fp8 is not a choice"),
@@ -407,9 +432,9 @@ def test_another_librarys_keys_are_added_with_a_plus(monkeypatch, tmp_path, caps
 
 
 def test_a_folder_with_any_name_can_be_resumed(train, tmp_path):
-    for name in ("lr=0.1,b=(2)", "12e4567", "ü #$'{x}"):
+    for name in ("lr=0.1,b=(2)", "12e4567", "ü #$'{x}", "${HOME}", "a\"b'c & d|e;[f]~"):
         folder = tmp_path / name
-        train(f"hydra.run.dir={quoted(str(folder))}", "seed=5")
+        train(f"hydra.run.dir={folder}".replace("${", "\\${"), "seed=5")
         _, said, [(cfg, resumed)] = train(f"resume={folder}")
         assert said == "" and (cfg.seed, cfg.resume, resumed) == (5, str(folder), folder)
 
@@ -476,15 +501,44 @@ def test_a_damaged_list_of_overrides_is_one_line(train, tmp_path, text):
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(train, tmp_path):
-    """What main refuses (a checkpoint of another shape, say) is not what the run is resumed with next time."""
+    """What main refuses (a checkpoint of another shape, say) is not what the run is resumed with next time; and a traceback."""
     train("hydra.run.dir=run", "data.seq_len=64")
+    before = contents(tmp_path / "run")
+    assert set(before) == {".lock", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"}
 
-    def main(cfg, folder):
+    def refuse(cfg, folder):
         raise UserError("another model")
 
-    assert train("resume=run", "model.n_layer=9", main=main)[:2] == (2, "error: another model\n")
-    _, _, [(cfg, _)] = train("resume=run")
-    assert (cfg.model.n_layer, cfg.data.seq_len) == (4, 64)
+    def fail(cfg, folder):
+        raise ZeroDivisionError
+
+    assert train("resume=run", "model.n_layer=9", main=refuse)[:2] == (2, "error: another model\n")
+    assert train("resume=run", "model.n_layer=9", main=fail)[0] == 1
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_folder_that_another_process_is_at_is_refused_and_left_alone(train, tmp_path):
+    train("hydra.run.dir=run")
+    before = contents(tmp_path / "run")
+    (tmp_path / "new").mkdir()
+    with owned(tmp_path / "run"), owned(tmp_path / "new"):
+        for argument in ("resume=run", "hydra.run.dir=new"):  # the second one has begun in the same second, and written nothing
+            code, said, given = train(argument)
+            assert (code, given) == (2, []) and said.count("\n") == 1 and "is another process's, which still runs" in said
+    assert contents(tmp_path / "run") == before and (tmp_path / "new").is_dir()
+    assert train("resume=run")[0] == train("hydra.run.dir=new")[0] == 0
+
+
+def test_a_lock_dies_with_its_process(train, tmp_path):
+    hold = "import sys, time; from flash_ladder.files import *\nwith owned(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout.read(1) == b"1"
+    with pytest.raises(UserError, match="another process"), owned(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with owned(tmp_path):
+        pass
 
 
 def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
@@ -497,8 +551,12 @@ def test_a_run_that_never_began_leaves_no_folder(train, tmp_path):
         (folder / "metrics.jsonl").write_text("{}")
         raise UserError("not finite")
 
+    def interrupted(cfg, folder):
+        raise KeyboardInterrupt
+
     assert train("hydra.run.dir=a", main=refuse)[0] == train("hydra.run.dir=b", main=write_and_refuse)[0] == 2
-    assert not (tmp_path / "a").exists() and (tmp_path / "b" / "metrics.jsonl").exists()
+    assert train("hydra.run.dir=c", main=interrupted)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["b"] and (tmp_path / "b" / "metrics.jsonl").exists()
 
 
 def test_the_clock_is_read_once(train, tmp_path, monkeypatch):
@@ -537,8 +595,7 @@ def test_a_group_takes_several_options(train):
 def test_a_folder_that_holds_a_run_is_not_touched(train, tmp_path):
     train("hydra.run.dir=run", "seed=1")
     (tmp_path / "run" / "metrics.jsonl").touch()
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "run")
     code, said, _ = train("hydra.run.dir=run", "seed=2")
     assert code == 2 and "holds a run already" in said
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    assert any(path.name == "overrides.yaml" for path in before)
+    assert contents(tmp_path / "run") == before and ".hydra/overrides.yaml" in before

@@ -10,8 +10,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 # Each room may import those before it: a file of src/flash_ladder, a folder there, or kernels/.
 ORDER = (
-    *("kernels", "errors", "names", "units", "files", "drawing", "processes"),
-    *("schema", "script_schema", "overrides", "front_door"),
+    *("kernels", "errors", "names", "units", "memory", "files", "drawing", "processes", "screen"),
+    *("schema", "script_schema", "flags", "overrides", "composition", "front_door"),
     *("measure", "machine", "data", "model", "training", "export", "benchmark", "sweep"),
 )
 

@@ -7,6 +7,7 @@ CUDA events, the L2 cache flushed before each. A CPU's times say nothing about a
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from dataclasses import asdict, replace
@@ -34,12 +35,15 @@ from flash_ladder.benchmark.timing import (
     random_inputs,
 )
 from flash_ladder.errors import UserError
+from flash_ladder.files import check_file
 from flash_ladder.kernels import BACKENDS
+from flash_ladder.kernels.choice import why_not
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.hardware import cudnn_version, nvidia_driver, version_of
 from flash_ladder.measure.flops import BACKWARD, forward_flops
 from flash_ladder.measure.peak_memory import peak_bytes
 from flash_ladder.measure.probe import Layer, eager_may_fit
+from flash_ladder.memory import machine_memory, must_fit
 from flash_ladder.names import PEERS, is_kernel
 from flash_ladder.script_schema import BenchmarkConfig, CompleteBenchmark
 
@@ -91,12 +95,13 @@ def benchmark(cfg: BenchmarkConfig) -> Result:
 
 def measure_grid(asked: BenchmarkConfig) -> Result:
     """Measures every backend at every shape, then under every mask. Prints as it goes, and writes asked.out after every shape."""
-    for path in (asked.out, asked.plot):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written: there is no folder {Path(path).parent}; make it, or name another")
+    for key, path in (("out", asked.out), ("plot", asked.plot)):
+        if path:
+            check_file(Path(path), key)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     cfg, left_out = complete(asked, device)
+    check_here(asked.backends or [], cfg, device)
     result = Result(left_out=left_out, finished=False, **surroundings(cfg, device))
     lengths = sorted({*cfg.seq_len, *cfg.memory_seq_len})
     panels = [Panel(causal, head_dim, heads) for heads in cfg.n_kv_head for causal in cfg.causal for head_dim in cfg.head_dim]
@@ -160,6 +165,31 @@ def complete(cfg: BenchmarkConfig, device: torch.device) -> tuple[CompleteBenchm
     if device.type == "cpu" and not decided.seq_len and not decided.memory_seq_len:
         raise UserError("seq_len=[] and memory_seq_len=[] leave the masks alone, which are timed on a GPU; name a length")
     return decided, left_out
+
+
+def check_here(named: list[str], cfg: CompleteBenchmark, device: torch.device) -> None:
+    """Raises UserError where a backend that was named needs a GPU and there is none, and for a length whose inputs fit nowhere."""
+    for name in named if device.type == "cpu" else ():
+        if name in PEERS and not PEERS[name].on_a_cpu:
+            able = ", ".join(peer for peer in PEERS if PEERS[peer].on_a_cpu)
+            raise UserError(f"backends={name} needs a GPU, and PyTorch finds none; {able} and this repository's own need none")
+        if name in BACKENDS:
+            refusals = [why_not(name, device, getattr(torch, cfg.dtype), size, frozenset()) for size in cfg.head_dim]
+            if all(refusals):
+                raise UserError(f"backends={name} cannot run here: {refusals[0]}; leave it out")
+    there, where = machine_memory(), "this machine has"
+    if device.type == "cuda":
+        there, where = torch.cuda.get_device_properties(device).total_memory, "the GPU has"
+    lengths = {"seq_len": cfg.seq_len, "memory_seq_len": cfg.memory_seq_len, "error_seq_len": [cfg.error_seq_len]}
+    lengths["mask_seq_len"] = [cfg.mask_seq_len] if device.type == "cuda" else []
+    for key, values in lengths.items():
+        for seq_len in values:
+            batch = batch_size(cfg.tokens, seq_len) if key in ("seq_len", "memory_seq_len") else 1
+            for n_kv_head, head_dim in itertools.product(cfg.n_kv_head, cfg.head_dim):
+                heads = 2 * (cfg.width // head_dim) + 2 * (n_kv_head or cfg.width // head_dim)  # of query and output, key and value
+                n_bytes = batch * seq_len * heads * head_dim * getattr(torch, cfg.dtype).itemsize
+                what = f"{key}={seq_len} with tokens={cfg.tokens} and width={cfg.width}: the inputs"
+                must_fit(what, n_bytes, "smaller ones would fit", there, where)
 
 
 def surroundings(cfg: CompleteBenchmark, device: torch.device) -> dict[str, Any]:

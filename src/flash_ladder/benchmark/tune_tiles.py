@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from flash_ladder.benchmark.result import batch_size
 from flash_ladder.errors import UserError
+from flash_ladder.files import check_file
 from flash_ladder.kernels import flash_v2
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.kernels.generations import capability, describe
@@ -65,8 +66,8 @@ def tune(cfg: TuneConfig) -> dict[int, Tiles]:
     print("TFLOP/s of the pass that a kernel is part of, geometric mean over the shapes; tiles are queries, keys, warps, stages\n")
     chosen = {}
     context = multiprocessing.get_context("spawn")
-    if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
-        raise UserError(f"out={cfg.out}: there is no such folder")
+    if cfg.out:
+        check_file(Path(cfg.out), "out")
     with ProcessPoolExecutor(cfg.processes or min(8, os.cpu_count() or 1), mp_context=context) as pool:
         for head_dim in cfg.head_dim:
             row = tiles_for(found, getattr(torch, cfg.dtype), head_dim)

@@ -1,8 +1,8 @@
 """From one stream of tokens to batches: windows, their order, and Lightning's data module.
 
 A window is seq_len + 1 tokens (the inputs and, one further, the targets). The next one starts seq_len tokens later, so that in one
-pass every token but the first is predicted once. A batch's windows depend on its number, the seed and the rank alone, so
-an exact resume needs nothing stored, and the number of loading processes changes nothing.
+pass every token but the first is predicted once. A batch's windows depend on how many came before, the seed and the rank alone.
+So a resume needs that count and nothing else, and the number of loading processes changes nothing.
 """
 
 from __future__ import annotations
@@ -103,21 +103,21 @@ def _shuffle(texts: Iterator[str], rng: np.random.Generator) -> Iterator[str]:
 
 
 class TrainingOrder:
-    """A batch sampler without end: window numbers for one rank, from batch number `first_batch` on.
+    """A batch sampler without end: window numbers for one rank, once all ranks together have taken `first` windows.
 
     The windows form one endless sequence; each pass over them is a permutation drawn from (seed, pass). Batch b of rank r takes the
-    batch_size entries from (b * world_size + r) * batch_size on, so all ranks together go through the sequence once.
+    batch_size entries from first + (b * world_size + r) * batch_size on, so all ranks together go through the sequence once.
     """
 
-    def __init__(self, n_windows: int, batch_size: int, *, seed: int, rank: int, world_size: int, first_batch: int) -> None:
+    def __init__(self, n_windows: int, batch_size: int, *, seed: int, rank: int, world_size: int, first: int) -> None:
         self.n_windows, self.batch_size, self.seed = n_windows, batch_size, seed
-        self.rank, self.world_size, self.first_batch = rank, world_size, first_batch
+        self.rank, self.world_size, self.first = rank, world_size, first
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = -1
         permutation: np.ndarray = np.empty(0)
-        for batch in itertools.count(self.first_batch):
-            first = (batch * self.world_size + self.rank) * self.batch_size
+        for batch in itertools.count():
+            first = self.first + (batch * self.world_size + self.rank) * self.batch_size
             windows = []
             for epoch, position in (divmod(entry, self.n_windows) for entry in range(first, first + self.batch_size)):
                 if epoch != drawn:
@@ -151,8 +151,9 @@ class TextData(lightning.LightningDataModule):
     """The text that `cfg` names, as batches of {"tokens": int64 [B, seq_len + 1]}.
 
     With cfg.document_ids also "document_ids": int32 [B, seq_len], non-decreasing from 0 in each row.
-    `accumulate` is the batches per optimiser step, by which a resumed run finds its place. `val_batches` is how many batches a
-    validation reads on all devices together, so that its loss does not depend on the number of devices.
+    `accumulate` is the batches per optimiser step, by which training knows its place in the text. A checkpoint holds that place, so
+    that a resumed run with other batches, or on other devices, reads no window twice and leaves none out. `val_batches` is how many
+    batches a validation reads on all devices together, so that its loss does not depend on the number of devices.
     """
 
     # From `prepare` on.
@@ -163,6 +164,7 @@ class TextData(lightning.LightningDataModule):
     def __init__(self, cfg: DataConfig, *, seed: int, accumulate: int = 1, val_batches: int) -> None:
         super().__init__()
         self.cfg, self.seed, self.accumulate, self.val_batches = cfg, seed, accumulate, val_batches
+        self.resumed_step = self.resumed_tokens = 0  # the step that this start goes on from, and the tokens read until then
 
     def prepare(self) -> None:
         """Opens the tokens, and first puts them into the cache if they are not there. Needs no trainer. A second call does nothing.
@@ -193,16 +195,31 @@ class TextData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Returns an endless loader of this rank's batches, from `trainer.global_step` on."""
         rank, world_size = self._rank()
-        first_batch = self.trainer.global_step * self.accumulate if self.trainer else 0
+        first = self._tokens_read() // self.cfg.seq_len  # windows of all ranks
         whose = {"seed": self.seed, "rank": rank, "world_size": world_size}
         batch_size, num_workers = self.cfg.batch_size, self.cfg.num_workers
         if self.cfg.streaming:
-            streamed = StreamedWindows(self.cfg, self._corpus, first=first_batch * batch_size, **whose)
+            streamed = StreamedWindows(self.cfg, self._corpus, first=first // world_size, **whose)
             # One process reads a stream: with several, each would read all of it.
             return self._loader(streamed, min(1, num_workers), batch_size=batch_size)
         windows = self._windows(self._corpus.train)
-        order = TrainingOrder(len(windows), batch_size, first_batch=first_batch, **whose)
+        order = TrainingOrder(len(windows), batch_size, first=first, **whose)
         return self._loader(windows, num_workers, batch_sampler=order)
+
+    def _tokens_read(self) -> int:
+        """How many tokens all ranks together have read for the optimiser steps that are done."""
+        if self.trainer is None:
+            return 0
+        a_step = self.accumulate * self.cfg.batch_size * self.trainer.world_size * self.cfg.seq_len
+        return self.resumed_tokens + (self.trainer.global_step - self.resumed_step) * a_step
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the text, for a checkpoint."""
+        return {"step": self.trainer.global_step, "tokens": self._tokens_read()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes the place in the text from a checkpoint. One without it was written with the present batches on as many devices."""
+        self.resumed_step, self.resumed_tokens = state["step"], state["tokens"]
 
     def val_dataloader(self) -> DataLoader:
         """Returns this rank's share of the `validated` windows."""

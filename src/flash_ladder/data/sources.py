@@ -81,10 +81,11 @@ def user_files(patterns: list[str], key: str = "data.files") -> list[Path]:
     files: list[Path] = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found = [path] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not found:
-            siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-            raise UserError(f"{key}={pattern}: no such file{nearest(path.name, siblings)}")
+            siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+            several = "" if "," not in path.name else f"; several files are a list, {key}=[a.txt,b.txt]"
+            raise UserError(f"{key}={pattern}: no such file{nearest(path.name, siblings) or several}")
         files += [p for p in found if p not in files]
     for path in files:
         if path.is_dir():
@@ -263,9 +264,11 @@ def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_int=len)  # of numbers the type alone counts, and Python reads no very long ones
             except ValueError as error:
                 raise UserError(f"{where} is not JSON ({error}); jsonl has one object a line") from None
+            except RecursionError:
+                raise UserError(f"{where} has too many brackets in brackets to be read; leave the field with them out") from None
             yield _field(row, where, column)
 
 

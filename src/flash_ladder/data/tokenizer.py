@@ -61,12 +61,16 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """16 hex digits that depend on the whole vocabulary and its merges."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._backend.to_str()
 
     def save(self, folder: Path) -> None:
         """Writes folder/tokenizer.json: all of it or nothing, even if the process dies."""
         partial = Path(folder) / f".{FILE}.{os.getpid()}"
-        partial.write_text(self._backend.to_str(), encoding="utf-8")
+        partial.write_text(self.to_json(), encoding="utf-8")
         os.replace(partial, Path(folder) / FILE)
 
     @classmethod
@@ -93,7 +97,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple:
         """Pickled as its JSON, so that worker processes get the same tokenizer, settings included."""
-        return _from_json, (self._backend.to_str(),)
+        return _from_json, (self.to_json(),)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:

@@ -18,9 +18,9 @@ from flash_ladder.export.folder import load_export, load_windows
 from flash_ladder.export.losses import Windows, evaluate
 from flash_ladder.export.parity import compare
 from flash_ladder.export.verdict import describe_windows, record, report, same_loss, verdict
-from flash_ladder.files import DIGEST, is_sealed, read_json, write_json
+from flash_ladder.files import DIGEST, check_file, is_sealed, read_json, write_json
 from flash_ladder.kernels.generations import describe
-from flash_ladder.machine.decide import DTYPES, pick_backend, pick_device
+from flash_ladder.machine.decide import DTYPES, check_precision, pick_backend, pick_device
 from flash_ladder.names import BACKENDS
 from flash_ladder.script_schema import EvaluateConfig
 
@@ -32,11 +32,14 @@ def evaluate_export(cfg: EvaluateConfig) -> int:
     Raises UserError where the folder or the text cannot be read and where a backend cannot run here.
     """
     folder = Path(cast("str", cfg.model))  # validate() refuses a missing one
+    if cfg.out is not None:
+        check_file(Path(cfg.out), "out")
     device = pick_device(cfg.device)
     model, tokenizer, config = load_export(folder, device=device)
     windows = load_windows(folder, config)
     recorded = recorded_by_export(folder / "parity.json", len(windows["tokens"]))
     precision = recorded["precision"] if cfg.precision == "auto" else cfg.precision
+    check_precision(precision, device, "precision")
     if cfg.text is not None:
         windows = text_windows(Path(cfg.text), tokenizer, config)
     if cfg.windows is not None:

@@ -20,7 +20,7 @@ from flash_ladder.export.to_wandb import REMEMBERED, log_evaluation, wandb_of
 from flash_ladder.export.verdict import describe_windows, record, report, same_loss
 from flash_ladder.files import checksum, read_json, replace_folder, write_json
 from flash_ladder.kernels.generations import describe
-from flash_ladder.machine.decide import pick_backend, pick_device
+from flash_ladder.machine.decide import check_precision, pick_backend, pick_device
 from flash_ladder.machine.hardware import versions
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_tensors, load_weights
@@ -47,6 +47,7 @@ def export_run(cfg: ExportConfig) -> int:
 
     device = pick_device(cfg.device)
     precision = training["precision"] if cfg.precision == "auto" else cfg.precision
+    check_precision(precision, device, "precision")
     backend = training_backend(cfg, training, config, device, precision)
     windows, as_validated = validation_windows(run, config, training, cfg)
 

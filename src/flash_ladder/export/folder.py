@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument
 from flash_ladder.export.losses import Windows
 from flash_ladder.files import DIGEST, checksum, is_sealed, read_json, write_json
 from flash_ladder.model.gpt import GPT
@@ -131,9 +131,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         hint = "name a folder that scripts/export.py wrote"
         if (folder / "export" / "config.json").is_file():
-            hint = f"did you mean model={folder / 'export'}?"
+            hint = f"did you mean {argument('model', folder / 'export')}?"
         elif (folder / "checkpoints").is_dir():
-            hint = f"it is a run: python scripts/export.py run={folder} exports it"
+            hint = f"it is a run: python scripts/export.py {argument('run', folder)} exports it"
         raise UserError(f"model={folder} is not an exported model (it has no config.json); {hint}")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("format") != FORMAT:

@@ -6,7 +6,6 @@ tokens are float64.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -38,11 +37,6 @@ class Evaluation:
     n_tokens: int
     seconds: float
     window_losses: list[float]  # mean loss of each window
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), inf where that overflows."""
-    return math.exp(loss) if not loss > 700 else math.inf
 
 
 @torch.no_grad()

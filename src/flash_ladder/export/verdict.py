@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from flash_ladder.export.losses import Evaluation, Windows, perplexity
+from flash_ladder.export.losses import Evaluation, Windows
 from flash_ladder.export.parity import Check, Parity, loss_limit
 from flash_ladder.kernels.generations import describe
+from flash_ladder.model.loss import perplexity
 
 
 def describe_windows(windows: Windows) -> str:

@@ -62,8 +62,6 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
         raise UserError("trainer.accelerator=gpu: PyTorch finds no GPU here; trainer.accelerator=auto runs on the CPU")
     on_gpu = has_gpu and cfg.accelerator != "cpu"
     there = torch.cuda.device_count() if on_gpu else 1
-    if isinstance(cfg.devices, str) and cfg.devices not in ("auto", "-1"):
-        raise UserError(f"trainer.devices={cfg.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen")
     asked = None if cfg.devices in ("auto", "-1", -1) else cfg.devices
     if processes is None:
         if cfg.num_nodes is not None and cfg.num_nodes > 1:
@@ -95,8 +93,7 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
 
 def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """The precision and why: bf16 from Ampere on, fp16 on Turing, which has no bf16, and float32 elsewhere."""
-    if asked == "16-mixed" and device.type == "cpu":
-        raise UserError("trainer.precision=16-mixed needs a GPU; on a CPU 32 and bf16-mixed work")
+    check_precision(asked, device, "trainer.precision")
     if asked != "auto":
         return asked, "asked for"
     if device.type == "cpu":
@@ -107,6 +104,12 @@ def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if capability == (7, 5):
         return "16-mixed", "Turing has fp16 tensor cores and no bf16"
     return "32", "a GPU before Turing"
+
+
+def check_precision(precision: str, device: torch.device, key: str) -> None:
+    """Raises UserError, which names the `key`, for a precision that this device has not."""
+    if precision == "16-mixed" and device.type == "cpu":
+        raise UserError(f"{key}=16-mixed needs a GPU; on a CPU 32 and bf16-mixed work")
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from flash_ladder.files import write_json
+from flash_ladder.files import check_file, write_json
 from flash_ladder.kernels import Unsupported, choose, jit
-from flash_ladder.kernels.asked import FEATURES
+from flash_ladder.kernels.asked import ARGUMENTS
 from flash_ladder.kernels.choice import BACKENDS, why_not
 from flash_ladder.kernels.generations import capability, dtype_name
 from flash_ladder.machine import hardware as machine
@@ -69,6 +69,8 @@ class Diagnosis:
 
 def doctor(cfg: DoctorConfig) -> None:
     """Prints the report on this machine, and writes it to cfg.out as JSON. Raises UserError for a device that is not here."""
+    if cfg.out:
+        check_file(Path(cfg.out), "out")
     found = diagnose(cfg)
     print(report(found))
     if cfg.out:
@@ -124,7 +126,7 @@ def ask_rung(name: str, call: AttentionCall) -> Rung:
     """What a backend refuses: the call, each dtype and head_dim alone, and each argument at a shape that the backend takes."""
     able = {dtype: [d for d in HEAD_DIMS if why_not(name, call.device, dtype, d, frozenset()) is None] for dtype in ALL_DTYPES}
     shapes = [(dtype, d) for dtype, head_dims in able.items() for d in head_dims]
-    lacks = [f for f in FEATURES if shapes and why_not(name, call.device, *shapes[0], frozenset({f})) is not None]
+    lacks = [f for f in ARGUMENTS if shapes and why_not(name, call.device, *shapes[0], frozenset({f})) is not None]
     return Rung(
         name,
         why_not(name, call.device, call.dtype, call.head_dim, call.features),
@@ -261,7 +263,7 @@ def _call(found: Diagnosis) -> Rows:
     heads = f"{call.n_head} heads" + (f" sharing {call.n_kv_head} of keys and values" if call.n_kv_head != call.n_head else "")
     yield "shape", f"batch {call.batch_size}, {heads}, {call.seq_len:,} positions, head_dim {call.head_dim}"
     yield "dtype", f"{dtype_name(call.dtype)} ({found.dtype_reason})"
-    yield "meaning", ", ".join(name for name in FEATURES if name in call.features) or "full attention"
+    yield "meaning", ", ".join(name for name in ARGUMENTS if name in call.features) or "full attention"
     yield "attention=auto", found.auto
 
 

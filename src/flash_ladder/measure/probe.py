@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flash_ladder.kernels import attention
 from flash_ladder.kernels.generations import dtype_name
+from flash_ladder.memory import free_memory
 from flash_ladder.names import is_kernel
 from flash_ladder.units import size
 
@@ -111,12 +112,6 @@ def eager_may_fit(layer: Layer) -> bool:
     if layer.device.type == "cuda":
         return layer.score_bytes < 0.8 * torch.cuda.mem_get_info(layer.device)[0]
     return layer.score_bytes < 0.2 * free_memory()
-
-
-def free_memory() -> int:
-    """Bytes that this machine can still give to a process (MemAvailable of Linux)."""
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def document_ids(layer: Layer) -> Tensor | None:

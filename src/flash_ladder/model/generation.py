@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError, at_least
+from flash_ladder.memory import must_fit
 from flash_ladder.model.gpt import GPT, KVCache
 
 PREFILL = 512  # prompt tokens per forward pass; this bounds the memory of logits and scores
@@ -45,7 +46,7 @@ def stream(
     A character whose bytes lie in several tokens is yielded when it is complete; bytes that are no UTF-8 become U+FFFD.
     A space that ends the prompt is left to the model, whose first token must then begin with a space. In training text a space is
     part of the token of the next word, so that a word hardly ever follows a token that is a space alone.
-    Raises UserError for arguments out of range, and for a text longer than a learned position table.
+    Raises UserError for arguments out of range, and for a text longer than a learned position table or than memory allows.
     """
     at_least(0, max_new_tokens=max_new_tokens, temperature=temperature)
     at_least(1, top_k=top_k)
@@ -58,6 +59,10 @@ def stream(
             f"a prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} pass the model's {model.cfg.max_seq_len} learned "
             f"positions; {f'max_new_tokens={room}' if room >= 0 else 'a shorter prompt'} would fit"
         )
+    needed = KVCache.bytes_of(model.cfg, max_len=len(ids) + max_new_tokens, dtype=cache_dtype(model))
+    device = model.embedding.weight.device
+    on_gpu = {"there": torch.cuda.mem_get_info(device)[0], "where": "the GPU's free memory is"} if device.type == "cuda" else {}
+    must_fit(f"max_new_tokens={max_new_tokens}: the keys and values", needed, "fewer would fit", **on_gpu)
     tokens = _sample(model, tokenizer, ids, first if held else None, max_new_tokens, temperature, top_k, seed)
     return _text(prompt, held, tokenizer, tokens)
 
@@ -75,9 +80,7 @@ def _sample(
 ) -> Iterator[int]:
     """Yields the tokens that follow `ids`, up to the end of the document; the first of them is one of `first`, if given."""
     weight = model.embedding.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    cache = KVCache(model.cfg, max_len=len(ids) + max_new_tokens, device=weight.device, dtype=dtype)
+    cache = KVCache(model.cfg, max_len=len(ids) + max_new_tokens, device=weight.device, dtype=cache_dtype(model))
     generator = torch.Generator().manual_seed(seed)
 
     pieces = torch.tensor([ids], device=weight.device).split(PREFILL, dim=1)
@@ -97,13 +100,21 @@ def _sample(
         pieces = [torch.tensor([[token]], device=weight.device)]
 
 
+def cache_dtype(model: GPT) -> torch.dtype:
+    """The dtype that attention runs in: autocast's, or the weights'."""
+    weight = model.embedding.weight
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+
+
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
     """One token from logits [V] on the CPU."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None:
         logits, likeliest = logits.topk(min(top_k, len(logits)))
-    chosen = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+    apart = (logits - logits.max()).double() / temperature  # no temperature makes the largest overflow, or float32 lose it
+    chosen = torch.multinomial(torch.softmax(apart.float(), -1), 1, generator=generator)
     return int(chosen if top_k is None else likeliest[chosen])
 
 

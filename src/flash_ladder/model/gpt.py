@@ -98,6 +98,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length = end
 
+        return self.predict(x, targets)
+
+    def predict(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """The end of `forward`, after the last block: x [B, S, E] to the logits [B, S, V], or with `targets` to the loss."""
         x, words = self.norm(x), self.embedding.weight if self.head is None else self.head.weight
         if targets is not None and self.loss_rows is not None:
             return mean_loss_in_pieces(x, words, targets, self.loss_rows)
@@ -223,6 +227,11 @@ class KVCache:
         shape = (cfg.n_layer, batch_size, cfg.n_kv_head, max_len, cfg.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
+
+    @staticmethod
+    def bytes_of(cfg: ModelConfig, *, max_len: int, dtype: torch.dtype) -> int:
+        """Bytes that a cache for one sequence takes."""
+        return 2 * cfg.n_layer * cfg.n_kv_head * max_len * cfg.head_dim * dtype.itemsize
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v [B, K, S, D] of `layer` after the first `length` positions and returns views of all [B, K, length + S, D].

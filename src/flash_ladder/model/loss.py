@@ -8,6 +8,7 @@ than its logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,3 +104,8 @@ def _scale_gradients(ctx: Any, grad_total: Tensor, *unused: Tensor | None) -> tu
 
 
 loss_in_pieces.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that overflows."""
+    return math.exp(loss) if not loss > 700 else math.inf

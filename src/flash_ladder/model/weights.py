@@ -31,6 +31,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes the file readable by its owner alone
 
 
+def as_safetensors(tensors: dict[str, Tensor]) -> bytes:
+    """What `save_tensors` writes."""
+    return safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; raises UserError where it cannot be read."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument
 from flash_ladder.files import read_json
 from flash_ladder.overrides import differing
 from flash_ladder.sweep.points import RECORD, Point
@@ -45,5 +45,5 @@ def close(folder: Path) -> int:
             log = folder / point.folder / CONSOLE
             print(f"{point.status.replace('_', ' '):12} {name or point.number}: {point.error or 'no reason known'} ({log})")
     if bad:
-        print(f"again        python {shlex.quote(sys.argv[0])} sweep={shlex.quote(str(folder))}   runs those points again")
+        print(f"again        python {shlex.quote(sys.argv[0])} {argument('sweep', folder)}   runs those points again")
     return 1 if bad else 0

@@ -58,12 +58,7 @@ def gpus_needed(trainer: TrainerConfig, there: int) -> int:
         return 0
     if trainer.devices in ("auto", "-1", -1):
         return there
-    devices = 1 if trainer.devices is None else trainer.devices
-    if not isinstance(devices, int) and not devices.isdigit():
-        raise UserError(
-            f"trainer.devices={trainer.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen"
-        )
-    n = int(devices)
+    n = 1 if trainer.devices is None else int(trainer.devices)
     if n > there:
         raise UserError(f"trainer.devices={n}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
     return n

@@ -6,8 +6,8 @@ that fails gives them inf, and the sweep goes on.
 
 from __future__ import annotations
 
-import itertools
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,9 +24,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from flash_ladder.errors import UserError
-from flash_ladder.front_door import fail, parse, without_hydra
-from flash_ladder.overrides import WITH_VALUE, split
+from flash_ladder.composition import parse, without_hydra
+from flash_ladder.errors import UserError, argument
+from flash_ladder.flags import FILES, split, typed
+from flash_ladder.front_door import fail
 from flash_ladder.schema import Config
 from flash_ladder.sweep.gpus import Pool, gpus_here, gpus_needed
 from flash_ladder.sweep.points import LOCK, Point, Sweep
@@ -97,7 +98,10 @@ class ProcessLauncher(Launcher):
                 print(f"sweep on {self.pool}; {sweep.folder}/POINT/console.log has what each point says", flush=True)
             signum = Runner(sweep, self._script(), self.pool, limits).run(gpus_of)
             if signum:
-                print(f"interrupted; to go on: python {sys.argv[0]} sweep={sweep.folder}", file=sys.stderr)
+                print(
+                    f"interrupted; to go on: python {shlex.quote(sys.argv[0])} {argument('sweep', sweep.folder)}",
+                    file=sys.stderr,
+                )
                 sys.exit(128 + signum)
         return [returned(point, sweep.folder_of(point), configs[point.number]) for point in mine]
 
@@ -153,8 +157,7 @@ class ProcessLauncher(Launcher):
 
     def _script(self) -> list[str]:
         """train.py, and what Hydra needs to find the same configuration files and to treat a run as asked."""
-        flags = split(sys.argv[1:])[0]
-        found = [word for flag, value in itertools.pairwise(flags) if flag in WITH_VALUE for word in (flag, value)]
+        found = typed({flag: value for flag, value in split(sys.argv[1:])[0].items() if flag in FILES})
         hydras = [o for o in self._asked("hydra") if not o.lstrip("+~").startswith(OF_THE_SWEEP)]
         return [str(Path(sys.argv[0]).absolute()), *found, *hydras]
 

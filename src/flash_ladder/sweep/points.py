@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, argument
 from flash_ladder.files import read_json, write_json
 from flash_ladder.names import FINISHED, OUT_OF_MEMORY
 from flash_ladder.overrides import differing
@@ -68,7 +68,9 @@ class Sweep:
             raise UserError(f"sweep={folder} is still at work in another process; end that one first") from None
         if (folder / RECORD).exists():
             if not go_on:
-                raise UserError(f"{folder} holds a sweep; sweep={folder} goes on with it, or name another hydra.sweep.dir")
+                raise UserError(
+                    f"{folder} holds a sweep; {argument('sweep', folder)} goes on with it, or name another hydra.sweep.dir"
+                )
             saved: Any = read_json(folder / RECORD)
             try:
                 sweep.command, sweep.overrides, sweep.started = saved["command"], saved["overrides"], saved["started"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flash_ladder.files import json_of
 from flash_ladder.names import FAILED, FINISHED, NOT_FINITE, OUT_OF_MEMORY, STOPPED
 from flash_ladder.overrides import as_typed, quoted, to_type_again
 from flash_ladder.sweep.points import GOOD, Point, Sweep
@@ -107,7 +107,7 @@ def labels(point: Point, sweep: Sweep) -> list[str]:
     found = {"group": "/".join(sweep.folder.resolve().parts[-2:]), "name": sweep.names()[point.number][:WANDB_LONGEST]}
     variables = {"group": "WANDB_RUN_GROUP", "name": "WANDB_NAME"}
     return [
-        f"logger.{key}={quoted(value)}"
+        f"logger.{key}={value}"
         for key, value in found.items()
         if value and f"logger.{key}" not in asked and variables[key] not in os.environ
     ]
@@ -119,7 +119,7 @@ def labels(point: Point, sweep: Sweep) -> list[str]:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The run's result.json; None where it is missing or was not written whole."""
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = json_of((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return result if isinstance(result, dict) and result.get("status") in RESULTS else None

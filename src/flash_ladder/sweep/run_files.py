@@ -6,13 +6,12 @@ metrics.jsonl. A damaged file costs a warning and its own figures.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from flash_ladder.files import plain_yaml
+from flash_ladder.files import json_of, plain_yaml
 from flash_ladder.names import FINISHED
 from flash_ladder.training import metrics
 
@@ -154,7 +153,7 @@ def log_lines(run: Path, notes: list[str]) -> list[dict]:
     found = []
     for number, line in enumerate(lines):
         try:
-            found.append(dict(json.loads(line)))
+            found.append(dict(json_of(line)))
         except (ValueError, TypeError):
             if number < len(lines) - 1:
                 tell(notes, f"{run / 'metrics.jsonl'}: line {number + 1} cannot be read")
@@ -201,7 +200,7 @@ def curve(run: Path, metric: str) -> dict[int, float]:
 def read_object(path: Path, notes: list[str]) -> dict | None:
     """A JSON object; None, with a warning, where the file holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_of(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
         reason = "it is no JSON object"

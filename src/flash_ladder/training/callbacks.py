@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -91,7 +92,8 @@ class StopOnSignal(Callback):
         self.received = signum
         self._restore()
         if is_first_process():
-            os.write(2, b"\nstopping between two steps; once more to stop at once\n")  # print may not be called in a handler
+            with suppress(OSError):  # print may not be called in a handler
+                os.write(2, b"\nstopping between two steps; once more to stop at once\n")
 
     def _restore(self) -> None:
         for signum, handler in self.before.items():

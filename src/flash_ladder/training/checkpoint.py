@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
-from flash_ladder.errors import UserError, first_line, one_of
+from flash_ladder.errors import UserError, argument, first_line, one_of
 from flash_ladder.files import plain_yaml, sync
 from flash_ladder.schema import DataConfig, ModelConfig, from_plain
 from flash_ladder.training import archive, metrics
@@ -46,8 +46,9 @@ class AtomicCheckpointIO(CheckpointIO):
                 sync(path.parent)
             finally:
                 saving.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # torch.save's RuntimeError hides what the disk said
+            said = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(said, "strerror", None) or first_line(error)
             raise UserError(f"{path} cannot be written ({reason}); a checkpoint that was there before is untouched") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -146,7 +147,9 @@ def find_checkpoint(run: Path, which: str) -> Path:
     folder = run / "checkpoints"
     if not folder.is_dir():
         runs = sorted([*run.glob("*/checkpoints"), *run.glob("*/*/checkpoints")])
-        hint = f"did you mean run={runs[-1].parent}?" if runs else "name a folder that train.py wrote, such as outputs/DATE/TIME"
+        hint = "name a folder that train.py wrote, such as outputs/DATE/TIME"
+        if runs:
+            hint = f"did you mean {argument('run', runs[-1].parent)}?"
         raise UserError(f"run={run} {'is not a run (it has no checkpoints folder)' if run.is_dir() else 'does not exist'}; {hint}")
     path = folder / f"{which}.ckpt"
     if not path.is_file():

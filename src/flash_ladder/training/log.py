@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from logging.handlers import MemoryHandler
+from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler, WatchedFileHandler
 from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
 
 SAID = logging.getLogger("flash_ladder")
 LIGHTNING = logging.getLogger("lightning.pytorch")  # its warnings are kept as well
@@ -26,10 +27,26 @@ def say(*words: object) -> None:
 
 
 def warn(text: str) -> None:
-    """One line on the screen, without the source line that Python's warnings add."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    """One line on the screen, without the source line that Python's warnings add, and above a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+    sys.stderr.flush()
     if SAID.handlers:  # without a run's file, logging would print it once more
         SAID.warning(text)
+
+
+class LogFile(WatchedFileHandler):
+    """train.log, begun anew where it was removed. A line that the disk does not take is on the screen alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Logging would print a traceback."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -46,7 +63,7 @@ def run_log() -> Iterator[Callable[[Path], None]]:
     files: list[logging.Handler] = []
 
     def open_file(path: Path) -> None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = LogFile(path, encoding="utf-8")
         file.setFormatter(LINE)
         files.append(file)
         early.setTarget(file)

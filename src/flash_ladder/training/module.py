@@ -16,7 +16,7 @@ from flash_ladder.model.gpt import GPT
 from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
 from flash_ladder.training import metrics
 from flash_ladder.training.optimizer import build_optimizer, build_schedule, set_values, values_of
-from flash_ladder.training.sharding import is_sharded, shard
+from flash_ladder.training.sharding import end_step_with, is_sharded, shard
 
 
 class NotFinite(UserError):
@@ -38,6 +38,7 @@ class GPTModule(L.LightningModule):
         self.net = GPT(ModelConfig(**config["model"]), backend=backend)
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
         self.net.loss_rows = self.trainer_config.loss_rows
+        self.whole_in_step = self.trainer_config.shard == "optimizer"
         self.losses = LossWatch(self.trainer_config.accumulate)
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step
@@ -50,7 +51,8 @@ class GPTModule(L.LightningModule):
             if self.trainer_config.compile:
                 self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
         elif not is_sharded(self.net):
-            shard(self.net, self.device_mesh["data_parallel"], compiled=self.trainer_config.compile)
+            mesh = self.device_mesh["data_parallel"]
+            shard(self.net, mesh, whole_in_step=self.whole_in_step, compiled=self.trainer_config.compile)
 
     def on_train_start(self) -> None:
         """After Lightning has restored a checkpoint, values of the optimiser included."""
@@ -62,6 +64,9 @@ class GPTModule(L.LightningModule):
         return self.net(tokens[:, :-1], tokens[:, 1:], document_ids=batch.get("document_ids"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.whole_in_step and is_sharded(self.net):
+            is_last = (batch_idx + 1) % self.trainer_config.accumulate == 0
+            end_step_with(self.net, is_last or self.trainer.is_last_batch)
         loss = self.loss(batch)
         self.losses.add(mean_over_devices(loss.detach()))
         return loss

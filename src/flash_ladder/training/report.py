@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shlex
 import textwrap
 from pathlib import Path
 
@@ -11,9 +9,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flash_ladder.data.batches import TextData
+from flash_ladder.errors import argument
 from flash_ladder.machine.decide import Place
 from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
+from flash_ladder.model.loss import perplexity
 from flash_ladder.schema import Config
 from flash_ladder.training import metrics
 from flash_ladder.training.log import say
@@ -27,12 +27,12 @@ def report(cfg: Config, run: Path, result: Result, place: Place, unigram_entropy
     came_to, loss = result.metrics, result.metrics[metrics.VAL_LOSS]
     folder = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     kept = ""  # trainer.checkpoints=false and +trainer.lightning.fast_dev_run keep none
-    if metrics.VAL_BEST in came_to:
+    if metrics.VAL_BEST in came_to and (run / "checkpoints" / "best.ckpt").is_file():
         kept = f"checkpoints/best.ckpt (validation loss {came_to[metrics.VAL_BEST]:.4f}) and last.ckpt, "
     first_step = came_to.get(metrics.FIRST_STEP_SECONDS)
     lines = {
-        "validation": f"loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
-        "baseline": f"loss {unigram_entropy:.4f}, perplexity {math.exp(unigram_entropy):.2f} from token frequencies alone "
+        "validation": f"loss {loss:.4f} nats per token, {perplexity_in_words(loss)}",
+        "baseline": f"loss {unigram_entropy:.4f}, {perplexity_in_words(unigram_entropy)} from token frequencies alone "
         "(unigram entropy)",
         "sample": textwrap.indent(printable(result.sample or ""), " " * 13 + "| ", lambda line: True).lstrip(" "),
         "speed": speed_in_words(came_to),
@@ -41,12 +41,18 @@ def report(cfg: Config, run: Path, result: Result, place: Place, unigram_entropy
         "attention": place.attention,
         "run": f"{folder}: {kept}metrics.jsonl, result.json, train.log, environment.json",
         "profile": f"{folder / 'profile'}: trace.json.gz for ui.perfetto.dev, kernels.txt" if cfg.trainer.profile else "",
-        "next": f"python scripts/export.py run={shlex.quote(str(folder))}" if kept else "",
+        "next": f"python scripts/export.py {argument('run', folder)}" if kept else "",
     }
     say()
     for name, value in lines.items():
         if value:
             say(f"{name:12} {value}")
+
+
+def perplexity_in_words(loss: float) -> str:
+    """The perplexity of a loss; with three digits where it is beyond what models have, and inf where it overflows."""
+    value = perplexity(loss)
+    return f"perplexity {value:.2f}" if value < 1e6 else f"perplexity {value:.3g}"
 
 
 def printable(text: str) -> str:

@@ -5,42 +5,43 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import hashlib
 import math
-import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from omegaconf import OmegaConf
 
 from flash_ladder.data.batches import TextData
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.errors import UserError
-from flash_ladder.files import checksum, read_json, refuse_taken
+from flash_ladder.errors import UserError, argument
+from flash_ladder.files import as_json, as_yaml, refuse_taken, refuse_unwritable, replace_files
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
-from flash_ladder.model.weights import load_weights, save_tensors
+from flash_ladder.model.weights import as_safetensors
 from flash_ladder.names import FINISHED, STOPPED, WINDOWS
 from flash_ladder.schema import Config, with_batch_size
 from flash_ladder.training import metrics
 from flash_ladder.training.callbacks import Stopped
-from flash_ladder.training.checkpoint import load_to_go_on
 from flash_ladder.training.extras import extra_arguments, extra_callbacks
-from flash_ladder.training.log import run_log, say
+from flash_ladder.training.log import run_log, say, warn
 from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_look, log_probe, log_sample, open_loggers
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.ranks import Ranks
-from flash_ladder.training.record import MetricsFile
+from flash_ladder.training.record import METRICS, MetricsFile, rows_until
 from flash_ladder.training.report import out_of_memory, report, write_sample
 from flash_ladder.training.result import Result, is_out_of_memory, setting
+from flash_ladder.training.resume import Start, check_resume
 from flash_ladder.training.sharding import whole
 from flash_ladder.training.speed import Speed
 from flash_ladder.training.strategy import is_first_process
@@ -49,14 +50,15 @@ from flash_ladder.training.trainer import make_trainer, quiet_lightning, work
 SAMPLE_TOKENS = 200  # of generated text at the end of a run
 
 
-def train(cfg: Config, run_dir: Path) -> float:
+def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyType({})) -> float:
     """Trains what `cfg` asks for, leaves everything in `run_dir`, and returns the last validation loss.
 
     It writes config.yaml, metrics.jsonl, result.json, train.log, environment.json, tokenizer.json, validation.safetensors,
-    checkpoints/best.ckpt and last.ckpt, wandb/. With cfg.resume, `run_dir` is that run's folder and training goes on from its last
-    checkpoint.
+    checkpoints/best.ckpt and last.ckpt, wandb/, and `notes`, texts by the names of their files. With cfg.resume, `run_dir` is that
+    run's folder and training goes on from its last checkpoint. Nothing in it changes before all that may be refused has been looked
+    at.
     Raises UserError for a choice that cannot run here, for unreadable data, for a folder that holds another run, for a loss that
-    is not finite and where memory runs out.
+    is not finite, where memory runs out, and at the end where metrics.jsonl was removed or could not be written.
     """
     started = time.perf_counter()
     quiet_lightning()
@@ -74,33 +76,36 @@ def train(cfg: Config, run_dir: Path) -> float:
         data = TextData(cfg.data, seed=cfg.seed, accumulate=cfg.trainer.accumulate, val_batches=cfg.trainer.val_batches)
         data.prepare()
         say(f"data: {describe_data(data)}")
+        check_step(cfg, data)
         cfg = replace(cfg, model=replace(cfg.model, vocab_size=vocab_size(cfg, data.tokenizer)))
         sample_tokens = fitting_sample(cfg, data.tokenizer)
+        if place.device.type == "cpu":
+            cfg.check_cpu_memory()
 
         torch.manual_seed(cfg.seed)
         module = GPTModule(asdict(cfg), place.attention.backend)
         say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
-        checkpoint, start = check_resume(cfg, run_dir, module, data) if cfg.resume else (None, 0)
+        start = check_resume(cfg, run_dir, module, data) if cfg.resume else Start()
 
         record: MetricsFile | None = None
         loggers: list[Logger] = []
         look: str | None = None
-        if first:
-            record, loggers = open_run(cfg, run_dir, place, data)
-            write_log_to(run_dir / "train.log")
         of_a_step = work(cfg, place, module)
         speed = Speed(of_a_step, cfg.trainer.log_every, started)
         ranks = Ranks(cfg, place)
-        trainer = make_trainer(
-            cfg, run_dir, place, ranks.processes, loggers=loggers, speed=speed, arguments=arguments, callbacks=callbacks
-        )
+        trainer = make_trainer(cfg, run_dir, place, ranks.processes, start, speed=speed, arguments=arguments, callbacks=callbacks)
         result = Result(setting(cfg, place, module.net.n_params, of_a_step.tokens), cfg.trainer.max_steps)
 
         def close(failed: bool) -> None:
             if record is not None:
                 result.step, result.seconds = trainer.global_step, time.perf_counter() - started
                 result.metrics = came_to(record, speed, trainer)
-                result.write(run_dir)
+                record.close()
+                try:
+                    result.write(run_dir)
+                except UserError as error:
+                    record.trouble = str(error)
+                    warn(record.trouble)
             close_loggers(loggers, failed=failed)
 
         def lost(error: UserError) -> None:  # in place of all below, where another process is gone and this one hangs
@@ -109,11 +114,15 @@ def train(cfg: Config, run_dir: Path) -> float:
 
         try:
             if first:
+                record, loggers = open_run(cfg, run_dir, place, data, notes, start)
+                write_log_to(run_dir / "train.log")
+                if not trainer.fast_dev_run:
+                    trainer.loggers = loggers
                 probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
                 say(f"attention memory: {probe}")
-                log_probe(loggers, probe, start)
+                log_probe(loggers, probe, start.step)
             ranks.join(cfg, lost)
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
             net = whole(module.net)
             if first:
                 result.sample = write_sample(net, data, place, cfg.prompt, sample_tokens)
@@ -122,7 +131,7 @@ def train(cfg: Config, run_dir: Path) -> float:
             result.status = FINISHED
         except Stopped as stop:
             result.status, result.error = STOPPED, f"stopped by {stop} after step {trainer.global_step}"
-            way_on = f"to go on: python train.py resume={shlex.quote(str(run_dir))}"
+            way_on = f"to go on: python train.py {argument('resume', run_dir)}"
             say(f"{result.error}; {way_on if cfg.trainer.checkpoints else 'no checkpoint was kept'}")
             sys.exit(128 + stop.signum)
         except NotFinite as error:  # raised by all processes together
@@ -130,7 +139,7 @@ def train(cfg: Config, run_dir: Path) -> float:
             if first:
                 raise
         except BaseException as error:
-            told = ranks.failed(in_our_words(error, cfg, place, trainer.global_step + 1))
+            told = ranks.failed(in_our_words(error, cfg, run_dir, place, trainer.global_step + 1))
             result.ended_by(told)
             if told is not error:
                 raise told from error
@@ -142,13 +151,17 @@ def train(cfg: Config, run_dir: Path) -> float:
             report(cfg, run_dir, result, place, data.stats.unigram_entropy)
             if look is not None:
                 say(f"{cfg.logger.kind:12} {look}")
+        if record is not None and record.trouble is not None:
+            raise UserError(record.trouble)
         return result.metrics.get(metrics.VAL_LOSS, math.nan)
 
 
-def in_our_words(error: BaseException, cfg: Config, place: Place, step: int) -> BaseException:
+def in_our_words(error: BaseException, cfg: Config, run_dir: Path, place: Place, step: int) -> BaseException:
     """What ended optimiser step `step`, as the rest of this program knows it; `error` itself where that is the right word."""
     if is_out_of_memory(error):
         return out_of_memory(cfg, place, step)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{error.filename or run_dir} cannot be written at step {step} ({error.strerror}); make room, then go on")
     if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way with a second Ctrl-C
         return error.__context__
     return error
@@ -178,6 +191,16 @@ def describe_data(data: TextData) -> str:
     return f"{documents}{size}: {tokens}{stats.n_val_tokens:,} held out ({stats.split}); vocabulary {data.tokenizer.vocab_size:,}"
 
 
+def check_step(cfg: Config, data: TextData) -> None:
+    """Raises UserError for an optimiser step of more batches than the text has windows: each would be seen again and again."""
+    n_windows = None if data.stats.n_train_tokens is None else data.stats.n_train_tokens // cfg.data.seq_len
+    if n_windows is not None and cfg.trainer.accumulate > n_windows:
+        raise UserError(
+            f"trainer.accumulate={cfg.trainer.accumulate}: a step would have more batches than the text has windows, and see each "
+            f"many times; {n_windows} (of data.seq_len={cfg.data.seq_len}) is the most"
+        )
+
+
 def vocab_size(cfg: Config, tokenizer: Tokenizer) -> int:
     """The model's vocabulary size: as configured, or the tokenizer's rounded up to 64, which suits tensor cores."""
     if cfg.model.vocab_size is None:
@@ -198,44 +221,6 @@ def fitting_sample(cfg: Config, tokenizer: Tokenizer) -> int:
     return min(SAMPLE_TOKENS, cfg.data.seq_len - prompt)
 
 
-def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData) -> tuple[Path, int]:
-    """The checkpoint to resume from, and its step. Raises UserError where it is missing, damaged, another model's or complete."""
-    saved, weights, info = load_to_go_on(run_dir)
-    for name, value in asdict(cfg.model).items():
-        if saved["model"].get(name) != value:
-            raise UserError(
-                f"resume={cfg.resume} was trained with model.{name}={saved['model'].get(name)}, not {value}; start a new run"
-            )
-    load_weights(module.net, weights, info["checkpoint"])
-    check_same_text(cfg, run_dir, saved, data)
-    if info["step"] >= cfg.trainer.max_steps:
-        raise UserError(
-            f"resume={cfg.resume} is at step {info['step']} of trainer.max_steps={cfg.trainer.max_steps}: nothing is left to do; "
-            f"trainer.max_steps={2 * info['step']} would train as long again"
-        )
-    say(f"resuming after step {info['step']}")
-    return Path(info["checkpoint"]), info["step"]
-
-
-def check_same_text(cfg: Config, run_dir: Path, saved: dict[str, Any], data: TextData) -> None:
-    """Raises UserError where a resumed run would hold out other text than before, and validate on what it was trained on."""
-    before = {"seed": saved["seed"], **{f"data.{key}": value for key, value in saved["data"].items()}}
-    now = {"seed": cfg.seed, **{f"data.{key}": value for key, value in asdict(cfg.data).items()}}
-    drawn_by = ("data.split_seed", *([] if cfg.data.streaming else ["data.val_fraction"]))
-    for key in (*drawn_by, *(["seed"] if cfg.data.split_seed is None else [])):
-        if before[key] != now[key]:
-            raise UserError(
-                f"resume={cfg.resume} held out text by {key}={before[key]}, and with {now[key]} it would validate on what it was "
-                f"trained on; {key}={before[key]} goes on, or start a new run"
-            )
-    trained_on = read_json(run_dir / "environment.json").get("data", {}).get("corpus")
-    if trained_on != data.stats.corpus or Tokenizer.load(run_dir).fingerprint != data.tokenizer.fingerprint:
-        raise UserError(
-            f"resume={cfg.resume}: its corpus has changed, or what the tokenizer is made of, so it would validate on what it was "
-            f"trained on; start a new run"
-        )
-
-
 def attention_layer(cfg: Config, place: Place) -> Layer:
     """One attention layer of the run, for the probe to measure."""
     return Layer(
@@ -253,10 +238,12 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
 # ---- the run's folder ----
 
 
-def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[MetricsFile, list[Logger]]:
-    """Writes config.yaml, tokenizer.json, the validation windows and environment.json.
+def open_run(
+    cfg: Config, run_dir: Path, place: Place, data: TextData, notes: Mapping[str, str], start: Start
+) -> tuple[MetricsFile, list[Logger]]:
+    """Writes `notes`, config.yaml, tokenizer.json, the validation windows and environment.json, all of them or none.
 
-    Returns the run's record, and all loggers, that one included.
+    Returns the run's record, and all loggers, that one included. What a resumed run has recorded after its checkpoint is dropped.
     """
     config = asdict(cfg)
     about = environment(
@@ -266,18 +253,32 @@ def open_run(cfg: Config, run_dir: Path, place: Place, data: TextData) -> tuple[
         precision={"precision": place.precision, "reason": place.precision_reason},
         data=asdict(data.stats),
     )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    contents: dict[str, str | bytes] = {**notes, "config.yaml": as_yaml(config), "tokenizer.json": data.tokenizer.to_json()}
+    if cfg.trainer.checkpoints:  # export evaluates on these windows, also where the text has changed or is gone
+        windows = data.val_windows(data.validated(place.n_devices)[0])
+        contents[WINDOWS] = packed = as_safetensors({name: rows.int() for name, rows in windows.items()})
+        about["data"]["windows_sha256"] = hashlib.sha256(packed).hexdigest()
+    contents["environment.json"] = as_json(about)
+    files = {run_dir / name: content for name, content in contents.items()}
+
+    def write(more: Mapping[Path, str | bytes]) -> None:
+        for path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        replace_files({path: content for path, content in files.items() if not path.exists()} | more)
+
     if not cfg.resume:
         refuse_taken(run_dir)
-    OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
-    if cfg.trainer.checkpoints:  # export evaluates on these windows, also where the text has changed or is gone
-        save_tensors(
-            run_dir / WINDOWS, {name: rows.int() for name, rows in data.val_windows(data.validated(place.n_devices)[0]).items()}
-        )
-        about["data"]["windows_sha256"] = checksum(run_dir / WINDOWS)
-    (run_dir / "environment.json").write_text(json.dumps(about, indent=2) + "\n")
-    data.tokenizer.save(run_dir)
-    return open_loggers(cfg.logger, run_dir, as_run(config, place) | {"environment": about})
+    kept = rows_until(run_dir / METRICS, start.step) if cfg.resume else ""
+    try:
+        refuse_unwritable(run_dir / "train.log")
+        write({**files, run_dir / METRICS: kept})
+        (run_dir / "result.json").unlink(missing_ok=True)  # of an earlier start
+        record = MetricsFile(run_dir / METRICS, restore=lambda: write({}))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or run_dir} cannot be written ({error.strerror}); nothing was changed; make it possible and try again"
+        ) from None
+    return record, [record, *open_loggers(cfg.logger, run_dir, as_run(config, place) | {"environment": about}, start.step)]
 
 
 def as_run(config: dict[str, Any], place: Place) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """FSDP2: weights, gradients and optimiser state cut into as many pieces as there are devices, from outside the model.
 
 `shard` cuts a GPT. A block's weights are gathered when it runs and dropped afterwards, so that a device holds its share and one
-block. The other functions go between the pieces and whole tensors, under the names and numbers that a run on one device has:
-a checkpoint is the same file whatever wrote it.
+block; or, where memory allows, they and their gradients stay whole over the batches of a step (`end_step_with`), and only the
+optimiser's state is always in pieces. The other functions go between the pieces and whole tensors, under the names and numbers that
+a run on one device has: a checkpoint is the same file whatever wrote it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from flash_ladder.model.gpt import GPT
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(net: GPT, mesh: DeviceMesh, *, compiled: bool = False) -> None:
+def shard(net: GPT, mesh: DeviceMesh, *, whole_in_step: bool = False, compiled: bool = False) -> None:
     """Cuts `net` over the devices of `mesh` (1-D), in place: every block is gathered by itself, and what is left as one.
 
     The pieces are float32 and are gathered as float32: autocast then rounds a matrix where it is used, as it does on one device.
@@ -35,13 +36,27 @@ def shard(net: GPT, mesh: DeviceMesh, *, compiled: bool = False) -> None:
     is one device's to rounding. What is left, the embedding (also the head, where they are tied) and the last norm, is needed
     first and last, and stays gathered from the forward to the backward pass.
 
-    compiled: compile every block. Gathering goes on around it: a graph of the whole network would break at every block.
+    whole_in_step: keep gathered weights until `end_step_with` says otherwise.
+    compiled: compile every block, and the head with the loss. Gathering goes on around them: a graph of the whole network would
+    break at every block.
     """
     for block in net.blocks:
         if compiled:
             block.forward = torch.compile(block.forward, fullgraph=True)
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=not whole_in_step)
+    if compiled:
+        net.predict = torch.compile(net.predict, fullgraph=True)
     fully_shard(net, mesh=mesh)
+
+
+def end_step_with(net: GPT, batch_is_last: bool) -> None:
+    """Says of a cut `net`'s next batch whether a step ends with it, so that gradients are shared out and gathered weights dropped.
+
+    The batches before it add their gradients up whole: a step gathers and reduces once, whatever the number of its batches, for
+    8 bytes a parameter on every device.
+    """
+    net.set_requires_gradient_sync(batch_is_last)
+    net.set_reshard_after_backward(batch_is_last)
 
 
 def is_sharded(net: nn.Module) -> bool:

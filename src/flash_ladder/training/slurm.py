@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from flash_ladder.errors import UserError
-from flash_ladder.overrides import to_type_again
+from flash_ladder.overrides import quoted, to_type_again
 from flash_ladder.schema import Config
 
 JOB_FILE = "job.sbatch"
@@ -71,7 +71,7 @@ def job_file(cfg: Config, run_dir: Path, overrides: list[str]) -> str:
     ]
     train = [sys.executable, str(Path(sys.argv[0]).resolve())]
     asked = [override for override in overrides if not override.startswith(("resume=", "slurm=", "slurm."))]
-    anew = [*train, *asked, f"hydra.run.dir={run_dir}", "slurm.submit=false"]
+    anew = [*train, *asked, f"hydra.run.dir={quoted(str(run_dir))}", "slurm.submit=false"]
     go_on = [*train, f"resume={run_dir}", *to_type_again(asked), "slurm.submit=false"]
     folder = shlex.quote(str(run_dir))
     return "\n".join(

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger
 
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.machine.decide import Place
@@ -21,6 +20,7 @@ from flash_ladder.schema import Config
 from flash_ladder.training.callbacks import Bar, StopOnSignal, checkpoints
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
+from flash_ladder.training.resume import BetweenSteps, Start
 from flash_ladder.training.speed import Speed, Work
 from flash_ladder.training.strategy import devices_and_strategy, is_first_process
 
@@ -29,33 +29,37 @@ def make_trainer(
     cfg: Config,
     run_dir: Path,
     place: Place,
-    processes: Processes | None = None,
+    processes: Processes | None,
+    start: Start,
     *,
-    loggers: list[Logger],
     speed: Speed,
     arguments: dict[str, Any],
     callbacks: list[Callback],
 ) -> L.Trainer:
     """Lightning's trainer for one endless epoch of trainer.max_steps optimiser steps.
 
-    processes: of training.ranks. arguments, callbacks: what the user adds (training.extras).
+    processes: of training.ranks. start: of training.resume. arguments, callbacks: what the user adds (training.extras).
     """
     bar = [Bar(speed)] if is_first_process() else []
     kept = checkpoints(run_dir / "checkpoints") if cfg.trainer.checkpoints else ()
+    max_steps, val_every = cfg.trainer.max_steps, cfg.trainer.val_every
+    only_validates = start.owes_validation and start.step >= max_steps
+    if only_validates:  # Lightning would not begin where no step is left
+        val_every = start.step
     ours: dict[str, Any] = {
         **devices_and_strategy(cfg.trainer, place, processes),
         "precision": "32-true" if place.precision == "32" else place.precision,  # in Lightning's words
-        "max_steps": cfg.trainer.max_steps,
+        "max_steps": max_steps + only_validates,
         "max_epochs": -1,
         "accumulate_grad_batches": cfg.trainer.accumulate,
-        "val_check_interval": cfg.trainer.val_every * cfg.trainer.accumulate,  # in batches
+        "val_check_interval": val_every * cfg.trainer.accumulate,  # in batches
         "check_val_every_n_epoch": None,
         "log_every_n_steps": cfg.trainer.log_every,
         "limit_val_batches": cfg.trainer.val_batches,
         "num_sanity_val_steps": 0,
         "deterministic": cfg.trainer.deterministic or None,
-        "logger": loggers,
-        "callbacks": [speed, *bar, *callbacks, StopOnSignal(cfg.trainer.log_every), *kept],
+        "logger": False,  # they are opened once nothing can be refused any more
+        "callbacks": [speed, *bar, *callbacks, StopOnSignal(cfg.trainer.log_every), BetweenSteps(start, max_steps), *kept],
         "enable_checkpointing": cfg.trainer.checkpoints,
         "plugins": [AtomicCheckpointIO()],
         "default_root_dir": run_dir,

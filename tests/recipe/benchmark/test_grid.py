@@ -17,8 +17,8 @@ import flash_ladder.benchmark.grid as module
 from flash_ladder.benchmark.accuracy import measure_error, yardstick
 from flash_ladder.benchmark.grid import ON_CPU, ON_GPU, benchmark, complete, measure_cell
 from flash_ladder.benchmark.result import Cell, Masked, Panel, read
+from flash_ladder.composition import store_defaults
 from flash_ladder.errors import UserError
-from flash_ladder.front_door import store_defaults
 from flash_ladder.kernels import BACKENDS
 from flash_ladder.measure.growth import growth
 from flash_ladder.script_schema import BenchmarkConfig

@@ -1,6 +1,7 @@
 """From tokens to batches: windows, their order, its resumption under Lightning, the ranks' shares, and streams."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +75,7 @@ def test_shorter_than_a_window(tmp_path):
 
 
 def order_of(n_batches: int, n_windows: int = 11, batch_size: int = 2, **place) -> list[list[int]]:
-    order = TrainingOrder(n_windows, batch_size, **{"seed": 0, "rank": 0, "world_size": 1, "first_batch": 0, **place})
+    order = TrainingOrder(n_windows, batch_size, **{"seed": 0, "rank": 0, "world_size": 1, "first": 0, **place})
     return [batch for batch, _ in zip(order, range(n_batches), strict=False)]
 
 
@@ -92,8 +93,8 @@ def test_ranks_share_the_sequence_out():
     assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone
 
 
-def test_order_from_a_later_batch_on():
-    assert order_of(5, first_batch=9, rank=1, world_size=2) == order_of(14, rank=1, world_size=2)[9:]
+def test_order_from_a_later_window_on():
+    assert order_of(5, first=9 * 2 * 2, rank=1, world_size=2) == order_of(14, rank=1, world_size=2)[9:]
 
 
 def test_batches_do_not_depend_on_workers(twenty):
@@ -116,6 +117,21 @@ def test_loaders_leave_the_global_random_state_alone(twenty):
 def as_rank(data: TextData, rank: int, world_size: int, global_step: int = 0) -> TextData:
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, global_step=global_step)
     return data
+
+
+def test_other_batches_on_other_devices_go_on_where_the_first_ones_stopped(twenty):
+    """Three steps of two batches of four on one device, then batches of three on two: no window twice, none left out."""
+    alone = as_rank(text_data(twenty, accumulate=2), 0, 1, global_step=0)
+    in_order = first_batches(alone.train_dataloader(), 12).flatten(0, 1)
+    as_rank(alone, 0, 1, global_step=3)
+    later = []
+    for rank in range(2):
+        data = as_rank(text_data(replace(twenty, batch_size=3)), rank, 2, global_step=3)
+        data.load_state_dict(alone.state_dict())
+        later.append(first_batches(data.train_dataloader(), 3))
+        as_rank(data, rank, 2, global_step=5)
+        assert data.state_dict() == {"step": 5, "tokens": (3 * 2 * 4 + 2 * 2 * 3) * 16}
+    assert torch.equal(torch.stack(later, dim=1).flatten(0, 2), in_order[24:42])
 
 
 @pytest.mark.parametrize("world_size, val_batches", [(1, 3), (2, 4), (3, 4), (3, 1), (2, 10**6)])

@@ -34,10 +34,15 @@ def test_an_export_evaluates_as_it_did(exported, options):
     assert evaluated(exported, **options) == 0
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("against", [None, "eager"])
-def test_in_any_precision_too(exported, precision, against):
+def test_in_any_precision_of_a_cpu(exported, precision, against):
     assert evaluated(exported, attention="sdpa", precision=precision, against=against) == 0
+
+
+def test_a_precision_of_gpus_is_refused_by_name(exported):
+    with pytest.raises(UserError, match="precision=16-mixed needs a GPU; on a CPU 32 and bf16-mixed work"):
+        evaluated(exported, precision="16-mixed")
 
 
 def test_the_folder_is_all_it_needs(tmp_path):

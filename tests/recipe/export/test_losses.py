@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from flash_ladder.errors import UserError
 from flash_ladder.export import losses as evaluation
-from flash_ladder.export.losses import evaluate, perplexity
+from flash_ladder.export.losses import evaluate
+from flash_ladder.model.loss import perplexity
 from tests.helpers.made_up import VOCAB, sharp_model
 
 

@@ -196,8 +196,13 @@ def test_a_compiled_model_is_not_compiled_again_for_every_length():
 
 
 def test_the_cache_has_the_dtype_that_attention_runs_in(monkeypatch):
-    dtypes, real = [], flash_ladder.model.generation.KVCache
-    monkeypatch.setattr(flash_ladder.model.generation, "KVCache", lambda *a, **k: dtypes.append(k["dtype"]) or real(*a, **k))
+    dtypes, init = [], flash_ladder.model.generation.KVCache.__init__
+
+    def noted(cache, *arguments, dtype, **more):
+        dtypes.append(dtype)
+        init(cache, *arguments, dtype=dtype, **more)
+
+    monkeypatch.setattr(flash_ladder.model.generation.KVCache, "__init__", noted)
     generate(small(), TOKENIZER, "def ", max_new_tokens=5)
     with torch.autocast("cpu", torch.bfloat16):
         generate(small(), TOKENIZER, "def ", max_new_tokens=5)

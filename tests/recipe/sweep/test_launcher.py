@@ -14,8 +14,9 @@ from contextlib import nullcontext
 import pytest
 from omegaconf import OmegaConf
 
+from flash_ladder.composition import _check_either
 from flash_ladder.errors import UserError
-from flash_ladder.front_door import _check_either, front_door
+from flash_ladder.front_door import front_door
 from flash_ladder.schema import Config
 from flash_ladder.sweep import launcher, runner
 from flash_ladder.sweep.points import Point
@@ -263,7 +264,7 @@ def test_sweepers_get_the_validation_loss_and_inf_for_a_failure(tmp_path):
 
 def test_a_point_that_a_sweeper_should_not_have_asked_for_has_failed(train, monkeypatch):
     """A sweeper that searches picks points after the check; another one stands in for it here."""
-    monkeypatch.setattr("flash_ladder.front_door._check_points", lambda *asked: None)
+    monkeypatch.setattr("flash_ladder.composition._check_points", lambda *asked: None)
     code, _, points = train(*NEW, "model.n_head=3,4", "seed=1")
     assert (code, statuses(points)) == (1, ["failed", "finished"])
     assert "d_model=129 would work" in points[0]["error"]
@@ -273,7 +274,7 @@ def test_a_search_may_begin_at_a_bad_combination(monkeypatch):
     """What all of its points share has to be good; another point may be."""
     first = OmegaConf.create({"model": {"n_head": 3}})
     for shared, is_refused in (({}, False), ({"data": {"seq_len": 0}}, True)):
-        monkeypatch.setattr("flash_ladder.front_door._compose", lambda *asked, shared=shared: OmegaConf.create(shared))
+        monkeypatch.setattr("flash_ladder.composition._compose", lambda *asked, shared=shared: OmegaConf.create(shared))
         with pytest.raises(UserError, match="n_head=3") if is_refused else nullcontext():
             _check_either("train", first, [], Config)
 

@@ -94,7 +94,7 @@ def test_a_killed_run_is_unfinished(tmp_path):
 
 def test_damage_costs_a_line_each(tmp_path):
     made_up_sweep(tmp_path)
-    (tmp_path / "0" / "result.json").write_text("{")
+    (tmp_path / "0" / "result.json").write_text("[" * 10**5)
     (tmp_path / "1" / "environment.json").write_text("[]")
     (tmp_path / "2" / "config.yaml").write_text("a: [")
     (tmp_path / "3" / "metrics.jsonl").write_bytes(b"\xff\n{}\n")

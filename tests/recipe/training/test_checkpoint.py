@@ -2,9 +2,7 @@
 
 import json
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +14,7 @@ import torch
 from flash_ladder.errors import UserError
 from flash_ladder.model.weights import load_weights
 from flash_ladder.training.checkpoint import AtomicCheckpointIO, load_run, load_to_go_on, read_checkpoint
+from tests.helpers.disk import disk_with
 from tests.helpers.made_up import STEP, made_up_run, sharp_model
 
 IO = AtomicCheckpointIO()
@@ -118,14 +117,10 @@ def test_others_read_it_too(saved):
 
 def test_a_full_disk_keeps_the_old_checkpoint(saved):
     before = saved.read_bytes()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # a disk with 100 kB left
-    try:
-        refused("last.ckpt cannot be written .*untouched", IO.save_checkpoint, {"weights": torch.zeros(10**6)}, saved)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with disk_with(bytes_left=100_000):
+        refused(
+            r"last.ckpt cannot be written \(File too large.*untouched", IO.save_checkpoint, {"weights": torch.zeros(10**6)}, saved
+        )
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
 

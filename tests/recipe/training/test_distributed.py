@@ -42,21 +42,22 @@ def checkpoint(run):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A run of one process: the folder, and what every run on two is given, batches of one window where this one has two."""
+    """A run of one process, of two batches a step: the folder, and what runs on two are given, with batches half as large."""
     folder = tmp_path_factory.mktemp("alone")
-    cfg = tiny_config(folder, max_steps=4, val_every=2)
+    cfg = tiny_config(folder, max_steps=4, val_every=2, accumulate=2)
     train(cfg, folder / "run")
     cfg = replace(cfg, trainer=replace(cfg.trainer, devices=2, val_batches=4))  # of one window each, so the same 4
     return folder, replace(cfg, data=replace(cfg.data, batch_size=1))
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+@pytest.fixture(scope="module", params=[("ddp", "weights"), ("fsdp", "weights"), ("fsdp", "optimizer")], ids="-".join)
 def pair(request, alone):
     _, cfg = alone
-    folder = alone[0] / request.param
+    strategy, shard = request.param
+    folder = alone[0] / "-".join(request.param)
     folder.mkdir()
     prompt = 'prompt=it\'s "x" {1}\\'  # 13 of seq_len's 16 tokens; quoted twice it would be more
-    process = start(replace(cfg, trainer=replace(cfg.trainer, strategy=request.param)), folder, prompt)
+    process = start(replace(cfg, trainer=replace(cfg.trainer, strategy=strategy, shard=shard)), folder, prompt)
     return folder, finish(process)
 
 
@@ -87,7 +88,7 @@ def test_their_checkpoint_is_the_file_of_one_process(pair, alone):
 
 def go_on_alone(run, alone):
     """Resumes `run`, of 4 steps, on one process up to step 6; returns the losses of steps 5 and 6."""
-    cfg = tiny_config(alone[0], max_steps=6, val_every=2)
+    cfg = tiny_config(alone[0], max_steps=6, val_every=2, accumulate=2)
     train(replace(cfg, resume=str(run)), run)
     losses = values(run, "train/loss")
     return [losses[5], losses[6]]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -14,18 +15,19 @@ from flash_ladder.machine.decide import Place
 from flash_ladder.measure.probe import Layer, Probe
 from flash_ladder.schema import LoggerConfig
 from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_look, log_probe, log_sample, open_loggers
+from flash_ladder.training.record import MetricsFile
 from flash_ladder.training.run import as_run
 
 CPU = torch.device("cpu")
 PROBE = Probe(Layer(8, 4, 2, 128, 32, torch.float32, CPU), "sdpa", 2**20, 0.5, 2**22, 1.0, False)
 
 
-def logged(kind, run_dir):
+def logged(kind, run_dir, step=0):
     """The loggers of a short run, closed, and where they say to look."""
     cfg = LoggerConfig(kind=kind)
     check_loggers(cfg)
     run_dir.mkdir(exist_ok=True)
-    _, loggers = open_loggers(cfg, run_dir, {"seed": 1})
+    loggers = [MetricsFile(run_dir / "metrics.jsonl"), *open_loggers(cfg, run_dir, {"seed": 1}, step)]
     log_probe(loggers, PROBE, 0)
     for logger in loggers:
         logger.log_metrics({"train/loss": 2.5}, step=10)
@@ -55,6 +57,41 @@ def test_csv_has_the_same_names_and_steps_and_a_version_a_start(tmp_path):
         written = [{name: value for name, value in line.items() if name != "time"} for line in lines(tmp_path)[-3:]]
         assert rows == [pytest.approx(line) for line in written]
     assert "seed: 1" in (tmp_path / "csv" / "version_0" / "hparams.yaml").read_text()
+
+
+def test_csv_of_a_resumed_run_has_every_step_once(tmp_path):
+    logged("csv", tmp_path)
+    logged("csv", tmp_path, step=10)
+    first, second = (tmp_path / "csv" / f"version_{n}" / "metrics.csv" for n in (0, 1))
+    with first.open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "10"]
+    with second.open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "10", "20"]  # this run logs them all again
+
+
+def test_a_logger_that_cannot_write_does_not_end_a_run(tmp_path, capsys):
+    [logger] = open_loggers(LoggerConfig(kind="csv"), tmp_path, {})
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    shutil.rmtree(tmp_path / "csv")
+    for step in (2, 3):
+        logger.log_metrics({"train/loss": 2.5}, step=step)
+    close_loggers([logger], failed=False)
+    said = capsys.readouterr().err
+    assert said == f"warning: {tmp_path}/csv/version_0 cannot be written (No such file or directory); metrics.jsonl goes on\n"
+    with pytest.raises(UserError, match=r"logger=csv: .* cannot be written"):
+        (tmp_path / "csv").touch()
+        open_loggers(LoggerConfig(kind="csv"), tmp_path, {"a": 1})
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="tensorboard is not installed")
+def test_tensorboard_of_a_resumed_run_has_every_step_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged("tensorboard", tmp_path)
+    close_loggers(open_loggers(LoggerConfig(kind="tensorboard"), tmp_path, {}, step=10), failed=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] and [event.step for event in events.Scalars("train/loss")] == [10]
+    assert "val/loss" not in events.Tags()["scalars"] or not events.Scalars("val/loss")
 
 
 @pytest.mark.skipif(not find_spec("tensorboard"), reason="tensorboard is not installed")

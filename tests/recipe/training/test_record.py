@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 import time
 
 import pytest
 import torch
 
+from flash_ladder.errors import UserError
 from flash_ladder.measure.flops import PEAKS, attention_flops, flops_per_token, peak_tflops
 from flash_ladder.measure.probe import Layer, probe_attention
 from flash_ladder.training.metrics import attention_metrics
-from flash_ladder.training.record import MetricsFile, best_validation, read_metrics
+from flash_ladder.training.record import MetricsFile, best_validation, read_metrics, rows_until
+from tests.helpers.disk import disk_with
 
 CPU = torch.device("cpu")
 
@@ -136,13 +139,71 @@ def test_metrics_are_json_lines_and_nan_is_null(tmp_path):
     log.close()
 
 
-def test_metrics_go_on_after_a_line_torn_by_a_kill(tmp_path):
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_keeps_what_was_before_its_checkpoint(tmp_path):
+    """Not the steps that a kill took, which come again, nor the torn line, nor what was measured at an earlier start from there."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "tr')
-    log = MetricsFile(path)
+    rows = [{"step": 1, "a/b": 1.5}, {"step": 2, "a/b": 2.5}, {"step": 2, "val/loss": None}]
+    later = [{"step": 2, "memory/attention_gib": 1.0}, {"step": 3, "a/b": 3.5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + later) + '{"step": 4, "tr')
+    assert [json.loads(line) for line in rows_until(path, 2).splitlines()] == rows
+    assert rows_until(tmp_path / "none.jsonl", 2) == ""
+
+
+DAMAGED = [b"\xff\xfe", b"[1]", b"3", b'{"a": 1}', b'{"step": "x"}', b'{"step": 1, "a/b": [1]}', b"[" * 10**5]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_is_left_out_with_a_warning(tmp_path, damage, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert capsys.readouterr().err == f"warning: {path}: 1 of 3 lines are damaged and left out\n"
+
+
+def test_a_folder_in_its_place_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "replaced"])
+def test_a_removed_record_is_written_anew_and_said(tmp_path, what, capsys):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    log = MetricsFile(path, restore=lambda: (path.parent / "config.yaml").touch())
+    log.log_metrics({}, step=1)
+    shutil.rmtree(path.parent) if what == "folder" else path.unlink()
+    if what == "replaced":
+        path.write_text("something else\n")
     log.log_metrics({}, step=2)
+    assert f"{path} was removed while the run trained (seen at step 2)" in capsys.readouterr().err
+    log.log_metrics({}, step=3)
+    path.unlink()
+    log.close()  # and once more, after the last row
     log.close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert steps(path) == [1, 2, 3] and (path.parent / "config.yaml").exists()
+    assert "seen at step 3" in log.trouble
+
+
+def test_rows_that_the_disk_does_not_take_wait(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsFile(path)
+    log.log_metrics({}, step=1)
+    with disk_with(bytes_left=path.stat().st_size + 10):
+        log.log_metrics({}, step=2)
+        log.log_metrics({}, step=3)
+    assert (
+        capsys.readouterr().err == f"warning: {path} cannot be written (File too large); its rows from step 2 on wait in memory\n"
+    )
+    log.log_metrics({}, step=4)
+    assert steps(path) == [1, 2, 3, 4] and log.trouble is None
+    with disk_with(bytes_left=0):
+        log.log_metrics({}, step=5)
+        log.close()
+    assert steps(path) == [1, 2, 3, 4] and "lacks the last 1 rows" in log.trouble
 
 
 def test_read_metrics_and_the_best_validation(tmp_path):

@@ -20,7 +20,7 @@ from flash_ladder.machine.decide import decide
 from flash_ladder.schema import AttentionConfig
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.optimizer import lr_factor
-from flash_ladder.training.report import printable
+from flash_ladder.training.report import perplexity_in_words, printable
 from flash_ladder.training.run import train
 from tests.helpers.tiny import metrics, overrides, tiny_config, values
 
@@ -162,6 +162,14 @@ def test_a_step_of_so_many_tokens(tmp_path, whole):
     again = replace(cfg, resume=str(tmp_path / "run"), trainer=replace(cfg.trainer, max_steps=8))
     train(again, tmp_path / "run")
     assert list(values(tmp_path / "run", "train/loss")) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [(1.0, "perplexity 2.72"), (13.5, "perplexity 729416.37"), (300.0, "perplexity 1.94e+130"), (1e4, "perplexity inf")],
+)
+def test_a_loss_that_diverged_is_still_reported(loss, said):
+    assert perplexity_in_words(loss) == said
 
 
 def test_control_characters_do_not_reach_the_terminal():
