@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
@@ -151,7 +151,7 @@ def check(source: Source, overrides: list[str], schema: type, sweep: bool, shows
             for override in asked:
                 _check_key(source, defaults, override)
         cfg = _compose(source.name, command_line.one_point(asked))
-        if not (isinstance(cfg.hydra.verbose, (bool, str)) or OmegaConf.is_list(cfg.hydra.verbose)):  # which Hydra asserts
+        if not isinstance(followed(cfg, "hydra.verbose"), (bool, str, ListConfig)):  # which Hydra asserts
             raise UserError(f"hydra.verbose={cfg.hydra.verbose} must be true, false, the name of a logger or a list of them")
         if shows:
             return cfg
@@ -171,7 +171,11 @@ def check(source: Source, overrides: list[str], schema: type, sweep: bool, shows
 def _check_key(source: Source, defaults: DictConfig, override: Override) -> None:
     """Raises UserError where the key, or the option of a group, is not there, and for a key that would be taken away."""
     key = override.key_or_group
+    value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
+    asked = value if isinstance(value, list) else [value]
     if command_line.is_hydras(key):
+        if "/" in key and not all(isinstance(option, str) for option in asked):
+            raise UserError(f"{key}={value} is not the name of an option; --hydra-help lists Hydra's own")
         return
     parent = OmegaConf.select(defaults, key.rpartition(".")[0]) if "." in key else None
     if override.is_delete() and parent == {}:  # whose keys are another library's
@@ -183,9 +187,17 @@ def _check_key(source: Source, defaults: DictConfig, override: Override) -> None
         instead = f"{key}=OPTION takes another ({', '.join(options)})" if options else f"{key}=VALUE sets another one"
         raise UserError(f"~{key}: what is in the configuration cannot be taken away; {instead}")
     if options is not None:
-        value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
-        for option in value if isinstance(value, list) else [value]:
+        for option in asked:
             one_of(key, str(option), options)
+
+
+def followed(cfg: DictConfig, key: str) -> Any:
+    """The value of a key of Hydra's. Raises UserError where it refers to what is not there."""
+    try:
+        return OmegaConf.select(cfg, key)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{key}: {reason[0].lower()}{reason[1:]}; \\${{ is the text ${{") from None
 
 
 def _has(cfg: DictConfig, key: str) -> bool:
@@ -200,7 +212,7 @@ def _has(cfg: DictConfig, key: str) -> bool:
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         return compose(config_name, overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: an option that is no name
+    except (HydraException, OmegaConfBaseException) as error:
         said = str(error).partition("Config search path")[0].split()  # and for an option that is not there, those that are
         cause = str(error.__cause__).splitlines()[:1] if error.__cause__ else []
         raise UserError(": ".join([" ".join(said), *cause])) from None

@@ -22,11 +22,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from flash_ladder import flags as hydras_flags
 from flash_ladder import overrides as command_line
-from flash_ladder.composition import Source, check, parse, store_defaults
+from flash_ladder.composition import Source, check, followed, parse, store_defaults
 from flash_ladder.errors import UserError, argument
 from flash_ladder.files import LOCK, as_yaml, make_writable, owned, refuse_taken
 from flash_ladder.flags import Flags
@@ -43,11 +42,7 @@ T = TypeVar("T")
 
 def _folder(cfg: DictConfig, key: str) -> Path:
     """The folder that `key` names. Raises UserError where it is empty, or refers to what is not there."""
-    try:
-        folder = OmegaConf.select(cfg, key)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{key}: {reason[0].lower()}{reason[1:]}; \\${{ is the text ${{") from None
+    folder = followed(cfg, key)
     if not folder:
         raise UserError(f"{key} is empty; name a folder, or leave it out")
     return Path(str(folder))

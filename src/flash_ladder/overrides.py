@@ -25,8 +25,8 @@ from flash_ladder.files import plain_yaml, read_json
 from flash_ladder.schema import Config
 
 ONE_TEXT = ("prompt", "resume", "sweep")  # which no sweep goes over: commas in them are text
-FILES = "data.files"  # a text, or a list of them
-SAVED_PATHS = (FILES, "data.cache_dir")  # that a run reads again when it goes on or is exported, from whatever folder
+FILES = ("data.files", "data.val_files")  # a text, or a list of them
+SAVED_PATHS = (*FILES, "data.cache_dir")  # that a run reads again when it goes on or is exported, from whatever folder
 
 # What a saved override may name beside the keys of schema.Config, and those of its keys that reach other code: classes of
 # callbacks, arguments of Lightning, lines of a job's shell script.
@@ -56,8 +56,8 @@ def _text_keys(schema: type, prefix: str) -> Iterable[tuple[str, str]]:
         key = f"{prefix}{name}"
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _text_keys(kind, f"{key}.")
-        elif key == FILES or kind in kinds:
-            yield key, TEXT_OR_NULL if key == FILES else kinds[kind]
+        elif key in FILES or kind in kinds:
+            yield key, TEXT_OR_NULL if key in FILES else kinds[kind]
 
 
 OF_TRAIN = text_keys(Config)
@@ -124,7 +124,7 @@ def for_hydra(argument: str, texts: Texts = OF_TRAIN, is_sweep: bool = False) ->
             return f"{name}={','.join(map(written, text.split(',')))}"
         if _is_several(argument):
             return argument
-    if (kind == TEXTS or name == FILES) and text.startswith("[") and text.endswith("]"):
+    if (kind == TEXTS or name in FILES) and text.startswith("[") and text.endswith("]"):
         several = re.fullmatch(r"\[[^'\"()\[\]{}\\$]+\]", text)
         return f"{name}=[{','.join(written(one.strip()) for one in text[1:-1].split(','))}]" if several else argument
     return argument if kind == TEXTS else f"{name}={written(text, follow=kind == HYDRAS)}"
@@ -152,7 +152,7 @@ def absolute(argument: str) -> str:
     name, _, text = argument.partition("=")
     if name not in SAVED_PATHS or text in ("", "null"):
         return argument
-    if not (name == FILES and text.startswith("[") and text.endswith("]")):
+    if not (name in FILES and text.startswith("[") and text.endswith("]")):
         return f"{name}={_absolute(text)}"
     found = _as_hydra_reads(text)
     if not isinstance(found, list) or not all(isinstance(path, str) for path in found):

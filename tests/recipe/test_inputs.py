@@ -97,7 +97,8 @@ REFUSED = [
     ("train warmup=1", "warmup is not a key; did you mean optimizer.warmup_steps?"),
     ("train +seed=3", "Could not append to config. An item is already at 'seed'"),
     ("train ++sead=3", "sead is not a key; did you mean seed?"),
-    ("train hydra/launcher=7", "Config group override must be a string or a list"),
+    ("train hydra/launcher=7", "hydra/launcher=7 is not the name of an option; --hydra-help lists Hydra's own"),
+    ("train hydra.verbose=${x}", "hydra.verbose: interpolation key 'x' not found"),
     ("train hydra.verbose=3", "hydra.verbose=3 must be true, false"),
     # folders
     ("train hydra.run.dir=", "hydra.run.dir is empty; name a folder, or leave it out"),
@@ -270,7 +271,7 @@ def test_what_does_not_fit_is_said_with_both_figures(monkeypatch):
 def test_the_counted_parameters_are_the_models(bias, tie, norm, position, mlp):
     from flash_ladder.model.gpt import GPT
 
-    cfg = ModelConfig(norm=norm, position=position, mlp=mlp, bias=bias, tie_embeddings=tie, vocab_size=300, max_seq_len=50)
+    cfg = ModelConfig(norm=norm, position=position, mlp=mlp, bias=bias, tie_embeddings=tie, qk_norm=tie, vocab_size=300)
     assert GPT(cfg).n_params == cfg.n_params(300)
 
 

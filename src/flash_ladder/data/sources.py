@@ -229,7 +229,7 @@ def _json_documents(path: Path, column: str) -> Iterator[str]:
             return
     with _opened(path) as file:
         try:
-            rows = json.load(file)
+            rows = json.load(file, parse_int=len)  # see jsonl
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON ({first_line(error)})") from None
     for number, row in enumerate(rows, start=1):

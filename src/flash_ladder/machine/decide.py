@@ -135,7 +135,7 @@ def pick_backend(
     documents, deterministic: whether the call keeps packed documents apart, and whether its gradients must repeat bit by bit.
     """
     used = {"is_causal": True, "document_ids": documents, "deterministic": deterministic}
-    features = frozenset(name for name, is_used in used.items() if is_used)
+    features = frozenset(name for name, is_used in used.items() if is_used) | model.attention_features()
     try:
         return choose(device, DTYPES[precision], model.head_dim, backend=name, features=features)
     except Unsupported as error:

@@ -7,6 +7,7 @@ nanoGPT do, so that figures compare; causal counts the half that a causal model 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Dense peaks in TFLOP/s from NVIDIA's datasheets and architecture whitepapers: (bf16, fp16, fp32). Products of bf16 and fp16 are
@@ -99,14 +100,17 @@ class TokenFlops:
     causal: float  # 6 N + 6 L (S + 1) d
 
 
-def flops_per_token(n_params_matmul: int, n_layer: int, d_model: int, seq_len: int) -> TokenFlops:
+def flops_per_token(n_params_matmul: int, n_layer: int, d_model: int, seq_len: int, windows: Sequence[int] = ()) -> TokenFlops:
     """FLOPs per token of training.
 
     n_params_matmul: N, the parameters that multiply. Tables that are only looked up do not; a tied embedding does, as the head.
+    windows: one for each of the blocks that have one. Such a block counts a window of keys where others count all.
     """
     matmul = 6.0 * n_params_matmul
-    per_key = 12.0 * n_layer * d_model  # Q Kᵀ and P V are 4 d FLOPs a key and layer, and the backward is twice the forward
-    return TokenFlops(full=matmul + per_key * seq_len, causal=matmul + per_key * (seq_len + 1) / 2)
+    per_key = 12.0 * d_model  # Q Kᵀ and P V are 4 d FLOPs a key and layer, and the backward is twice the forward
+    seen = [min(window, seq_len) for window in windows] + [seq_len] * (n_layer - len(windows))
+    full, causal = sum(seen), sum(w * (1 - (w - 1) / (2 * seq_len)) for w in seen)  # the first w positions see fewer
+    return TokenFlops(full=matmul + per_key * full, causal=matmul + per_key * causal)
 
 
 BACKWARD = 2.5  # times the forward's FLOPs: five matrix products to two

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class Layer:
     dtype: torch.dtype
     device: torch.device
     document_ids: bool = False
+    window_size: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Random query, key and value that require gradients."""
@@ -52,7 +56,10 @@ class Layer:
     def __str__(self) -> str:
         kv = f"/{self.n_kv_head}" if self.n_kv_head != self.n_head else ""
         dtype = dtype_name(self.dtype)
-        return f"batch {self.batch_size}, {self.n_head}{kv} heads, {self.seq_len} positions, head_dim {self.head_dim}, {dtype}"
+        window = "" if self.window_size is None else f" in a window of {self.window_size}"
+        return (
+            f"batch {self.batch_size}, {self.n_head}{kv} heads, {self.seq_len} positions{window}, head_dim {self.head_dim}, {dtype}"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,13 @@ def document_ids(layer: Layer) -> Tensor | None:
 def forward(layer: Layer, backend: str) -> Callable[..., Tensor]:
     """The layer as a function of query, key and value."""
     ids = document_ids(layer)
-    return lambda q, k, v: attention(q, k, v, is_causal=True, document_ids=ids, backend=backend)
+    slopes = torch.full((layer.n_head,), 0.1, device=layer.device) if layer.alibi else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options: dict[str, Any] = {"window_size": layer.window_size, "softcap": layer.softcap, "alibi_slopes": slopes}
+        return attention(q, k, v, is_causal=True, document_ids=ids, backend=backend, **options)
+
+    return run
 
 
 def measure_on_gpu(layer: Layer, backend: str) -> tuple[int, float]:

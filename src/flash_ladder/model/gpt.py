@@ -78,13 +78,15 @@ class GPT(nn.Module):
             raise UserError(f"{end} positions do not fit a KV cache of {cache.max_len}; a longer one would work")
 
         x = self.embedding(tokens)  # [B, S, E]
-        angles = None
-        if self.position is None:
+        angles = slopes = None
+        if self.cfg.position == "rotary":
             angles = rotary_angles(tokens, start, self.cfg.head_dim, self.cfg.rope_theta)
+        elif self.position is None:
+            slopes = alibi_slopes(self.cfg.n_head, tokens.device)
         elif end > self.cfg.max_seq_len:
             raise UserError(
                 f"{end} positions pass the learned position table of model.max_seq_len={self.cfg.max_seq_len}; "
-                f"a shorter text fits, and a model with model.position=rotary has no such limit"
+                f"a shorter text fits, and a model with model.position=rotary or alibi has no such limit"
             )
         else:
             x = x + self.position.weight[start:end]
@@ -92,9 +94,9 @@ class GPT(nn.Module):
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 # Nothing random happens in a block, so there is no generator state to keep and restore.
-                x = checkpoint(block, x, angles, document_ids, self.backend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, angles, slopes, document_ids, self.backend, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, angles, document_ids, self.backend, cache)
+                x = block(x, angles, slopes, document_ids, self.backend, cache)
         if cache is not None:
             cache.length = end
 
@@ -131,9 +133,15 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(
-        self, x: Tensor, angles: Tensor | None, document_ids: Tensor | None, backend: str, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        angles: Tensor | None,
+        slopes: Tensor | None,
+        document_ids: Tensor | None,
+        backend: str,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, document_ids, backend, cache)
+        x = x + self.attention(self.attention_norm(x), angles, slopes, document_ids, backend, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -145,21 +153,38 @@ class Attention(nn.Module):
         self.layer = layer  # index of its keys and values in a cache
         self.head_dim = cfg.head_dim
         self.heads = (cfg.n_head, cfg.n_kv_head, cfg.n_kv_head)
+        self.window_size = cfg.window_of(layer)
+        self.softcap = cfg.softcap
+        self.q_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps) if cfg.qk_norm else None
         self.qkv = nn.Linear(cfg.d_model, sum(self.heads) * cfg.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
 
-    def forward(self, x: Tensor, angles: Tensor | None, document_ids: Tensor | None, backend: str, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: Tensor | None,
+        slopes: Tensor | None,
+        document_ids: Tensor | None,
+        backend: str,
+        cache: KVCache | None,
+    ) -> Tensor:
         H, K, _ = self.heads
         qkv = self.qkv(x).unflatten(-1, (H + 2 * K, self.head_dim))  # [B, S, H + 2K, D]
-        if angles is None:
-            q, k, v = qkv.transpose(1, 2).split(self.heads, dim=1)  # [B, H, S, D], [B, K, S, D], [B, K, S, D]
-        else:
-            qk, v = qkv.split((H + K, K), dim=2)
-            q, k = rotate(qk, angles).transpose(1, 2).split((H, K), dim=1)
-            v = v.transpose(1, 2)
+        qk, v = qkv.split((H + K, K), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((H, K), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2).to(qkv.dtype)
+        if angles is not None:
+            qk = rotate(qk, angles)
+        q, k = qk.transpose(1, 2).split((H, K), dim=1)  # [B, H, S, D], [B, K, S, D]
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attention(q, k, v, is_causal=True, document_ids=document_ids, backend=backend)  # [B, H, S, D]
+        y = attention(
+            q, k, v, is_causal=True, window_size=self.window_size, softcap=self.softcap, alibi_slopes=slopes,
+            document_ids=document_ids, backend=backend,
+        )  # [B, H, S, D]  # fmt: skip
         return self.out(y.transpose(1, 2).flatten(2))  # no copy where the backend wrote [B, S, H, D]
 
 
@@ -211,6 +236,19 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     # The products are float32 by type promotion, whatever x is.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+# ---- positions as a distance (ALiBi; Press et al., 2022: https://arxiv.org/abs/2108.12409) ----
+
+
+def alibi_slopes(n_head: int, device: torch.device) -> Tensor:
+    """What a head subtracts from a score per position of distance, float32 [H]: 2^(−8 i / n) for i = 1 … n, n a power of two.
+
+    Another number of heads takes those of the power of two below it, then every other one of the power above, as the paper's code.
+    """
+    n = 2 ** int(math.log2(n_head))
+    exponents = [8 * i / n for i in range(1, n + 1)] + [4 * i / n for i in range(1, 2 * (n_head - n), 2)]
+    return torch.tensor([2.0**-x for x in exponents], device=device)
 
 
 class KVCache:

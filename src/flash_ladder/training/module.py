@@ -39,7 +39,7 @@ class GPTModule(L.LightningModule):
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
         self.net.loss_rows = self.trainer_config.loss_rows
         self.whole_in_step = self.trainer_config.shard == "optimizer"
-        self.losses = LossWatch(self.trainer_config.accumulate)
+        self.losses = LossWatch()
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step
         self.total_norm: Tensor | None = None  # of that step's gradients, before clipping
@@ -64,11 +64,11 @@ class GPTModule(L.LightningModule):
         return self.net(tokens[:, :-1], tokens[:, 1:], document_ids=batch.get("document_ids"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        ends_step = (batch_idx + 1) % self.trainer_config.accumulate == 0 or self.trainer.is_last_batch
         if self.whole_in_step and is_sharded(self.net):
-            is_last = (batch_idx + 1) % self.trainer_config.accumulate == 0
-            end_step_with(self.net, is_last or self.trainer.is_last_batch)
+            end_step_with(self.net, ends_step)
         loss = self.loss(batch)
-        self.losses.add(mean_over_devices(loss.detach()))
+        self.losses.add(loss.detach(), ends_step)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -124,7 +124,7 @@ class GPTModule(L.LightningModule):
 
 
 def mean_over_devices(loss: Tensor) -> Tensor:
-    """The mean of a scalar over all processes, without waiting for it; `loss` itself where there is one process."""
+    """The mean of `loss` over all processes, without waiting for it; `loss` itself where there is one process."""
     if not torch.distributed.is_initialized():
         return loss
     loss = loss / torch.distributed.get_world_size()
@@ -136,29 +136,32 @@ class LossWatch:
     """Brings the losses of one optimiser step to the CPU without making the GPU wait.
 
     Reading a loss (`loss.item()`) waits for all work in flight, and leaves the GPU idle until more work is launched. Here a copy
-    into pinned memory and an event follow each forward pass. The host waits for that event alone, and launches the optimiser step
-    while the backward pass still runs.
+    into pinned memory and an event follow the step's last forward pass. The host waits for that event alone, and launches the
+    optimiser step while the backward pass still runs. The devices' means are taken there too: once a step, because devices wait
+    for each other in it.
     """
 
-    def __init__(self, accumulate: int) -> None:
-        self.accumulate = accumulate
-        self.host: Tensor | None = None  # float32 [accumulate]
+    def __init__(self) -> None:
+        self.waiting: list[Tensor] = []  # losses on the device
+        self.host: Tensor | None = None  # those of the step, on the CPU once `copied` has come
         self.copied: torch.cuda.Event | None = None
-        self.count = 0
 
-    def add(self, loss: Tensor) -> None:
-        """Starts copying the float32 scalar `loss`."""
-        if self.host is None:
-            self.host = torch.empty(self.accumulate, pin_memory=loss.is_cuda)
-            self.copied = torch.cuda.Event() if loss.is_cuda else None
-        self.host[self.count].copy_(loss, non_blocking=True)
-        self.count += 1
-        if self.copied is not None:
+    def add(self, loss: Tensor, ends_step: bool) -> None:
+        """Keeps the float32 scalar `loss`; with the last one of a step starts copying all."""
+        self.waiting.append(loss)
+        if not ends_step:
+            return
+        means = mean_over_devices(torch.stack(self.waiting))
+        self.waiting = []
+        self.host = torch.empty(means.shape, pin_memory=means.is_cuda)
+        self.host.copy_(means, non_blocking=True)
+        if means.is_cuda:
+            self.copied = torch.cuda.Event()
             self.copied.record()
 
     def take(self) -> list[float]:
-        """The losses added since the last call, once they have arrived."""
+        """The mean losses of the step's batches, once they have arrived."""
         if self.copied is not None:
             self.copied.synchronize()
-        losses, self.count = [] if self.host is None else self.host[: self.count].tolist(), 0
-        return losses
+        assert self.host is not None
+        return self.host.tolist()

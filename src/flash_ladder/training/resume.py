@@ -14,7 +14,7 @@ from flash_ladder.errors import UserError
 from flash_ladder.files import read_json
 from flash_ladder.model.weights import load_weights
 from flash_ladder.names import FINISHED
-from flash_ladder.schema import Config
+from flash_ladder.schema import Config, ModelConfig
 from flash_ladder.training.checkpoint import load_to_go_on
 from flash_ladder.training.log import say
 from flash_ladder.training.module import GPTModule
@@ -32,11 +32,10 @@ class Start:
 def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData) -> Start:
     """Where to go on. Raises UserError where the checkpoint is missing, damaged or another model's, and where the run finished."""
     saved, weights, info = load_to_go_on(run_dir)
+    trained = asdict(ModelConfig(**saved["model"]))  # an earlier version's has fewer keys
     for name, value in asdict(cfg.model).items():
-        if saved["model"].get(name) != value:
-            raise UserError(
-                f"resume={cfg.resume} was trained with model.{name}={saved['model'].get(name)}, not {value}; start a new run"
-            )
+        if trained[name] != value:
+            raise UserError(f"resume={cfg.resume} was trained with model.{name}={trained[name]}, not {value}; start a new run")
     load_weights(module.net, weights, info["checkpoint"])
     check_same_text(cfg, run_dir, saved, data)
     step, last = info["step"], cfg.trainer.max_steps

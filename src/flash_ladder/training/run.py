@@ -232,6 +232,9 @@ def attention_layer(cfg: Config, place: Place) -> Layer:
         dtype=place.dtype,
         device=place.device,
         document_ids=cfg.data.document_ids,
+        window_size=cfg.model.window_of(0),
+        softcap=cfg.model.softcap,
+        alibi=cfg.model.position == "alibi",
     )
 
 

@@ -90,8 +90,9 @@ def quiet_lightning() -> None:
 def work(cfg: Config, place: Place, module: GPTModule) -> Work:
     """The work of one optimiser step, and the peak of the devices."""
     peak = peak_tflops(torch.cuda.get_device_name(place.device), place.precision) if place.device.type == "cuda" else None
+    windows = [window for layer in range(cfg.model.n_layer) if (window := cfg.model.window_of(layer)) is not None]
     return Work(
         tokens=cfg.data.batch_size * cfg.data.seq_len * cfg.trainer.accumulate * place.n_devices,
-        flops=flops_per_token(module.net.n_params_matmul, cfg.model.n_layer, cfg.model.d_model, cfg.data.seq_len),
+        flops=flops_per_token(module.net.n_params_matmul, cfg.model.n_layer, cfg.model.d_model, cfg.data.seq_len, windows),
         peak_tflops=None if peak is None else peak * place.n_devices,
     )

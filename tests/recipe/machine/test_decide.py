@@ -74,6 +74,11 @@ def test_backends():
     with pytest.raises(UserError, match="flash_v2 takes head_dim 16 to 256, not 8; eager and sdpa can"):
         pick_backend("flash_v2", ModelConfig(d_model=32, n_head=4), cpu, "32")
     assert pick_backend("flash_v2", cfg, cpu, "32", documents=True).backend == "flash_v2"
+    capped = replace(cfg, softcap=50.0, window_size=8)
+    assert pick_backend("auto", capped, cpu, "32").backend == "eager"
+    with pytest.raises(UserError, match=r"has no softcap; eager"):
+        pick_backend("sdpa", capped, cpu, "32")
+    assert pick_backend("sdpa", replace(cfg, position="alibi", window_size=8), cpu, "32").backend == "sdpa"
 
 
 def test_a_dtypes_precision_is_the_way_back():

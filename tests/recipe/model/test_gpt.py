@@ -5,17 +5,34 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 import flash_ladder.model.gpt
 from flash_ladder.errors import UserError
-from flash_ladder.model.gpt import GPT, KVCache, rotary_angles, rotate
+from flash_ladder.model.gpt import GPT, KVCache, alibi_slopes, rotary_angles, rotate
 from flash_ladder.schema import ModelConfig
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 32, "vocab_size": 80, "max_seq_len": 24}
 GPT2_PARTS = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}
 LLAMA_PARTS = {"n_kv_head": 2}  # the defaults are RMSNorm, rotary, SwiGLU and no bias
+# Everything else that a block may have: in every second block a window of five positions, ALiBi without rotary positions.
+WINDOW_PARTS = {"n_kv_head": 2, "window_size": 5, "full_every": 2, "softcap": 2.0, "qk_norm": True}
+ALIBI_PARTS = {"position": "alibi", "window_size": 9}
+ALL_SHAPES = pytest.mark.parametrize(
+    "parts", [GPT2_PARTS, LLAMA_PARTS, WINDOW_PARTS, ALIBI_PARTS], ids=["gpt2", "llama", "windows", "alibi"]
+)
 SHAPES = pytest.mark.parametrize("parts", [GPT2_PARTS, LLAMA_PARTS], ids=["gpt2", "llama"])
 
 
@@ -62,6 +79,8 @@ def from_llama(theirs: dict, n_layer: int) -> dict:
     modules = {
         "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "attention.out": ("self_attn.o_proj",),
+        "attention.q_norm": ("self_attn.q_norm",),
+        "attention.k_norm": ("self_attn.k_norm",),
     }
     modules |= {"mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.down": ("mlp.down_proj",)}
     modules |= {"attention_norm": ("input_layernorm",), "mlp_norm": ("post_attention_layernorm",)}
@@ -133,6 +152,49 @@ def test_llama_shape_is_transformers_llama(n_layer, n_head, n_kv_head, head_dim,
     check_against(theirs, GPT(cfg), from_llama, seq_len)
 
 
+@pytest.mark.parametrize("window_size", [1, 5, 40])
+def test_a_window_is_mistrals(window_size):
+    torch.manual_seed(window_size)
+    cfg = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, window_size=window_size, vocab_size=70)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 70}
+    rest = {"intermediate_size": 48, "rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": True, "attn_implementation": "eager"}
+    theirs = MistralForCausalLM(MistralConfig(**shape, **rest, sliding_window=window_size))
+    check_against(theirs, GPT(cfg), from_llama, seq_len=23)
+
+
+def test_norms_of_queries_and_keys_and_windows_in_some_blocks_are_qwen3s():
+    torch.manual_seed(0)
+    parts = {"n_kv_head": 2, "qk_norm": True, "window_size": 5, "full_every": 3}
+    cfg = ModelConfig(n_layer=4, n_head=4, d_model=32, d_ff=48, vocab_size=70, **parts)
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "vocab_size": 70}
+    rest = {"intermediate_size": 48, "rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": True, "attn_implementation": "eager"}
+    windows = {"use_sliding_window": True, "sliding_window": 5, "head_dim": 8}
+    layers = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    theirs = Qwen3ForCausalLM(Qwen3Config(**shape, **rest, **windows, layer_types=layers))
+    check_against(theirs, GPT(cfg), from_llama, seq_len=23)
+
+
+def test_a_softcap_is_gemma_2s(monkeypatch):
+    net, tokens = small(LLAMA_PARTS, softcap=1.5), some_tokens()
+    ours = net(tokens)
+
+    def theirs(q, k, v, *, softcap, **others):
+        module = torch.nn.Module()
+        module.num_key_value_groups = q.shape[1] // k.shape[1]
+        mask = torch.full((q.shape[2], k.shape[2]), -torch.inf).triu(1)[None, None]
+        return gemma2_attention(module, q, k, v, mask, scaling=q.shape[-1] ** -0.5, softcap=softcap)[0].transpose(1, 2)
+
+    monkeypatch.setattr(flash_ladder.model.gpt, "attention", theirs)
+    torch.testing.assert_close(net(tokens), ours, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(small(LLAMA_PARTS)(tokens), ours, atol=1e-2)
+
+
+@pytest.mark.parametrize("n_head", [1, 4, 12, 20])
+def test_alibi_slopes_are_mpts(n_head):
+    per_distance = -build_mpt_alibi_tensor(n_head, 2, alibi_bias_max=8)[:, 0, 0]  # of the position before
+    assert sorted(alibi_slopes(n_head, torch.device("cpu")).tolist()) == pytest.approx(sorted(per_distance.tolist()))
+
+
 def test_rotary_angles_at_distant_positions_are_llamas():
     config = LlamaConfig(hidden_size=64, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     positions = torch.arange(100_000, 100_007)
@@ -178,7 +240,7 @@ def test_a_document_in_a_row_is_as_the_document_alone(backend):
     assert not torch.allclose(net(tokens), alone, atol=1e-2)
 
 
-@SHAPES
+@ALL_SHAPES
 @pytest.mark.parametrize("pieces", [[1] * 17, [5, 1, 8, 3], [17]], ids=str)
 def test_decoding_with_a_cache_is_the_full_forward(parts, pieces):
     net, tokens = small(parts), some_tokens()
@@ -285,7 +347,7 @@ def test_the_backend_may_change_at_any_time_and_every_block_follows(monkeypatch)
     assert asked == ["eager"] * 2 + ["sdpa"] * 4
 
 
-@SHAPES
+@ALL_SHAPES
 def test_flash_v2_trains_and_decodes_as_eager(parts):
     pytest.importorskip("triton")
     net, tokens = small(parts, d_model=64), some_tokens(seq_len=12)
@@ -299,7 +361,7 @@ def test_flash_v2_trains_and_decodes_as_eager(parts):
     torch.testing.assert_close(decoded, expected_logits, rtol=1e-4, atol=1e-5)
 
 
-@SHAPES
+@ALL_SHAPES
 def test_activation_checkpointing_recomputes_and_changes_no_gradient(parts):
     net, tokens = small(parts), some_tokens()
     calls = []
@@ -311,7 +373,7 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(parts):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("parts, checkpointing", [(GPT2_PARTS, False), (LLAMA_PARTS, True)], ids=["gpt2", "llama checkpointed"])
+@pytest.mark.parametrize("parts, checkpointing", [(GPT2_PARTS, False), (LLAMA_PARTS, True), (ALIBI_PARTS, False)], ids=str)
 def test_it_compiles_as_one_graph(parts, checkpointing):
     net, tokens = small(parts), some_tokens()
     net.backend, net.activation_checkpointing = "sdpa", checkpointing
@@ -323,7 +385,7 @@ def test_it_compiles_as_one_graph(parts, checkpointing):
         torch.testing.assert_close(compiled(tokens, tokens), net(tokens, tokens))
 
 
-@SHAPES
+@ALL_SHAPES
 def test_it_can_be_built_on_the_meta_device(parts):
     source, tokens = small(parts), some_tokens()
     with torch.device("meta"):

@@ -67,6 +67,11 @@ def test_flops_of_gpt2_124m_by_both_conventions():
     # Causal: position i sees i + 1 keys.
     pairs = sum(i + 1 for i in range(1024))
     assert flops.causal == pytest.approx(6 * 123_587_328 + 12 * 12 * 768 * pairs / 1024)
+    # Two blocks of twelve with windows: position i sees i + 1 keys, and at most its window.
+    windowed = flops_per_token(0, n_layer=12, d_model=768, seq_len=1024, windows=(100, 5000))
+    assert windowed.full == 12 * 768 * (11 * 1024 + 100)
+    in_window = sum(min(i + 1, 100) for i in range(1024))
+    assert windowed.causal == pytest.approx(12 * 768 * (11 * pairs + in_window) / 1024)
     # 2 products of 2·S·D FLOPs a row and head, half of them causal, and a backward of 2.5 times that.
     assert attention_flops(2, 3, 128, 64) == 3.5 * 2 * 3 * (2 * 2 * 128 * 128 * 64) / 2
 
