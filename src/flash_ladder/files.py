@@ -134,9 +134,9 @@ def read_json(path: Path) -> Any:
     try:
         return json_of(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; copy it again, or export again") from None
+        raise UserError(f"{path} is missing; copy it again, or have it written again") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again, or export again") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again, or have it written again") from None
 
 
 def plain_yaml(path: Path) -> Any:

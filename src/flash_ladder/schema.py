@@ -165,13 +165,17 @@ class DataConfig:
     """conf/data: which text, how it becomes tokens, and how many tokens a step sees."""
 
     source: str = "stdlib"  # stdlib: Python's own library; files: the user's; hub: a data set by name
-    files: Any = None  # files: a path, a glob or a list of them (txt, jsonl, parquet)
+    # files: a path, a glob or a list of them: txt, json, jsonl (also .gz and .zst), parquet, a folder of save_to_disk, or tokens as
+    # .bin and .npy.
+    files: Any = None
+    weights: list[float] | None = None  # files: how often a document comes from each entry of the list; None: all there are
+    val_files: Any = None  # as files: the text to validate on, in place of a share of the other
     hub_name: str | None = None
     hub_config: str | None = None
     hub_split: str = "train"
     streaming: bool = False  # hub: read while training, instead of downloading and tokenising first
     text_column: str = "text"  # jsonl, parquet and hub: the field that holds a document
-    tokenizer: str = "bpe"  # bpe: trained on the corpus; bytes: every byte is a token
+    tokenizer: str = "bpe"  # bpe: trained on the corpus; bytes: every byte is a token; or the path of a tokenizer.json
     vocab_size: int = 2048  # bpe: number of tokens, 256 bytes and <|endoftext|> among them
     seq_len: int = 128
     batch_size: int = 8  # sequences a device sees at once
@@ -188,21 +192,27 @@ class DataConfig:
 
     def paths(self) -> list[str]:
         """`files` as a list of strings."""
-        if self.files is None:
-            return []
-        return [self.files] if isinstance(self.files, str) else [str(f) for f in self.files]
+        return as_list(self.files)
 
     def validate(self) -> None:
         one_of("data.source", self.source, ("stdlib", "files", "hub"))
-        one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
+        if not ("/" in self.tokenizer or self.tokenizer.endswith(".json")):
+            one_of("data.tokenizer", self.tokenizer, ("bpe", "bytes", "PATH/tokenizer.json"))
         at_least(1, data__seq_len=self.seq_len, data__batch_size=self.batch_size, data__num_proc=self.num_proc)
         at_least(1, data__tokens_per_step=self.tokens_per_step)
         at_least(0, data__num_workers=self.num_workers, data__split_seed=self.split_seed)
-        files = self.files if isinstance(self.files, list) else [self.files]
-        if self.files is not None and not all(isinstance(file, str) for file in files):
-            raise UserError(f"data.files={self.files} must be a path, a glob or a list of them")
+        for key, files in (("data.files", self.files), ("data.val_files", self.val_files)):
+            listed = files if isinstance(files, list) else [files]
+            if files is not None and not all(isinstance(file, str) for file in listed):
+                raise UserError(f"{key}={files} must be a path, a glob or a list of them")
         if self.source == "files" and not self.paths():
             raise UserError("data=text needs data.files=PATH (txt, jsonl or parquet; a glob or a [list, of, paths] works too)")
+        if self.weights is not None and len(self.weights) != len(self.paths()):
+            raise UserError(f"data.weights has {len(self.weights)} numbers for {len(self.paths())} entries of data.files; one each")
+        if self.weights is not None and not all(0 < weight < math.inf for weight in self.weights):
+            raise UserError(f"data.weights={self.weights} must be numbers above 0")
+        if self.val_files is not None and self.streaming:
+            raise UserError("data.val_files is not for data.streaming=true, which holds out the beginning of the stream")
         if self.source != "files" and self.paths():
             raise UserError(f"data.files={self.files} is for data=text; data.source={self.source} does not read it")
         if self.source == "hub" and not self.hub_name:
@@ -213,6 +223,13 @@ class DataConfig:
             raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise UserError(f"data.vocab_size={self.vocab_size}: a byte-level BPE has 256 bytes and <|endoftext|>, so at least 257")
+
+
+def as_list(files: Any) -> list[str]:
+    """data.files or data.val_files as a list of strings."""
+    if files is None:
+        return []
+    return [files] if isinstance(files, str) else [str(file) for file in files]
 
 
 @dataclass

@@ -25,18 +25,31 @@ import xxhash
 from filelock import FileLock
 from tqdm import tqdm
 
-from flash_ladder.data.sources import content_hash, digest, hub_fingerprint, open_hub, quiet, read_files, stdlib_files, user_files
+from flash_ladder.data import split
+from flash_ladder.data.arrays import ENDINGS as ARRAYS
+from flash_ladder.data.arrays import read_span
+from flash_ladder.data.mixing import mix
+from flash_ladder.data.sources import (
+    content_hash,
+    digest,
+    hub_fingerprint,
+    kind,
+    open_hub,
+    quiet,
+    read_files,
+    stdlib_files,
+    user_files,
+)
+from flash_ladder.data.split import Text, take, text_of_arrays, text_of_rows, text_of_stream, with_ends
 from flash_ladder.data.tokenizer import FILE as TOKENIZER
 from flash_ladder.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.files import checksum, is_sealed, make_writable, write_json
-from flash_ladder.schema import DataConfig
+from flash_ladder.schema import DataConfig, as_list
 
 FORMAT = 2  # of a cache entry; part of its name
 MB = 1 << 20
-BPE_BYTES_PER_TOKEN = 2048  # a BPE of V tokens is trained on about V times this many bytes: more take time and hardly change it
 STATS = "corpus.json"
-STREAM_VALIDATION_BYTES = 16 * MB  # size of a stream's first documents, which are held out
 
 
 @dataclass(frozen=True)
@@ -111,28 +124,51 @@ def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
 
     Any number of processes may call it at once. Raises UserError for data that cannot be used and a cache that cannot be written.
     """
-    if cfg.source == "hub":
-        files, hub = [], open_hub(cfg)
-        fingerprint = hub_fingerprint(cfg, hub)
-        if cfg.streaming and cfg.split_seed is not None:  # its beginning tells whether the cache holds the text that it holds out
-            fingerprint = digest(fingerprint, _take(iter(hub), STREAM_VALIDATION_BYTES))
-    else:
-        files, hub = stdlib_files() if cfg.source == "stdlib" else user_files(cfg.paths()), None
-        fingerprint = digest(content_hash(files), cfg.text_column)
+    entries = [user_files([path]) for path in cfg.paths()]
+    files = stdlib_files() if cfg.source == "stdlib" else list(dict.fromkeys(path for entry in entries for path in entry))
+    val_files = user_files(as_list(cfg.val_files), "data.val_files")
+    tokenizer = None if cfg.tokenizer in ("bpe", "bytes") else Tokenizer.read(Path(cfg.tokenizer).expanduser())
+    are_tokens = _are_tokens(cfg, files, val_files)
+    hub = open_hub(cfg) if cfg.source == "hub" else None
+    fingerprint = digest(content_hash(files), cfg.text_column) if hub is None else hub_fingerprint(cfg, hub)
+    if (
+        hub is not None and cfg.streaming and cfg.split_seed is not None
+    ):  # its beginning tells whether the cache holds the text that it holds out
+        fingerprint = digest(fingerprint, take(iter(hub), split.STREAM_VALIDATION_BYTES))
+    if cfg.weights:
+        if sum(map(len, entries)) > len(files):
+            raise UserError(
+                "data.weights: a file belongs to two entries of data.files, and could be held out and trained on; name it once"
+            )
+        fingerprint = digest(fingerprint, [content_hash(entry) for entry in entries], cfg.weights)
+    if val_files:
+        fingerprint = digest(fingerprint, content_hash(val_files))
     vocab_size = cfg.vocab_size if cfg.tokenizer == "bpe" else None
-    val_fraction = None if cfg.streaming else cfg.val_fraction
+    val_fraction = None if cfg.streaming or val_files else cfg.val_fraction
     seed = seed if cfg.split_seed is None else cfg.split_seed
-    key = digest(FORMAT, fingerprint, cfg.tokenizer, vocab_size, seed, cfg.split_seed is None, val_fraction)
+    how = cfg.tokenizer if tokenizer is None else tokenizer.fingerprint
+    key = digest(FORMAT, fingerprint, how, vocab_size, seed, cfg.split_seed is None, val_fraction)
 
     def build(folder: Path) -> None:
-        if cfg.streaming:
-            text = _text_of_stream(hub, cfg)
-        elif cfg.source == "hub":
-            text = _text_of_rows(hub, cfg, seed)
+        def rows_of(files: list[Path], name: str) -> datasets.Dataset:
+            return read_files(files, cfg.text_column, folder / name)
+
+        if are_tokens:
+            text = text_of_arrays(files, val_files, cfg)
+        elif cfg.streaming:
+            text = text_of_stream(hub, cfg)
         else:
-            text = _text_of_rows(read_files(files, cfg.text_column, folder / "text"), cfg, seed)
-        _write(folder, text, cfg, seed, fingerprint)
-        shutil.rmtree(folder / "text", ignore_errors=True)
+            if hub is not None:
+                rows = with_ends(hub)
+            elif cfg.weights:
+                rows = mix([rows_of(entry, f"text{i}") for i, entry in enumerate(entries)], cfg.weights, seed)
+            else:
+                rows = rows_of(files, "text")
+            text = text_of_rows(rows, rows_of(val_files, "val") if val_files else None, cfg, seed)
+        _write(folder, text, cfg, seed, fingerprint, tokenizer)
+        for left in folder.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
 
     entry = _cached(Path(cfg.cache_dir or "~/.cache/flash_ladder").expanduser(), key, build)
     try:
@@ -187,118 +223,34 @@ def _token_files(entry: Path) -> list[Path]:
     return sorted(entry.glob("tokens*.arrow"))  # one per process that tokenised, in the order of the rows
 
 
-# ---- the text to tokenise ----
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Rows of text: the first `n_train_rows` are for training, the rest for validation."""
-
-    rows: datasets.Dataset
-    n_train_rows: int
-    n_bytes: int
-    n_documents: int
-    split: str
-    n_held_out: int = 0  # rows of a stream
-
-
-def _text_of_rows(rows: datasets.Dataset, cfg: DataConfig, seed: int) -> _Text:
-    """All the rows, with those of the documents that `seed` holds out at the end; or else the last part of the text is held out."""
-    sizes = pyarrow.compute.binary_length(rows.data.column("text")).fill_null(0).to_numpy()
-    if sizes.sum() == 0:
-        raise UserError("the data holds no text: every document is empty")
-    if "ends" not in rows.column_names:  # a hub data set's rows are documents
-        rows = rows.add_column("ends", np.ones(len(rows), dtype=bool))
-    ends = rows.data.column("ends").to_numpy()
-    document = np.cumsum(ends) - ends  # of each row
-    n_documents, n_bytes = int(ends.sum()), int(sizes.sum())
-    place = np.random.default_rng(seed).permutation(n_documents)  # of each document, in a random order
-    if cfg.split_seed is None:
-        n_held_out = min(n_documents - 1, max(1, round(n_documents * cfg.val_fraction)))
-        is_held_out = place >= n_documents - n_held_out
-    else:
-        is_held_out = _held_out(np.bincount(document, weights=sizes).astype(np.int64), place, cfg.val_fraction)
-    if not is_held_out.any():
-        rows, n_train_rows = _split_by_position(rows, sizes, cfg.val_fraction)
-        split = "by position: the last part of the text, whose documents are too few or too large to be held out whole"
-        return _Text(rows, n_train_rows, n_bytes, n_documents, split)
-    # Shuffled, so that the first few held-out documents are a fair sample and the tokenising processes get equal shares.
-    order = np.lexsort((place[document], is_held_out[document]))
-    return _Text(rows.select(order), int((~is_held_out[document]).sum()), n_bytes, n_documents, "by document")
-
-
-def _held_out(sizes: np.ndarray, place: np.ndarray, val_fraction: float) -> np.ndarray:
-    """Which documents are held out, bool [documents]: from the end of the order, nearest to `val_fraction` of the bytes.
-
-    sizes: bytes of each document. place: its place in the order. A document that is larger than that share is passed over. No
-    document is held out where those that are left would be less than half of the share.
-    """
-    share, is_held_out = val_fraction * sizes.sum(), np.zeros(len(sizes), dtype=bool)
-    order = np.argsort(-place)
-    order = order[sizes[order] <= share]
-    held_out = np.cumsum(sizes[order])
-    held_out = held_out[held_out < sizes.sum()]  # some text is left to train on
-    n = int(np.abs(held_out - share).argmin()) + 1 if len(held_out) else 0
-    if n and held_out[n - 1] >= share / 2:
-        is_held_out[order[:n]] = True
-    return is_held_out
-
-
-def _split_by_position(rows: datasets.Dataset, sizes: np.ndarray, val_fraction: float) -> tuple[datasets.Dataset, int]:
-    """Cuts the text in two; returns the rows, and how many belong to the first part. `sizes` are bytes per row."""
-    n, position = len(rows), (1 - val_fraction) * sizes.sum()
-    row = int(np.searchsorted(np.cumsum(sizes), position))  # the row to cut
-    text = rows[row]["text"]
-    cut = round(len(text) * (position - sizes[:row].sum()) / sizes[row])
-    halves = datasets.Dataset.from_dict(
-        {"text": [text[:cut], text[cut:]], "ends": [True, rows[row]["ends"]]}, features=rows.features
-    )
-    return datasets.concatenate_datasets([rows, halves]).select(np.r_[:row, n, n + 1, row + 1 : n]), row + 1
-
-
-def _text_of_stream(stream: datasets.IterableDataset, cfg: DataConfig) -> _Text:
-    """A stream's beginning: the documents to hold out, then a sample of the training documents for the tokenizer."""
-    rows = iter(stream)
-    held_out = _take(rows, STREAM_VALIDATION_BYTES)
-    sample = _take(rows, max(STREAM_VALIDATION_BYTES, BPE_BYTES_PER_TOKEN * cfg.vocab_size))
-    if not sample:
-        raise UserError(
-            f"data.hub_name={cfg.hub_name} has less text than a stream holds out for validation "
-            f"({STREAM_VALIDATION_BYTES // MB} MB); set data.streaming=false"
-        )
-    texts = sample + held_out
-    return _Text(
-        rows=datasets.Dataset.from_dict({"text": texts}),
-        n_train_rows=len(sample),
-        n_bytes=sum(map(len, texts)),
-        n_documents=len(texts),
-        split=f"the stream's first {len(held_out)} documents",
-        n_held_out=len(held_out),
-    )
-
-
-def _take(rows: Iterator[dict], n_bytes: int) -> list[str]:
-    """The texts of the next rows, up to `n_bytes` of them."""
-    texts, size = [], 0
-    while size < n_bytes and (row := next(rows, None)) is not None:
-        texts.append(row["text"] or "")
-        size += len(texts[-1].encode())
-    return texts
+def _are_tokens(cfg: DataConfig, files: list[Path], val_files: list[Path]) -> bool:
+    """Whether the files hold tokens. Raises UserError where that does not go together with the rest."""
+    tokens = [path for path in files + val_files if kind(path) in ARRAYS]
+    if not tokens:
+        return False
+    if len(tokens) < len(files + val_files):
+        raise UserError(f"data.files: {tokens[0]} holds tokens, and other files text; name one kind")
+    if cfg.tokenizer in ("bpe", "bytes") or cfg.weights:
+        reason = "is of text, by document; leave data.weights out" if cfg.weights else "none of ours; data.tokenizer=PATH names its"
+        raise UserError(f"{tokens[0]} holds tokens, and {'mixing' if cfg.weights else 'the tokenizer that wrote them is'} {reason}")
+    return True
 
 
 # ---- tokens ----
 
 
-def _write(folder: Path, text: _Text, cfg: DataConfig, seed: int, fingerprint: str) -> None:
-    """Writes a cache entry's files into `folder`."""
-    tokenizer = byte_tokenizer() if cfg.tokenizer == "bytes" else _trained_bpe(text, cfg.vocab_size, seed)
+def _write(folder: Path, text: Text, cfg: DataConfig, seed: int, fingerprint: str, tokenizer: Tokenizer | None) -> None:
+    """Writes a cache entry's files into `folder`. tokenizer: the user's own."""
+    if tokenizer is None:
+        tokenizer = byte_tokenizer() if cfg.tokenizer == "bytes" else _trained_bpe(text, cfg.vocab_size, seed)
     tokenizer.save(folder)
     n_train_tokens = _tokenise(folder, text, tokenizer, cfg.num_proc)
 
     tokens = TokenStream(_token_files(folder))
     n_val_tokens = len(tokens) - n_train_tokens
+    n_documents = int(tokens.counts(tokenizer.vocab_size)[tokenizer.eos_id]) if text.arrays else text.n_documents
     stats = DataStats(
-        n_documents=None if cfg.streaming else text.n_documents,
+        n_documents=None if cfg.streaming else n_documents,
         n_bytes=None if cfg.streaming else text.n_bytes,
         n_train_tokens=None if cfg.streaming else n_train_tokens,
         n_val_tokens=n_val_tokens,
@@ -311,9 +263,9 @@ def _write(folder: Path, text: _Text, cfg: DataConfig, seed: int, fingerprint: s
     write_json(folder / STATS, saved, sealed=True)
 
 
-def _trained_bpe(text: _Text, vocab_size: int, seed: int) -> Tokenizer:
+def _trained_bpe(text: Text, vocab_size: int, seed: int) -> Tokenizer:
     """A BPE trained on a random sample of the training rows (all of them where they are few)."""
-    wanted = min(text.n_bytes, BPE_BYTES_PER_TOKEN * vocab_size)
+    wanted = min(text.n_bytes, split.BPE_BYTES_PER_TOKEN * vocab_size)
     n_rows = math.ceil(len(text.rows) * wanted / text.n_bytes)
     sample = np.sort(np.random.default_rng(seed).permutation(text.n_train_rows)[:n_rows])
     batches = text.rows.select(sample).iter(batch_size=100)
@@ -321,16 +273,16 @@ def _trained_bpe(text: _Text, vocab_size: int, seed: int) -> Tokenizer:
     return train_bpe(texts, vocab_size, show_progress=wanted > 16 * MB)
 
 
-def _tokenise(folder: Path, text: _Text, tokenizer: Tokenizer, num_proc: int) -> int:
+def _tokenise(folder: Path, text: Text, tokenizer: Tokenizer, num_proc: int) -> int:
     """Writes folder/tokens*.arrow, a row of tokens for each row of text, and returns the number of training tokens."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     num_proc = min(num_proc, len(text.rows), text.n_bytes // MB)  # a process costs about as much as a megabyte
     with quiet(progress=text.n_bytes > 4 * MB):
         rows = text.rows.map(
-            _to_tokens,
+            _spans if text.arrays else _to_tokens,
             batched=True,
             batch_size=64,
-            fn_kwargs={"tokenizer": tokenizer, "dtype": dtype},
+            fn_kwargs={"tokenizer": tokenizer, "dtype": dtype} | ({"paths": text.arrays} if text.arrays else {}),
             remove_columns=text.rows.column_names,
             features=datasets.Features({"tokens": datasets.List(datasets.Value(dtype))}),
             num_proc=num_proc if num_proc > 1 else None,
@@ -349,6 +301,12 @@ def _to_tokens(batch: dict[str, list], tokenizer: Tokenizer, dtype: str) -> dict
     ends = batch.get("ends", [True] * len(texts))  # a hub data set's rows are documents
     rows = zip(tokenizer.encode_batch(texts), ends, strict=True)
     return {"tokens": [np.asarray([*ids, tokenizer.eos_id] if ids and end else ids, dtype=dtype) for ids, end in rows]}
+
+
+def _spans(batch: dict[str, list], tokenizer: Tokenizer, dtype: str, paths: tuple[Path, ...]) -> dict[str, list[np.ndarray]]:
+    """Rows that name a part of an array as rows of tokens."""
+    rows = zip(batch["file"], batch["start"], batch["stop"], strict=True)
+    return {"tokens": [read_span(paths[i], start, stop, tokenizer.vocab_size).astype(dtype) for i, start, stop in rows]}
 
 
 def _unigram_entropy(tokens: TokenStream, n_train: int, vocab_size: int) -> float:

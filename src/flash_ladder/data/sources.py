@@ -8,6 +8,7 @@ processes can tokenise it. `ends` marks a document's last row.
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import io
 import itertools
@@ -17,7 +18,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 import datasets
 import huggingface_hub.utils
@@ -25,12 +26,14 @@ import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from flash_ladder.errors import UserError, nearest
+from flash_ladder.data import arrays
+from flash_ladder.errors import UserError, first_line, nearest
 from flash_ladder.schema import DataConfig
 
 ROW_CHARS = 1 << 16
 ROW = datasets.Features({"text": datasets.Value("string"), "ends": datasets.Value("bool")})
-ENDINGS = (".txt", ".jsonl", ".parquet")
+ENDINGS = (".txt", ".json", ".jsonl", ".parquet")
+COMPRESSED = (".gz", ".zst")  # which txt, json and jsonl may be, as in .jsonl.gz
 
 
 def digest(*parts: Any) -> str:
@@ -70,10 +73,10 @@ def stdlib_files() -> list[Path]:
     return [path for path in found if _is_text(path)]
 
 
-def user_files(patterns: list[str]) -> list[Path]:
-    """The files that paths and globs name, in the order given, a glob's sorted by name.
+def user_files(patterns: list[str], key: str = "data.files") -> list[Path]:
+    """The files that paths and globs name, in the order given, a glob's sorted by name; a folder only of `save_to_disk`.
 
-    Raises UserError for a file that is missing, empty, unreadable, a folder, or ends in anything but txt, jsonl and parquet.
+    Raises UserError, which names the `key`, for a file that is missing, empty, unreadable, another folder, or of another format.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -81,19 +84,40 @@ def user_files(patterns: list[str]) -> list[Path]:
         found = [path] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not found:
             siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-            several = "" if "," not in path.name else "; several files are a list, data.files=[a.txt,b.txt]"
-            raise UserError(f"data.files={pattern}: no such file{nearest(path.name, siblings) or several}")
+            several = "" if "," not in path.name else f"; several files are a list, {key}=[a.txt,b.txt]"
+            raise UserError(f"{key}={pattern}: no such file{nearest(path.name, siblings) or several}")
         files += [p for p in found if p not in files]
     for path in files:
         if path.is_dir():
-            raise UserError(f"data.files: {path} is a folder; name its files, as in data.files='{path}/*.txt'")
-        if path.suffix.lower() not in ENDINGS:
-            raise UserError(f"data.files: {path} ends in {path.suffix or 'nothing'}; what can be read is {', '.join(ENDINGS)}")
+            if (path / "state.json").is_file():  # of Dataset.save_to_disk
+                continue
+            if (path / "dataset_dict.json").is_file():
+                splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+                raise UserError(f"{key}: {path} is a data set of several splits ({splits}); name one, as in {key}={path}/SPLIT")
+            raise UserError(f"{key}: {path} is a folder; name its files, as in {key}='{path}/*.txt'")
+        if kind(path) not in (*ENDINGS, *arrays.ENDINGS) or (path.suffix.lower() in COMPRESSED and kind(path) not in ENDINGS[:3]):
+            raise UserError(
+                f"{key}: {path} ends in {path.suffix or 'nothing'}; what can be read is {', '.join(ENDINGS + arrays.ENDINGS)}, "
+                f"and {' and '.join(COMPRESSED)} of the first three"
+            )
         if not os.access(path, os.R_OK):
-            raise UserError(f"data.files: {path} cannot be read (permission denied)")
+            raise UserError(f"{key}: {path} cannot be read (permission denied)")
         if path.stat().st_size == 0:
-            raise UserError(f"data.files: {path} is empty; leave it out")
+            raise UserError(f"{key}: {path} is empty; leave it out")
     return files
+
+
+def kind(path: Path) -> str:
+    """The ending that says what a file holds: .jsonl of a.jsonl.gz; "/" of a folder."""
+    if path.is_dir():
+        return "/"
+    ending = path.suffix.lower()
+    return path.with_suffix("").suffix.lower() if ending in COMPRESSED else ending
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files whose bytes are a data file's."""
+    return sorted(part for part in path.rglob("*") if part.is_file()) if path.is_dir() else [path]
 
 
 def content_hash(files: list[Path]) -> str:
@@ -102,10 +126,11 @@ def content_hash(files: list[Path]) -> str:
     with tqdm(desc="checking the files", total=_size(files), unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for path in files:
             one = hashlib.blake2b(path.suffix.lower().encode(), digest_size=16)
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    one.update(block)
-                    bar.update(len(block))
+            for part in _parts(path):
+                with part.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        one.update(block)
+                        bar.update(len(block))
             total.update(one.digest())
     return total.hexdigest()
 
@@ -113,7 +138,7 @@ def content_hash(files: list[Path]) -> str:
 def read_files(files: list[Path], text_column: str, cache_dir: Path) -> datasets.Dataset:
     """Returns the rows of `files` (ROW), memory-mapped from an Arrow file under `cache_dir`.
 
-    txt (and py): a file is a document. jsonl and parquet: a row is a document, with its text in `text_column`. Rows without text
+    txt (and py): a file is a document. The others: a row is a document, with its text in `text_column`. Rows without text
     (null or "") are no documents. Nothing is altered. Line ends stay as they are, unlike in `load_dataset("text")`. In jsonl only
     the text column matters, unlike in `load_dataset("json")`.
     Raises UserError for a file that is not what its ending says; for jsonl it names the line.
@@ -127,7 +152,7 @@ def read_files(files: list[Path], text_column: str, cache_dir: Path) -> datasets
 
 
 def _size(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
+    return sum(part.stat().st_size for path in files for part in _parts(path))
 
 
 def _rows(files: tuple[str, ...], text_column: str) -> Iterator[dict]:
@@ -139,13 +164,23 @@ def _rows(files: tuple[str, ...], text_column: str) -> Iterator[dict]:
     yield from rows
 
 
-def _file_rows(path: Path, text_column: str) -> Iterator[dict]:
-    read = {".jsonl": _jsonl_documents, ".parquet": _parquet_documents}.get(path.suffix.lower())
+def _uncompressed_rows(path: Path, text_column: str) -> Iterator[dict]:
+    readers = {".json": _json_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents, "/": _saved_documents}
+    read = readers.get(kind(path))
     if read is None:
         yield from _text_rows(path)
     else:
         for text in read(path, text_column):
             yield from _cut(io.StringIO(text))
+
+
+def _file_rows(path: Path, text_column: str) -> Iterator[dict]:
+    try:
+        yield from _uncompressed_rows(path, text_column)
+    except Exception as error:  # of a decompressor; everything else is said where it happens
+        if isinstance(error, UserError) or path.suffix.lower() not in COMPRESSED:
+            raise
+        raise UserError(f"{path} cannot be decompressed ({first_line(error)}); copy it again") from None
 
 
 def _cut(document: TextIO) -> Iterator[dict]:
@@ -162,7 +197,7 @@ def _cut(document: TextIO) -> Iterator[dict]:
 
 
 def _text_rows(path: Path) -> Iterator[dict]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(_opened(path), encoding="utf-8", newline="") as file:
         try:
             for row in _cut(file):
                 if "\0" in row["text"]:
@@ -172,8 +207,58 @@ def _text_rows(path: Path) -> Iterator[dict]:
             raise UserError(f"{path} is binary or not UTF-8 ({error.reason}); convert it with iconv -t UTF-8") from None
 
 
+def _opened(path: Path) -> BinaryIO:
+    """The bytes of a file, decompressed where its ending says so."""
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return cast("BinaryIO", gzip.open(path, "rb"))
+    if ending == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{path}: reading .zst needs a package that is not installed: pip install zstandard") from None
+        return zstandard.open(path, "rb")
+    return path.open("rb")
+
+
+def _json_documents(path: Path, column: str) -> Iterator[str]:
+    """A file that is one list of objects; one that has an object a line is read as jsonl."""
+    with _opened(path) as file:
+        if not file.read(1 << 16).lstrip().startswith(b"["):
+            yield from _jsonl_documents(path, column)
+            return
+    with _opened(path) as file:
+        try:
+            rows = json.load(file, parse_int=len)  # see jsonl
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({first_line(error)})") from None
+    for number, row in enumerate(rows, start=1):
+        yield _field(row, f"{path}, entry {number}", column)
+
+
+def _field(row: Any, where: str, column: str) -> str:
+    """The text of an object. Raises UserError for what is none, or has no text."""
+    if not isinstance(row, dict):
+        raise UserError(f'{where} is not an object, as in {{"{column}": "..."}}')
+    if column not in row:
+        raise _no_column(where, column, list(row))
+    return _checked(row[column], where, column)
+
+
+def _saved_documents(path: Path, column: str) -> Iterator[str]:
+    """A folder of Dataset.save_to_disk."""
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is no data set of save_to_disk, or a damaged one ({first_line(error)})") from None
+    if column not in dataset.column_names:
+        raise _no_column(str(path), column, dataset.column_names)
+    for row in dataset.select_columns([column]):
+        yield _checked(row[column], str(path), column)
+
+
 def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -184,11 +269,7 @@ def _jsonl_documents(path: Path, column: str) -> Iterator[str]:
                 raise UserError(f"{where} is not JSON ({error}); jsonl has one object a line") from None
             except RecursionError:
                 raise UserError(f"{where} has too many brackets in brackets to be read; leave the field with them out") from None
-            if not isinstance(row, dict):
-                raise UserError(f'{where} is not an object; jsonl has one a line, as in {{"{column}": "..."}}')
-            if column not in row:
-                raise _no_column(where, column, list(row))
-            yield _checked(row[column], where, column)
+            yield _field(row, where, column)
 
 
 def _parquet_documents(path: Path, column: str) -> Iterator[str]:

@@ -75,8 +75,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Reads folder/tokenizer.json. Raises UserError where it is missing, cannot be read or has no <|endoftext|>."""
-        path = Path(folder) / FILE
+        """Reads folder/tokenizer.json, as `read` does."""
+        return cls.read(Path(folder) / FILE)
+
+    @classmethod
+    def read(cls, path: Path) -> Tokenizer:
+        """Reads a tokenizer.json. Raises UserError where it is missing, is no byte-level tokenizer, or has no <|endoftext|>."""
         if not path.is_file():
             raise UserError(f"{path} is missing: it is written beside every run and every exported model; name such a folder")
         try:

@@ -11,7 +11,7 @@ import struct
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import xxhash
@@ -40,7 +40,7 @@ def save(value: Any, path: Path) -> None:
     """torch.save, with the digest."""
     with path.open("wb") as file:
         hashed = _Hashed(file)
-        torch.save(value, hashed)
+        torch.save(value, cast("BinaryIO", hashed))
         file.seek(-len(LENGTH), os.SEEK_END)  # the archive ends with the length of its comment, 0 as torch writes it
         file.write(LENGTH + NAME + hashed.hash.hexdigest().encode())
 

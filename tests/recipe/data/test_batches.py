@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flash_ladder.data.batches
-from flash_ladder.data import corpus
+from flash_ladder.data import split
 from flash_ladder.data.batches import TextData, TrainingOrder
 from flash_ladder.data.corpus import open_corpus
 from flash_ladder.errors import UserError
@@ -209,7 +209,7 @@ def test_resumed_training_sees_the_same_batches(tmp_path, twenty, num_workers, a
 @pytest.fixture
 def stream(tmp_path, monkeypatch) -> DataConfig:
     hub = hub_folder(tmp_path)
-    monkeypatch.setattr(corpus, "STREAM_VALIDATION_BYTES", 1000)
+    monkeypatch.setattr(split, "STREAM_VALIDATION_BYTES", 1000)
     monkeypatch.setattr(flash_ladder.data.batches, "SHUFFLE_BUFFER", 9)
     hub.streaming = True
     return hub

@@ -1,7 +1,12 @@
 """Reading: exact content, documents, the hub, and one clear line for what cannot be read."""
 
+import gzip
+import io
+import json
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub.constants
@@ -92,7 +97,7 @@ def test_hub_without_warnings(tmp_path, monkeypatch, caplog):
         ("image.txt", b"\x89PNG\r\n\x1a\n", "is binary or not UTF-8"),
         ("latin.txt", "café".encode("latin-1"), "not UTF-8"),
         ("late.txt", b"text " * ROW_CHARS + b"\xff", "not UTF-8"),
-        ("book.pdf", b"%PDF", r"ends in \.pdf; what can be read is \.txt, \.jsonl, \.parquet"),
+        ("book.pdf", b"%PDF", r"ends in \.pdf; what can be read is \.txt, \.json, \.jsonl, \.parquet"),
         ("bare", b"text", "ends in nothing"),
         ("rows.parquet", b"PAR0", "not a parquet file"),
         ("no.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"line 2 has no field text; did you mean txt\?"),
@@ -101,6 +106,14 @@ def test_hub_without_warnings(tmp_path, monkeypatch, caplog):
         ("list.jsonl", b'["a", "b"]\n', "line 1 is not an object"),
         ("number.jsonl", b'{"text": 5}\n', "line 1: text is int, not text"),
         ("surrogate.jsonl", b'{"text": "\\ud800"}\n', "line 1: text is not valid Unicode"),
+        ("table.csv", b"text", r"ends in \.csv; what can be read is"),
+        ("rows.jsonl.bz2", b"text", r"ends in \.bz2; what can be read is"),
+        ("rows.parquet.gz", b"text", r"ends in \.gz; what can be read is"),
+        ("no.json", b'[{"text": "a"}, {"txt": "b"}]', r"entry 2 has no field text; did you mean txt\?"),
+        ("half.json", b'[{"text": "a"}, {"te', "half.json is not JSON"),
+        ("deep.json", b"[" * 99999, "deep.json is not JSON"),
+        ("plain.txt.gz", b"text", "cannot be decompressed .Not a gzipped file"),
+        ("half.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:30], "cannot be decompressed"),
         ("none.jsonl", b'{"text": ""}\n{"text": null}\n', "no text"),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
@@ -110,6 +123,47 @@ def test_bad_file(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     refused(config(tmp_path, str(tmp_path / name)), message)
+
+
+def test_the_same_documents_in_every_format(tmp_path):
+    texts = ["one\r\n", "", None, "two é\nlines", "three"] * 9
+    rows = [{"text": text, "id": i} for i, text in enumerate(texts)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "lines.json").write_text(lines)
+    (tmp_path / "list.json").write_text("\n " + json.dumps(rows, indent=1))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.json.GZ").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "d.parquet"))
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    read = {
+        path.name: [
+            row["text"] for row in sources.read_files(sources.user_files([str(path)]), "text", tmp_path / f"cache {path.name}")
+        ]
+        for path in [*tmp_path.iterdir()]
+    }
+    assert len(read) == 7 and all(found == [text for text in texts if text] for found in read.values())
+    assert content_hash([tmp_path / "saved"]) != content_hash([tmp_path / "d.parquet"])
+
+
+def test_compressed_text_is_read_exactly(tmp_path, monkeypatch):
+    text = "a\r\nb\rc\n é" * 9
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert [row["text"] for row in sources.read_files([tmp_path / "a.txt.gz"], "text", tmp_path / "cache")] == [text]
+    (tmp_path / "b.txt.zst").write_bytes(b"zst")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    refused(config(tmp_path, str(tmp_path / "b.txt.zst")), "not installed: pip install zstandard")
+    monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(open=lambda path, mode: io.BytesIO(text.encode())))
+    assert [row["text"] for row in sources.read_files([tmp_path / "b.txt.zst"], "text", tmp_path / "cache2")] == [text]
+
+
+def test_a_saved_data_set_of_several_splits_or_a_damaged_one_is_named(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "saved"))
+    refused(config(tmp_path, str(tmp_path / "saved")), r"several splits \(test, train\); name one, as in data\.files=.*saved/SPLIT")
+    refused(config(tmp_path, str(tmp_path / "saved" / "train"), text_column="body"), "has no field body; it has text")
+    (tmp_path / "saved" / "train" / "state.json").write_text("{}")
+    refused(config(tmp_path, str(tmp_path / "saved" / "train")), "is no data set of save_to_disk, or a damaged one")
 
 
 def test_folder_and_glob_without_a_match(tmp_path):

@@ -89,13 +89,12 @@ def test_foreign_tokenizer(tmp_path):
 
 
 def test_words_without_end_are_cut_for_the_trainer():
-    """Their time grows with the length of the different words: 17 s for this one as a whole, in four rows."""
-    letters = random.Random(0).choices("ACGT", k=1 << 20)
-    rows = ["".join(letters[start : start + (1 << 18)]) for start in range(0, 1 << 20, 1 << 18)]
+    """Its time grows with the length of the different words: several seconds for this one as a whole."""
+    row = "".join(random.Random(0).choices("ACGT", k=1 << 18))
     start = time.process_time()
-    trained = train_bpe(rows, 512)
-    assert time.process_time() - start < 5
-    assert len(trained.encode(rows[0])) < len(rows[0]) / 3 and trained.decode(trained.encode(rows[0])) == rows[0]
-    words = [" ".join(f"word{i % 97}" for i in range(2000))]
-    assert tokenizers._cut_long_words(words[0]) == words
-    assert "".join(tokenizers._cut_long_words(rows[0])) == rows[0]
+    trained = train_bpe([row], 512)
+    assert time.process_time() - start < 2
+    assert len(trained.encode(row[:3000])) < 1000 and trained.decode(trained.encode(row[:3000])) == row[:3000]
+    words = " ".join(f"word{i % 97}" for i in range(2000))
+    assert tokenizers._cut_long_words(words) == [words]
+    assert "".join(tokenizers._cut_long_words(row)) == row
