@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 
-from flash_ladder.data.batches import TextData
+from flash_ladder.data.batches import LoadingLost, TextData, end_loading
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.files import refuse_taken
@@ -39,7 +39,7 @@ from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_l
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.ranks import Ranks
 from flash_ladder.training.record import MetricsFile
-from flash_ladder.training.report import out_of_memory, report, write_sample
+from flash_ladder.training.report import loading_lost, out_of_memory, report, write_sample
 from flash_ladder.training.result import Result, is_out_of_memory, setting
 from flash_ladder.training.sharding import whole
 from flash_ladder.training.speed import Speed
@@ -137,6 +137,7 @@ def train(cfg: Config, run_dir: Path) -> float:
         finally:
             close(failed=sys.exc_info()[0] is not None)
             ranks.leave()
+            end_loading()
         if result.status == FINISHED:
             report(cfg, run_dir, result, place, data.stats.unigram_entropy)
             if look is not None:
@@ -148,6 +149,8 @@ def in_our_words(error: BaseException, cfg: Config, place: Place, step: int) -> 
     """What ended optimiser step `step`, as the rest of this program knows it; `error` itself where that is the right word."""
     if is_out_of_memory(error):
         return out_of_memory(cfg, place, step)
+    if isinstance(error, LoadingLost):
+        return loading_lost(cfg, step, error)
     if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way with a second Ctrl-C
         return error.__context__
     return error
