@@ -8,7 +8,9 @@ So a resume needs that count and nothing else, and the number of loading process
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from flash_ladder.data.corpus import Corpus, DataStats, TokenStream, open_corpus
 from flash_ladder.data.sources import open_hub
 from flash_ladder.data.tokenizer import Tokenizer
-from flash_ladder.errors import UserError
+from flash_ladder.errors import UserError, first_line
 from flash_ladder.schema import DataConfig
 from flash_ladder.stopping import SIGNALS
 
@@ -148,6 +150,38 @@ def ignore_signals(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+class LoadingLost(RuntimeError):
+    """A loading process died."""
+
+
+class Loader(DataLoader):
+    """PyTorch's, less its handler of SIGCHLD, which raises wherever the main thread is when a loading process dies.
+
+    That may be inside a save of a checkpoint, which then looks like a full disk, or in a logger's call. Without the handler the
+    loss is noticed where the next batch is waited for, within five seconds, and raises LoadingLost.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = super().__iter__()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
+        try:
+            yield from batches
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # Of what a live process raises torch says "Caught ... in DataLoader worker"; the rest is a connection that broke.
+            if not self.num_workers or str(error).startswith("Caught"):
+                raise
+            raise LoadingLost(first_line(error)) from error
+
+
+def end_loading() -> None:
+    """Kills the loading processes that a run left behind. Python would send them SIGTERM, which they ignore, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 class TextData(lightning.LightningDataModule):
     """The text that `cfg` names, as batches of {"tokens": int64 [B, seq_len + 1]}.
 
@@ -250,7 +284,7 @@ class TextData(lightning.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _loader(self, windows: Dataset, num_workers: int, **batching: Any) -> DataLoader:
-        return DataLoader(
+        return Loader(
             windows,
             num_workers=num_workers,
             worker_init_fn=ignore_signals,

@@ -111,7 +111,7 @@ class Ranks:
         self.watch.meet(dist.PrefixStore(f"{start}/watch", connect(here, self.timeout, is_master=False)), json.dumps(asdict(cfg)))
 
     def _wait_for_all(self, store: dist.Store, here: Processes) -> None:
-        """Returns once all processes have come this far. Unlike torch's own wait, this ends on a signal and on a lost process."""
+        """Returns once all processes are here. Unlike torch's own wait, this one ends on a signal and where a process is lost."""
         assert self.watch is not None
         store.set(str(here.rank), "1")
         end = time.monotonic() + self.timeout

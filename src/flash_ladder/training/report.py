@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from flash_ladder.data.batches import TextData
-from flash_ladder.errors import argument
+from flash_ladder.data.batches import LoadingLost, TextData
+from flash_ladder.errors import UserError, argument
 from flash_ladder.machine.decide import Place
 from flash_ladder.model.generation import generate
 from flash_ladder.model.gpt import GPT
@@ -92,6 +92,20 @@ def out_of_memory(cfg: Config, place: Place, step: int) -> OutOfMemory:
         f"{where} at step {step} with attention={place.attention.backend}, data.seq_len={cfg.data.seq_len}, "
         f"data.batch_size={cfg.data.batch_size}; a smaller batch_size with a larger trainer.accumulate, or "
         f"trainer.activation_checkpointing=true, takes less"
+    )
+
+
+class ProcessLost(UserError):
+    """A process that this run needs died."""
+
+    exit_code = 1
+
+
+def loading_lost(cfg: Config, step: int, error: LoadingLost) -> ProcessLost:
+    """What to say where a loading process died in optimiser step `step`."""
+    return ProcessLost(
+        f"at step {step} a process that loads batches was gone ({error}); the system kills one where memory runs out: "
+        f"data.num_workers={cfg.data.num_workers - 1} takes less, and resume= goes on from the last checkpoint"
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from flash_ladder.data.batches import TextData
+from flash_ladder.data.batches import LoadingLost, TextData, end_loading
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError, argument
 from flash_ladder.files import as_json, as_yaml, refuse_taken, refuse_unwritable, replace_files
@@ -39,7 +39,7 @@ from flash_ladder.training.loggers import check_loggers, close_loggers, how_to_l
 from flash_ladder.training.module import GPTModule, NotFinite
 from flash_ladder.training.ranks import Ranks
 from flash_ladder.training.record import METRICS, MetricsFile, rows_until
-from flash_ladder.training.report import out_of_memory, report, write_sample
+from flash_ladder.training.report import loading_lost, out_of_memory, report, write_sample
 from flash_ladder.training.result import Result, is_out_of_memory, setting
 from flash_ladder.training.resume import Start, check_resume
 from flash_ladder.training.sharding import whole
@@ -147,6 +147,7 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
         finally:
             close(failed=sys.exc_info()[0] is not None)
             ranks.leave()
+            end_loading()
         if result.status == FINISHED:
             report(cfg, run_dir, result, place, data.stats.unigram_entropy)
             if look is not None:
@@ -162,6 +163,8 @@ def in_our_words(error: BaseException, cfg: Config, run_dir: Path, place: Place,
         return out_of_memory(cfg, place, step)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{error.filename or run_dir} cannot be written at step {step} ({error.strerror}); make room, then go on")
+    if isinstance(error, LoadingLost):
+        return loading_lost(cfg, step, error)
     if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):  # Lightning's way with a second Ctrl-C
         return error.__context__
     return error

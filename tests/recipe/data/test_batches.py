@@ -1,6 +1,10 @@
 """From tokens to batches: windows, their order, its resumption under Lightning, the ranks' shares, and streams."""
 
 import itertools
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +17,7 @@ import torch
 
 import flash_ladder.data.batches
 from flash_ladder.data import split
-from flash_ladder.data.batches import TextData, TrainingOrder
+from flash_ladder.data.batches import LoadingLost, TextData, TrainingOrder, end_loading, ignore_signals
 from flash_ladder.data.corpus import open_corpus
 from flash_ladder.errors import UserError
 from flash_ladder.schema import DataConfig
@@ -267,3 +271,40 @@ def test_stream_document_ids(stream):
     stream.document_ids = True
     batch = next(iter(text_data(stream).train_dataloader()))
     assert batch["document_ids"].shape == (4, 16)
+
+
+# ---- loading processes ----
+
+
+def test_a_loading_process_that_dies_is_noticed_where_a_batch_is_waited_for(twenty):
+    twenty.num_workers = 1
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(text_data(twenty).train_dataloader())
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == handler  # torch's own would raise wherever the main thread is
+    (process,) = multiprocessing.active_children()
+    os.kill(process.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    with pytest.raises(LoadingLost):
+        list(itertools.islice(batches, 20))
+
+
+def stubborn(ready) -> None:
+    ignore_signals(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_what_is_left_of_loading_is_killed():
+    """It ignores SIGTERM, with which Python would end it."""
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    process = fork.Process(target=stubborn, args=(ready,), daemon=True)
+    process.start()
+    ready.wait(10)
+    process.terminate()
+    process.join(0.2)
+    assert process.is_alive()
+    end_loading()
+    process.join(5)
+    assert process.exitcode == -signal.SIGKILL

@@ -1,17 +1,20 @@
-"""What happens around the training loop: the bar, and the warning of a long wait."""
+"""What happens around the training loop: the bar, the warning of a long wait, and the stop on a signal."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 
+from flash_ladder.stopping import SIGNALS
 from flash_ladder.training import callbacks
-from flash_ladder.training.callbacks import Bar, SaysHowLong
+from flash_ladder.training.callbacks import Bar, SaysHowLong, StopOnSignal, Stopped
 from flash_ladder.training.speed import Interval
 from flash_ladder.units import duration
 
 
 def at(step: int, max_steps: int = 800) -> SimpleNamespace:
-    return SimpleNamespace(global_step=step, max_steps=max_steps, callback_metrics={})
+    return SimpleNamespace(global_step=step, max_steps=max_steps, callback_metrics={}, world_size=1)
 
 
 def after(callback, *steps: int, **more: int) -> None:
@@ -44,3 +47,29 @@ def test_a_long_wait_is_said_once(capsys, seconds, times):
 
 def test_durations():
     assert [duration(s) for s in (5, 99, 720, 5400, 54_000)] == ["5 s", "99 s", "12 min", "90 min", "15 h"]
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_every_signal_stops_between_two_steps(capfd, signum):
+    before = signal.signal(signum, signal.SIG_DFL)
+    stop = StopOnSignal(log_every=10)
+    stop.on_train_start(at(5), None)
+    after(stop, 6)
+    os.kill(os.getpid(), signum)
+    after(stop, 6)  # a batch within the window of a step
+    with pytest.raises(Stopped, match=signum.name) as stopped:
+        after(stop, 7)
+    assert stopped.value.signum == signum and "stopping between two steps" in capfd.readouterr().err
+    for one in SIGNALS:
+        signal.signal(one, before if one == signum else stop.before[one])
+
+
+def test_a_signal_in_the_last_validation_stops_the_run_after_it():
+    stop = StopOnSignal(log_every=10)
+    stop.on_train_start(at(799), None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    after(stop, 800)  # the last step, which is validated first
+    with pytest.raises(Stopped):
+        stop.on_train_end(at(800), None)
+    for signum, handler in stop.before.items():
+        signal.signal(signum, handler)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from flash_ladder.errors import UserError
 from flash_ladder.processes import Processes
 from flash_ladder.training import ranks
-from flash_ladder.training.ranks import Lost, RankLost, Watch, how_it_ended, is_alive
+from flash_ladder.training.ranks import Lost, RankLost, Ranks, Watch, how_it_ended, is_alive
 from flash_ladder.training.result import OutOfMemory
 
 HERE = {"pid": os.getpid(), "host": socket.gethostname()}
@@ -99,3 +99,26 @@ def test_words():
     assert how_it_ended(-9) == "has died (SIGKILL)" and how_it_ended(2).startswith("has ended with exit code 2")
     assert is_alive(os.getpid()) and not is_alive(2**22 + 1)
     assert RankLost("x").exit_code == 1 and UserError("x").exit_code == 2
+
+
+def waiting(store, timeout):
+    """The first of two processes, which the other one has not joined yet."""
+    made = object.__new__(Ranks)
+    made.timeout, made.watch = timeout, watch(store, 0, HERE, HERE)
+    return made
+
+
+def test_a_wait_for_the_others_ends_where_one_is_lost_or_late():
+    first, processes = waiting(store := dist.HashStore(), 60.0), Processes("torchrun", 0, 0, 2, 1, "a", 1)
+    first.watch._decide(Lost(1, "has died"))
+    with pytest.raises(RuntimeError, match="connection") as broken:
+        first._wait_for_all(store, processes)
+    assert first.watch.reason(broken.value) == Lost(1, "has died")
+    with pytest.raises(RankLost, match="rank 1 has not started within 0 s"):
+        waiting(store := dist.HashStore(), 0.1)._wait_for_all(store, processes)
+    store.set("1", "1")
+    waiting(store, 60.0)._wait_for_all(store, processes)
+
+
+def test_a_process_that_a_signal_stopped_is_named_with_it():
+    assert how_it_ended(143) == "was stopped by SIGTERM"
