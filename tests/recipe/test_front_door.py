@@ -287,7 +287,7 @@ def test_a_mistake_is_one_line_with_the_nearest_right_one(refused, argument, mes
         ("model.vocab_size=1", "model.vocab_size=1 must be at least 2"),
         ("model.norm=batchnorm", "model.norm=batchnorm is not a choice (rmsnorm, layernorm)"),
         ("model.mlp=relu", "model.mlp=relu is not a choice"),
-        ("model.position=alibi", "model.position=alibi is not a choice"),
+        ("model.position=absolute", "model.position=absolute is not a choice"),
         ("data.source=web", "data.source=web is not a choice"),
         ("data=text", "data=text needs data.files=PATH"),
         ("data.files=/a.txt", "data.files=/a.txt is for data=text"),
