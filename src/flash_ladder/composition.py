@@ -27,6 +27,7 @@ from flash_ladder import names
 from flash_ladder import overrides as command_line
 from flash_ladder.errors import UserError, check_values, near, one_of
 from flash_ladder.flags import Flags
+from flash_ladder.schema import NOT_HERE
 
 # Placeholders that a help text in YAML may hold: the list of backends, and the list of the benchmark's peers.
 OmegaConf.register_new_resolver("backends", lambda: names.listing(names.BACKENDS), replace=True)
@@ -83,6 +84,8 @@ def _unknown_key(key: str, cfg: DictConfig) -> UserError:
     tree: Any = OmegaConf.to_container(cfg, resolve=False)
     known = _leaves(tree)
     parent, _, leaf = key.rpartition(".")
+    if key in NOT_HERE:
+        return UserError(f"{key}: {NOT_HERE[key]}")
     if parent in known and OmegaConf.select(cfg, parent) == {}:  # whose keys are another library's
         return UserError(f"{key} is not set yet; +{key}=VALUE adds it")
     # Names without their groups are compared: two names of one group would be near by the group's alone.

@@ -44,6 +44,11 @@ OWN_KEYS = {
     "enable_checkpointing": "trainer.checkpoints",
 }
 
+# Keys that other recipes have, and why this one has not.
+NOT_HERE = {
+    "model.dropout": "there is none, as the flash rungs keep no random mask; optimizer.weight_decay holds a model back",
+}
+
 # ---- one dataclass per group of conf/ ----
 
 
@@ -234,24 +239,31 @@ def as_list(files: Any) -> list[str]:
 
 @dataclass
 class OptimizerConfig:
-    """conf/optimizer: AdamW, linear warm-up and cosine decay."""
+    """conf/optimizer: what turns gradients into weights, and the learning rate over the steps."""
 
+    name: str = "adamw"  # adamw | muon (for the blocks' matrices, AdamW for the rest)
     lr: float = 3e-3
-    min_lr_ratio: float = 0.1  # the cosine ends at lr * min_lr_ratio
+    schedule: str = "cosine"  # after the warm-up: cosine | linear | wsd (holds, then falls in a line) | constant
+    min_lr_ratio: float = 0.1  # the schedule ends at lr * min_lr_ratio
+    decay_ratio: float = 0.2  # wsd: the share of the steps in which it falls
     warmup_steps: int = 50
     weight_decay: float = 0.1  # matrices only; norms and biases are not decayed
     beta1: float = 0.9
     beta2: float = 0.99  # 0.95 suits batches of many thousand tokens better
+    momentum: float = 0.95  # muon's
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
 
     def validate(self) -> None:
         at_least(0, optimizer__lr=self.lr, optimizer__warmup_steps=self.warmup_steps, optimizer__weight_decay=self.weight_decay)
         at_least(0, optimizer__grad_clip=self.grad_clip)
-        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
+        one_of("optimizer.name", self.name, ("adamw", "muon"))
+        one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "wsd", "constant"))
+        for name, value in (("beta1", self.beta1), ("beta2", self.beta2), ("momentum", self.momentum)):
             if not 0 <= value < 1:
                 raise UserError(f"optimizer.{name}={value} must lie in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
+        for name, value in (("min_lr_ratio", self.min_lr_ratio), ("decay_ratio", self.decay_ratio)):
+            if not 0 <= value <= 1:
+                raise UserError(f"optimizer.{name}={value} must lie in [0, 1]")
 
 
 @dataclass

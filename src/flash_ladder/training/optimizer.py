@@ -1,8 +1,9 @@
-"""What turns gradients into new weights: AdamW, which weights decay, and the learning rate over the steps."""
+"""What turns gradients into new weights: AdamW or Muon, which weights decay, and the learning rate over the steps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,46 @@ from flash_ladder.schema import OptimizerConfig
 
 
 def build_optimizer(net: nn.Module, cfg: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over the parameters of `net`, in one kernel where it is `fused`."""
+    """The optimiser over the parameters of `net`; AdamW runs in one kernel where it is `fused`."""
+    if cfg.name == "muon":
+        matrices = [p for name, p in net.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+        return MuonAndAdamW(matrices, weight_decay_groups(net, cfg.weight_decay, without=matrices), cfg, fused=fused)
     groups = weight_decay_groups(net, cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024: https://kellerjordan.github.io/posts/muon/) for matrices and AdamW for the rest, as one optimiser.
+
+    Muon replaces a matrix's momentum by the nearest orthogonal matrix. Its step is scaled to the size that AdamW's has (Liu et al.,
+    2025: https://arxiv.org/abs/2502.16982, section 2.2), so one learning rate serves both. Schedules and checkpoints see one list
+    of groups and one state, which the two share.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], others: list[dict[str, Any]], cfg: OptimizerConfig, *, fused: bool) -> None:
+        self.muon = torch.optim.Muon(
+            matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of both, after `closure`, which computes the gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A checkpoint that is loaded replaces the groups and the state.
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
 def build_schedule(optimizer: torch.optim.Optimizer, cfg: OptimizerConfig, max_steps: int) -> LambdaLR:
-    """The learning rate of every optimiser step: linear warm-up, then a cosine decay that ends at step `max_steps`."""
-    return LambdaLR(optimizer, lambda step: lr_factor(step, cfg.warmup_steps, max_steps, cfg.min_lr_ratio))
+    """The learning rate of every optimiser step, up to `max_steps`."""
+    return LambdaLR(optimizer, lambda step: lr_factor(step, cfg, max_steps))
 
 
 def values_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -39,19 +72,29 @@ def set_values(optimizer: torch.optim.Optimizer, schedule: LambdaLR, values: lis
     schedule.base_lrs = [value["initial_lr"] for value in values]
 
 
-def weight_decay_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def weight_decay_groups(net: nn.Module, weight_decay: float, without: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices and embedding tables decay; norms and biases, which are vectors, do not."""
-    matrices = [p for p in net.parameters() if p.dim() >= 2]
-    vectors = [p for p in net.parameters() if p.dim() < 2]
+    left_out = set(without)
+    parameters = [p for p in net.parameters() if p not in left_out]
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def lr_factor(step: int, warmup_steps: int, max_steps: int, min_lr_ratio: float) -> float:
+def lr_factor(step: int, cfg: OptimizerConfig, max_steps: int) -> float:
     """The factor of optimizer.lr at optimiser step `step`, counted from 0.
 
-    Rises in a straight line to 1 at step `warmup_steps`, then falls along half a cosine to `min_lr_ratio` at the last step.
+    It rises in a straight line to 1 at step `warmup_steps`. Then it falls to `min_lr_ratio` at the last step: along half a cosine,
+    in a straight line, or in a line over the last `decay_ratio` of the steps (WSD, Hu et al., 2024:
+    https://arxiv.org/abs/2404.06395). Or it stays at 1.
     """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
-    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    falls_from = cfg.warmup_steps
+    if cfg.schedule == "wsd":
+        falls_from = max(falls_from, max_steps - 1 - round(cfg.decay_ratio * max_steps))
+    progress = min(1.0, max(0, step - falls_from) / max(1, max_steps - 1 - falls_from))
+    if cfg.schedule == "constant":
+        progress = 0.0
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left

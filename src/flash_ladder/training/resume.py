@@ -36,6 +36,12 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData) 
     for name, value in asdict(cfg.model).items():
         if trained[name] != value:
             raise UserError(f"resume={cfg.resume} was trained with model.{name}={trained[name]}, not {value}; start a new run")
+    optimizer = saved["optimizer"].get("name", "adamw")
+    if optimizer != cfg.optimizer.name:
+        raise UserError(
+            f"resume={cfg.resume} was trained with optimizer.name={optimizer}, whose state {cfg.optimizer.name} cannot go on from; "
+            f"start a new run"
+        )
     load_weights(module.net, weights, info["checkpoint"])
     check_same_text(cfg, run_dir, saved, data)
     step, last = info["step"], cfg.trainer.max_steps

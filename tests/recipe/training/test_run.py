@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from flash_ladder.errors import UserError
 from flash_ladder.export.export import export_run
 from flash_ladder.machine.decide import decide
-from flash_ladder.schema import AttentionConfig
+from flash_ladder.schema import AttentionConfig, OptimizerConfig
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.optimizer import lr_factor
 from flash_ladder.training.report import perplexity_in_words, printable
@@ -289,7 +289,8 @@ def test_optimizer_values_given_at_resume_are_taken(tmp_path):
 def test_a_changed_schedule_holds_from_the_first_step_on(tmp_path):
     cfg, run = resumable(tmp_path)
     train(replace(cfg, optimizer=replace(cfg.optimizer, min_lr_ratio=0.5)), run)
-    assert values(run, "train/lr")[4] == pytest.approx(1e-2 * lr_factor(3, 0, 6, 0.5)) != 1e-2
+    halved = OptimizerConfig(warmup_steps=0, min_lr_ratio=0.5)
+    assert values(run, "train/lr")[4] == pytest.approx(1e-2 * lr_factor(3, halved, 6)) != 1e-2
 
 
 def test_resume_refuses_what_it_cannot_go_on_from(tmp_path):
