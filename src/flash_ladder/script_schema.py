@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from flash_ladder.errors import UserError, at_least, nearest, one_of
+from flash_ladder.model_schema import check_groups
 from flash_ladder.names import BACKENDS, CHOICES, MASKED_PEERS, PEERS
-from flash_ladder.schema import PRECISIONS, WANDB_MODES, check_groups
+from flash_ladder.schema import PRECISIONS, WANDB_MODES
 
 
 @dataclass

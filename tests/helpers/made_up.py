@@ -12,7 +12,8 @@ from flash_ladder.export.losses import evaluate
 from flash_ladder.kernels import eager
 from flash_ladder.kernels.asked import Asked
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import Config, DataConfig, ModelConfig, TrainerConfig
+from flash_ladder.model_schema import ModelConfig
+from flash_ladder.schema import Config, DataConfig, TrainerConfig
 from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from tests.helpers.corpora import documents, write_txt
 

@@ -4,7 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from flash_ladder.schema import Config, DataConfig, LoggerConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from flash_ladder.model_schema import ModelConfig
+from flash_ladder.schema import Config, DataConfig, LoggerConfig, OptimizerConfig, TrainerConfig
 
 LINES = [f"def f{i}(x):\n    return x + {i}\n\n" for i in range(40)]
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Each room may import those before it: a file of src/flash_ladder, a folder there, or kernels/.
 ORDER = (
     *("kernels", "errors", "names", "units", "memory", "files", "drawing", "processes", "screen", "stopping"),
-    *("schema", "script_schema", "flags", "overrides", "composition", "front_door"),
+    *("model_schema", "schema", "script_schema", "flags", "overrides", "composition", "front_door"),
     *("measure", "machine", "data", "model", "training", "export", "benchmark", "sweep"),
 )
 

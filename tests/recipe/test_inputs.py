@@ -18,8 +18,9 @@ from flash_ladder.errors import UserError, argument, at_least, nearest
 from flash_ladder.files import check_file, replace_folder, write_json
 from flash_ladder.front_door import CONF, front_door
 from flash_ladder.memory import machine_memory, must_fit
+from flash_ladder.model_schema import ModelConfig
 from flash_ladder.overrides import text_keys
-from flash_ladder.schema import Config, ModelConfig
+from flash_ladder.schema import Config
 from flash_ladder.sweep import launcher
 from tests.recipe.test_front_door import SCHEMAS
 from tests.recipe.test_overrides import NASTY

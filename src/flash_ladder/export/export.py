@@ -24,8 +24,9 @@ from flash_ladder.machine.decide import check_precision, pick_backend, pick_devi
 from flash_ladder.machine.hardware import versions
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_tensors, load_weights
+from flash_ladder.model_schema import ModelConfig
 from flash_ladder.names import WINDOWS, is_kernel
-from flash_ladder.schema import DataConfig, ModelConfig
+from flash_ladder.schema import DataConfig
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.checkpoint import load_run
 

@@ -23,8 +23,9 @@ from flash_ladder.export.losses import Windows
 from flash_ladder.files import DIGEST, checksum, is_sealed, read_json, write_json
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.weights import load_tensors, load_weights, save_tensors
+from flash_ladder.model_schema import ModelConfig
 from flash_ladder.names import WINDOWS
-from flash_ladder.schema import ModelConfig, from_plain
+from flash_ladder.schema import from_plain
 
 FORMAT = "flash-ladder"
 FORMAT_VERSION = 1

@@ -13,8 +13,9 @@ import torch
 from flash_ladder.errors import UserError
 from flash_ladder.kernels import Choice, Unsupported, choose
 from flash_ladder.kernels.generations import dtype_name
+from flash_ladder.model_schema import ModelConfig
 from flash_ladder.processes import Processes, started
-from flash_ladder.schema import Config, ModelConfig, TrainerConfig
+from flash_ladder.schema import Config, TrainerConfig
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}  # what attention computes in, by precision
 PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # precision by dtype: "bfloat16" is "bf16-mixed"

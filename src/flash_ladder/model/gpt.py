@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from flash_ladder.errors import UserError
 from flash_ladder.kernels import attention
 from flash_ladder.model.loss import mean_loss, mean_loss_in_pieces
-from flash_ladder.schema import ModelConfig
+from flash_ladder.model_schema import ModelConfig
 
 
 class GPT(nn.Module):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from flash_ladder.errors import UserError, argument, first_line, one_of
 from flash_ladder.files import plain_yaml, sync
-from flash_ladder.schema import DataConfig, ModelConfig, from_plain
+from flash_ladder.model_schema import ModelConfig
+from flash_ladder.schema import DataConfig, from_plain
 from flash_ladder.training import archive, metrics
 from flash_ladder.training.log import say
 from flash_ladder.training.record import read_metrics

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import ModelConfig, OptimizerConfig, TrainerConfig
+from flash_ladder.model_schema import ModelConfig
+from flash_ladder.schema import OptimizerConfig, TrainerConfig
 from flash_ladder.training import metrics
 from flash_ladder.training.optimizer import build_optimizer, build_schedule, set_values, values_of
 from flash_ladder.training.sharding import end_step_with, is_sharded, shard

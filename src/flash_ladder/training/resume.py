@@ -13,8 +13,9 @@ from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError
 from flash_ladder.files import read_json
 from flash_ladder.model.weights import load_weights
+from flash_ladder.model_schema import ModelConfig
 from flash_ladder.names import FINISHED
-from flash_ladder.schema import Config, ModelConfig
+from flash_ladder.schema import Config
 from flash_ladder.training.checkpoint import load_to_go_on
 from flash_ladder.training.log import say
 from flash_ladder.training.module import GPTModule

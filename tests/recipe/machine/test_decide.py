@@ -9,7 +9,8 @@ from flash_ladder.errors import UserError
 from flash_ladder.kernels import Choice
 from flash_ladder.machine.decide import DTYPES, PRECISIONS, decide, pick_backend, pick_device, pick_devices, pick_precision
 from flash_ladder.measure.flops import peak_tflops
-from flash_ladder.schema import ModelConfig, TrainerConfig
+from flash_ladder.model_schema import ModelConfig
+from flash_ladder.schema import TrainerConfig
 from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from flash_ladder.data.tokenizer import byte_tokenizer, train_bpe
 from flash_ladder.errors import UserError
 from flash_ladder.model.generation import generate, stream
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import ModelConfig
+from flash_ladder.model_schema import ModelConfig
 
 TOKENIZER = byte_tokenizer()
 VOCAB = 320  # the tokenizer's 257, padded

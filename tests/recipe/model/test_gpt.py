@@ -22,7 +22,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 import flash_ladder.model.gpt
 from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT, KVCache, alibi_slopes, rotary_angles, rotate
-from flash_ladder.schema import ModelConfig
+from flash_ladder.model_schema import ModelConfig
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_kv_head": 4, "d_model": 32, "vocab_size": 80, "max_seq_len": 24}
 GPT2_PARTS = {"norm": "layernorm", "position": "learned", "mlp": "gelu", "bias": True}

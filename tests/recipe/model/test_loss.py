@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.loss import IGNORED, mean_loss, mean_loss_in_pieces, token_losses
-from flash_ladder.schema import ModelConfig
+from flash_ladder.model_schema import ModelConfig
 
 
 def some(dtype=torch.float32):

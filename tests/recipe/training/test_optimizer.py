@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flash_ladder.model.gpt import GPT
-from flash_ladder.schema import ModelConfig, OptimizerConfig
+from flash_ladder.model_schema import ModelConfig
+from flash_ladder.schema import OptimizerConfig
 from flash_ladder.training.optimizer import build_optimizer, build_schedule, lr_factor, weight_decay_groups
 
 
