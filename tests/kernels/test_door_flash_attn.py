@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import modeling_flash_attention_utils as hf
 
 from flash_ladder.kernels.doors.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from tests.helpers.reference import DEVICE, RUNGS, finest, slopes
@@ -194,6 +195,37 @@ def test_one_number_of_keys_or_all(filled):
     q, k_cache, v_cache, *_ = cached((24, 24))
     found = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=filled, causal=True)
     torch.testing.assert_close(found, written_out(q, k_cache[:, :filled], v_cache[:, :filled], causal=True)[0])
+
+
+# ---- in transformers, as its FlashAttention ----
+
+
+@pytest.mark.parametrize("padding", [None, 5])
+def test_transformers_calls_it_as_flash_attn(monkeypatch, padding):
+    """With and without padding, which transformers takes out; a window and sinks in its words."""
+    for name, value in {
+        "_loaded_implementation": "ours",
+        "_flash_fn": flash_attn_func,
+        "_flash_varlen_fn": flash_attn_varlen_func,
+        "_flash_with_kvcache_fn": flash_attn_with_kvcache,
+        "_pad_fn": hf._pad_input,
+        "_unpad_fn": hf._unpad_input,
+        "_process_flash_kwargs_fn": hf._lazy_define_process_function(flash_attn_varlen_func),
+        "_process_with_kvcache_kwargs_fn": hf._lazy_define_process_function(flash_attn_with_kvcache),
+    }.items():
+        monkeypatch.setattr(hf, name, value)
+    q, k, v = (x.detach() for x in dense(20, 20, dtype=torch.float32))
+    mask, s_aux = None, torch.tensor([-1.0, 0.5, 3.0, 0.0], device=DEVICE)
+    if padding:
+        mask = torch.ones(2, 20, dtype=torch.int64, device=DEVICE)
+        mask[0, :padding] = 0
+    found = hf._flash_attention_forward(
+        q, k, v, mask, 20, is_causal=True, dropout=0.0, sliding_window=6, softcap=1.5, s_aux=s_aux, implementation="ours"
+    )
+    for row, start in enumerate((padding or 0, 0)):
+        inputs = (x[row : row + 1, start:] for x in (q, k, v))
+        right = written_out(*inputs, causal=True, window_size=(5, 0), softcap=1.5, s_aux=s_aux)[0]
+        torch.testing.assert_close(found[row : row + 1, start:], right, **NEAR[torch.float32])
 
 
 # ---- what is refused ----
