@@ -146,6 +146,10 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     _check("[B, S, H, D]", q, k_cache, v_cache)
     batch, size = k_cache.shape[:2]
+    if len(q) != batch or v_cache.shape != k_cache.shape:
+        shapes = f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)}"
+        raise ValueError(f"{shapes} must have one shape, and the batch of q {tuple(q.shape)}")
+    words = _words(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, backend, q.shape[1], size)
     if (k is None) != (v is None):
         raise ValueError("k and v are written into the cache together; give both or neither")
     if k is not None and cache_seqlens is None:
@@ -168,7 +172,6 @@ def flash_attn_with_kvcache(
         for row, n in enumerate(filled):
             k_cache[row, n : n + new] = k[row]
             v_cache[row, n : n + new] = v[row]
-    words = _words(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, backend, q.shape[1], size)
     if len(set(filled)) <= 1:
         end = filled[0] + new if filled else size
         output, lse = _attend(q, k_cache[:, :end], v_cache[:, :end], return_softmax_lse, **words)

@@ -293,3 +293,12 @@ def test_caches_that_do_not_fit_are_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
         flash_attn_with_kvcache(q, k_cache, v_cache, *((k, v) if k.shape[1] else ()), **arguments)
     assert torch.equal(k_cache, before)
+
+
+@pytest.mark.parametrize("filled", [4, torch.tensor([3, 5, 7])], ids=["alike", "unlike"])
+def test_a_cache_of_another_batch_is_refused(filled):
+    q, k_cache, v_cache, *_ = cached((24, 24, 24))
+    filled = filled.to(DEVICE) if isinstance(filled, torch.Tensor) else filled
+    for queries, values in ((q[:2], v_cache), (torch.cat((q, q)), v_cache), (q, v_cache[:, :20])):
+        with pytest.raises(ValueError, match="must have one shape, and the batch of q"):
+            flash_attn_with_kvcache(queries, k_cache, values, cache_seqlens=filled)
