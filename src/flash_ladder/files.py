@@ -95,7 +95,9 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
         raise UserError(f"out={out} is a file; name a folder")
     strange = sorted({p.name for p in out.iterdir()} - {*names}) if out.exists() else []
     if strange:
-        raise UserError(f"out={out} would be replaced, and holds other files than an export's ({strange[0]}); name another folder")
+        raise UserError(
+            f"out={out} would be replaced, and holds other files than this command's ({strange[0]}); name another folder"
+        )
     try:
         for folder in (new, old):
             if folder.exists():
@@ -105,7 +107,7 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
         raise UserError(f"out={out} cannot be written ({error.strerror}); name another folder") from None
     try:
         yield new
-        for file in new.iterdir():
+        for file in new.rglob("*"):
             sync(file)
         sync(new)
         if out.exists():
@@ -113,7 +115,7 @@ def replace_folder(out: Path, names: Collection[str]) -> Iterator[Path]:
         new.rename(out)
         sync(out.parent)
     except OSError as error:
-        raise UserError(f"out={out} cannot be written ({error.strerror}); an export that was there before is kept") from error
+        raise UserError(f"out={out} cannot be written ({error.strerror}); what was there before is kept") from error
     finally:
         if old.is_dir() and not out.exists():
             old.rename(out)

@@ -238,6 +238,19 @@ class DoctorConfig:
 
 
 @dataclass
+class HubKernelConfig:
+    """scripts/conf/hub_kernel.yaml: where the kernels go, for Hugging Face's package `kernels`."""
+
+    out: str | None = None  # the folder to write
+    version: int = 1  # of the kernel on the hub
+
+    def validate(self) -> None:
+        if not self.out:
+            raise UserError("out=FOLDER is missing: name the folder to write, such as out=flash-ladder-kernel")
+        at_least(1, version=self.version)
+
+
+@dataclass
 class ReportConfig:
     """scripts/conf/report.yaml: the runs to report on."""
 

@@ -24,6 +24,7 @@ from flash_ladder.script_schema import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    HubKernelConfig,
     ReportConfig,
     TuneConfig,
 )
@@ -92,6 +93,7 @@ SCHEMAS = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "generate": GenerateConfig,
+    "hub_kernel": HubKernelConfig,
     "report": ReportConfig,
     "tune_tiles": TuneConfig,
 }

@@ -108,14 +108,14 @@ def test_a_rename_that_fails_keeps_the_export_that_was_there(exported, tmp_path,
         os.rename(path, target)
 
     monkeypatch.setattr(type(exported), "rename", rename)
-    refused("cannot be written .Input/output error.; an export that was there before is kept", export_to, exported)
+    refused("cannot be written .Input/output error.; what was there before is kept", export_to, exported)
     assert load_export(exported)[0].cfg.n_layer == 2
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
 def test_a_folder_with_other_files_is_never_replaced(exported, tmp_path):
     (exported / "notes.txt").write_text("mine")
-    refused(r"holds other files than an export's \(notes.txt\)", export_to, exported)
+    refused(r"holds other files than this command's \(notes.txt\)", export_to, exported)
     (tmp_path / "file").write_text("mine")
     refused("is a file; name a folder", export_to, tmp_path / "file")
     refused("cannot be written", export_to, tmp_path / "file" / "export")
