@@ -86,6 +86,8 @@ class StreamedBatches(IterableDataset[Example]):
         packed: deque[tuple[Place, int]] = deque()  # the documents that the tokens come from, and how many each has
         for place, text in self.documents.read(start):
             ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+            if not packed:
+                offset = min(offset, len(ids) - 1)  # the document may be a shorter one than when the place was noted
             tokens = np.concatenate([tokens, ids[0 if packed else offset :]])
             packed.append((place, len(ids)))
             while len(tokens) > seq_len:
@@ -271,7 +273,7 @@ class TextData(lightning.LightningDataModule):
         if self.cfg.streaming:
             places = of_all_ranks(self.places.get(step), self.trainer.world_size)
             if None not in places:
-                state["stream"] = {"n_shards": self._n_shards(), "places": [place._asdict() for place in places]}
+                state["stream"] = {**self._stream(), "places": [place._asdict() for place in places]}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -279,12 +281,14 @@ class TextData(lightning.LightningDataModule):
         self.resumed_step, self.resumed_tokens, self.resumed_stream = state["step"], state["tokens"], state.get("stream")
 
     def fits_stream(self, state: dict[str, Any], world_size: int) -> bool:
-        """Whether the places in a stream that a checkpoint has are of this stream, shared out over as many devices."""
-        return state["n_shards"] == self._n_shards() and len(state["places"]) == world_size
+        """Whether the places in a stream that a checkpoint has are of this stream and order, shared out over as many devices."""
+        same = all(state.get(name) == value for name, value in self._stream().items())
+        return same and len(state["places"]) == world_size
 
-    def _n_shards(self) -> int:
+    def _stream(self) -> dict[str, int]:
+        """What the places in a stream hold for, beside the number of devices."""
         assert self._corpus.stream is not None
-        return self._corpus.stream.num_shards
+        return {"n_shards": self._corpus.stream.num_shards, "seed": self.seed}
 
     def val_dataloader(self) -> DataLoader:
         """Returns this rank's share of the `validated` windows."""

@@ -52,9 +52,9 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData, 
     if cfg.data.streaming and step and not (stream and data.fits_stream(stream, n_devices)):
         say(
             f"the stream is read from its beginning, because {info['checkpoint']} has no place in it for {n_devices} "
-            f"device{'s' * (n_devices != 1)}: some text of this pass is read twice, some not at all"
+            f"device{'s' * (n_devices != 1)} and seed={cfg.seed}: some text of this pass is read twice, some not at all"
         )
-    if saved["data"]["seq_len"] != cfg.data.seq_len:
+    if saved["data"]["seq_len"] != cfg.data.seq_len and not cfg.data.streaming:
         say(
             f"data.seq_len is {cfg.data.seq_len} and was {saved['data']['seq_len']}: the windows are cut and shuffled anew, and "
             f"some text of this pass is read twice, some not at all"

@@ -11,7 +11,7 @@ import torch
 
 import flash_ladder.data.stream
 from flash_ladder.data import split
-from flash_ladder.data.batches import of_all_ranks
+from flash_ladder.data.batches import TextData, of_all_ranks
 from flash_ladder.data.stream import Place, StreamedDocuments
 from flash_ladder.errors import UserError
 from flash_ladder.schema import DataConfig
@@ -136,7 +136,7 @@ def test_from_any_place_on_the_batches_are_the_same(tmp_path, sizes, rank, world
     for k in range(0, n - 3, 30 if num_workers else 4):
         as_rank(data, rank, world_size, global_step=k + 1)
         places = [whole[k]["place"]._asdict()] * world_size
-        data.load_state_dict({"step": k + 1, "tokens": 0, "stream": {"n_shards": len(sizes), "places": places}})
+        data.load_state_dict({"step": k + 1, "tokens": 0, "stream": {"n_shards": len(sizes), "seed": 0, "places": places}})
         for resumed, expected in zip(data.train_dataloader(), whole[k + 1 : k + 4], strict=False):
             assert torch.equal(resumed["tokens"], expected["tokens"]) and resumed["place"] == expected["place"]
 
@@ -158,7 +158,16 @@ def test_resumed_training_sees_the_same_batches(tmp_path, stream, num_workers, a
     if not num_workers:
         assert len(reads) <= 2 + accumulate  # of about 300 tokens each; a batch has 64, and one is read ahead
     state = torch.load(again, weights_only=True)["TextData"]["stream"]
-    assert state["n_shards"] == 1 and [type(value) for value in state["places"][0].values()] == [int] * 5
+    assert (state["n_shards"], state["seed"]) == (1, 0) and [type(value) for value in state["places"][0].values()] == [int] * 5
+
+
+def test_batches_of_another_size_go_on_at_the_same_token(stream):
+    whole = list(itertools.islice(text_data(stream).train_dataloader(), 40))
+    data = as_rank(text_data(replace(stream, seq_len=20, batch_size=3)), 0, 1, global_step=1)
+    places = [whole[4]["place"]._asdict()]
+    data.load_state_dict({"step": 1, "tokens": 5 * 64, "stream": {"n_shards": 1, "seed": 0, "places": places}})
+    expected = torch.stack([batch["tokens"] for batch in whole[5:]])[..., :-1].flatten()
+    assert torch.equal(first_batches(data.train_dataloader(), 30)[..., :-1].flatten(), expected[: 30 * 60])
 
 
 def test_a_batch_that_broke_off_is_not_counted(stream):
@@ -168,7 +177,7 @@ def test_a_batch_that_broke_off_is_not_counted(stream):
     for batch, step in zip(batches, (0, 0, 1), strict=True):  # the third begins another step, which does not end
         as_rank(data, 0, 1, global_step=step)
         assert "place" not in data.on_before_batch_transfer(batch, 0)
-    assert data.state_dict()["stream"] == {"n_shards": 1, "places": [places[1]]}
+    assert data.state_dict()["stream"] == {"n_shards": 1, "seed": 0, "places": [places[1]]}
 
 
 def test_what_was_read_before_is_not_read_again():
@@ -197,10 +206,27 @@ def test_a_checkpoint_without_a_place_or_of_other_devices_is_read_from_the_begin
     data = as_rank(text_data(stream, accumulate=2), 0, 1, global_step=3)
     assert torch.equal(first_batches(data.train_dataloader(), 3), whole[6:])
     assert "stream" not in data.state_dict()
-    place = Place(0, 0, 0)._asdict()
-    data.load_state_dict({"step": 3, "tokens": 6 * 4 * 16, "stream": {"n_shards": 1, "places": [place, place]}})
-    assert torch.equal(first_batches(data.train_dataloader(), 3), whole[6:])
-    assert not data.fits_stream({"n_shards": 2, "places": [place]}, 1) and data.fits_stream({"n_shards": 1, "places": [place]}, 1)
+    fits = {"n_shards": 1, "seed": 0, "places": [Place(0, 0, 0)._asdict()]}
+    assert data.fits_stream(fits, 1)
+    for other in ({"n_shards": 2}, {"seed": 1}, {"places": fits["places"] * 2}):
+        assert not data.fits_stream(fits | other, 1)
+        data.load_state_dict({"step": 3, "tokens": 6 * 4 * 16, "stream": fits | other})
+        assert torch.equal(first_batches(data.train_dataloader(), 3), whole[6:])
+
+
+def test_a_document_that_became_shorter(stream):
+    """The text at a place may have changed on the hub; the place is then the document's end."""
+    data = as_rank(text_data(stream), 0, 1, global_step=1)
+    place = Place(0, 9, 1, 2, 10**6)._asdict()
+    data.load_state_dict({"step": 1, "tokens": 64, "stream": {"n_shards": 1, "seed": 0, "places": [place]}})
+    ends, following = read_from(data, place)
+    assert first_batches(data.train_dataloader(), 1).flatten()[:11].tolist() == [ends, *following[:10]]
+
+
+def read_from(data: TextData, place: dict[str, int]) -> tuple[int, list[int]]:
+    """<|endoftext|>, and the tokens of the document after the one at a place."""
+    documents = data.train_dataloader().dataset.documents.read(Place(**place))
+    return data.tokenizer.eos_id, data.tokenizer.encode(list(itertools.islice(documents, 2))[1][1])
 
 
 def gather(rank: int, folder: str, results) -> None:
