@@ -90,7 +90,7 @@ class DataConfig:
     split_seed: int | None = 0
     document_ids: bool = False  # keep attention inside a document
     num_proc: int = 2  # processes that tokenise
-    num_workers: int = 0  # processes that load batches, per device
+    num_workers: int = 0  # processes that load batches, per device; of a stream at most one
     cache_dir: str | None = None  # None: ~/.cache/flash_ladder
 
     def paths(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 A window is seq_len + 1 tokens (the inputs and, one further, the targets). The next one starts seq_len tokens later, so that in one
 pass every token but the first is predicted once. A batch's windows depend on how many came before, the seed and the rank alone.
-So a resume needs that count and nothing else, and the number of loading processes changes nothing.
+So a resume needs that count and nothing else, and the number of loading processes changes nothing. A stream's batches bring the
+place in it along, because one that is read ahead has not been trained on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import multiprocessing
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +23,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tqdm import tqdm
 
 from flash_ladder.data.corpus import Corpus, DataStats, TokenStream, open_corpus
-from flash_ladder.data.sources import open_hub
+from flash_ladder.data.stream import Place, StreamedDocuments
 from flash_ladder.data.tokenizer import Tokenizer
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.schema import DataConfig
 from flash_ladder.stopping import SIGNALS
-
-SHUFFLE_BUFFER = 1000  # documents of a hub stream that are shuffled together
 
 Example = dict[str, torch.Tensor]
 
@@ -56,53 +56,46 @@ class Windows(Dataset[Example]):
         return to_example(self.tokens.read(start, start + self.seq_len + 1), self.eos_id)
 
 
-class StreamedWindows(IterableDataset[Example]):
-    """Endless windows of a hub stream, which is read, tokenised and packed while training runs.
+class StreamedBatches(IterableDataset[Example]):
+    """Endless batches of a hub stream, which is read, tokenised and packed while training runs.
 
-    Each pass reads the documents after the held-out ones, shuffled a buffer at a time by (seed, pass); a rank keeps every
-    world_size-th. The `first` windows are made and dropped, because an exact resume has to read a stream from its beginning.
+    Each has "place" beside its examples: where the window after it begins, from which a resumed run goes on. Without `start` the
+    stream is read from its beginning, and the `first` windows are made and dropped.
     """
 
-    def __init__(self, cfg: DataConfig, corpus: Corpus, *, seed: int, rank: int, world_size: int, first: int) -> None:
-        self.cfg, self.seed, self.rank, self.world_size, self.first = cfg, seed, rank, world_size, first
-        self.tokenizer, self.stream = corpus.tokenizer, open_hub(cfg).skip(corpus.n_held_out)
+    def __init__(
+        self, cfg: DataConfig, tokenizer: Tokenizer, documents: StreamedDocuments, start: Place | None, first: int
+    ) -> None:
+        self.cfg, self.tokenizer, self.documents = cfg, tokenizer, documents
+        self.start, self.first = start, first
 
     def __iter__(self) -> Iterator[Example]:
         windows = self._windows()
-        skipped = itertools.islice(windows, self.first)
-        for _ in tqdm(skipped, desc="reading the stream up to where the run stopped", total=self.first, delay=2, leave=False):
-            pass
+        if self.start is None:
+            skipped = itertools.islice(windows, self.first)
+            for _ in tqdm(skipped, desc="reading the stream up to where the run stopped", total=self.first, delay=2, leave=False):
+                pass
         eos_id = self.tokenizer.eos_id if self.cfg.document_ids else None
-        for tokens in windows:
-            yield to_example(tokens, eos_id)
+        while batch := list(itertools.islice(windows, self.cfg.batch_size)):
+            yield {**default_collate([to_example(tokens, eos_id) for tokens, _ in batch]), "place": batch[-1][1]}
 
-    def _windows(self) -> Iterator[np.ndarray]:
-        seq_len, tokens = self.cfg.seq_len, np.empty(0, dtype=np.int64)
-        for text in self._documents():
-            tokens = np.concatenate([tokens, self.tokenizer.encode(text), [self.tokenizer.eos_id]])
+    def _windows(self) -> Iterator[tuple[np.ndarray, Place]]:
+        """Windows, each with the place at which the next one begins."""
+        start = self.start or self.documents.beginning
+        seq_len, tokens, offset = self.cfg.seq_len, np.empty(0, dtype=np.int64), start.token
+        packed: deque[tuple[Place, int]] = deque()  # the documents that the tokens come from, and how many each has
+        for place, text in self.documents.read(start):
+            ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+            if not packed:
+                offset = min(offset, len(ids) - 1)  # the document may be a shorter one than when the place was noted
+            tokens = np.concatenate([tokens, ids[0 if packed else offset :]])
+            packed.append((place, len(ids)))
             while len(tokens) > seq_len:
-                yield tokens[: seq_len + 1]
+                offset += seq_len
+                while offset >= packed[0][1]:
+                    offset -= packed.popleft()[1]
+                yield tokens[: seq_len + 1], packed[0][0]._replace(token=offset)
                 tokens = tokens[seq_len:]
-
-    def _documents(self) -> Iterator[str]:
-        for epoch in itertools.count():
-            texts = (row["text"] for row in self.stream if row["text"])
-            shuffled = _shuffle(texts, np.random.default_rng([self.seed, epoch]))
-            yield from itertools.islice(shuffled, self.rank, None, self.world_size)
-
-
-def _shuffle(texts: Iterator[str], rng: np.random.Generator) -> Iterator[str]:
-    """Draws from a buffer of SHUFFLE_BUFFER texts. (`IterableDataset.shuffle` has another order in a loading process.)"""
-    buffer: list[str] = []
-    for text in texts:
-        if len(buffer) < SHUFFLE_BUFFER:
-            buffer.append(text)
-        else:
-            i = int(rng.integers(SHUFFLE_BUFFER))
-            yield buffer[i]
-            buffer[i] = text
-    rng.shuffle(buffer)
-    yield from buffer
 
 
 class TrainingOrder:
@@ -182,6 +175,14 @@ def end_loading() -> None:
             process.kill()
 
 
+def of_all_ranks(place: Place | None, world_size: int) -> list[Place | None]:
+    """Every rank's place, in the order of the ranks."""
+    places: list[Place | None] = [place] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(places, place)
+    return places
+
+
 class TextData(lightning.LightningDataModule):
     """The text that `cfg` names, as batches of {"tokens": int64 [B, seq_len + 1]}.
 
@@ -200,6 +201,8 @@ class TextData(lightning.LightningDataModule):
         super().__init__()
         self.cfg, self.seed, self.accumulate, self.val_batches = cfg, seed, accumulate, val_batches
         self.resumed_step = self.resumed_tokens = 0  # the step that this start goes on from, and the tokens read until then
+        self.resumed_stream: dict[str, Any] | None = None  # every rank's place in a stream at that step
+        self.places: dict[int, Place | None] = {}  # this rank's place in a stream after the last optimiser step, and after the next
 
     def prepare(self) -> None:
         """Opens the tokens, and first puts them into the cache if they are not there. Needs no trainer. A second call does nothing.
@@ -234,9 +237,15 @@ class TextData(lightning.LightningDataModule):
         whose = {"seed": self.seed, "rank": rank, "world_size": world_size}
         batch_size, num_workers = self.cfg.batch_size, self.cfg.num_workers
         if self.cfg.streaming:
-            streamed = StreamedWindows(self.cfg, self._corpus, first=first // world_size, **whose)
-            # One process reads a stream: with several, each would read all of it.
-            return self._loader(streamed, min(1, num_workers), batch_size=batch_size)
+            assert self._corpus.stream is not None and self._corpus.train_begins is not None
+            documents = StreamedDocuments(self._corpus.stream, self._corpus.train_begins, **whose)
+            start = None if first else documents.beginning
+            if self.resumed_stream is not None and self.fits_stream(self.resumed_stream, world_size):
+                start = Place(**self.resumed_stream["places"][rank])
+            self.places = {self.resumed_step: start}
+            streamed = StreamedBatches(self.cfg, self.tokenizer, documents, start, first // world_size)
+            # One process reads a rank's share of a stream, so that there is one place.
+            return self._loader(streamed, min(1, num_workers), batch_size=None)
         windows = self._windows(self._corpus.train)
         order = TrainingOrder(len(windows), batch_size, first=first, **whose)
         return self._loader(windows, num_workers, batch_sampler=order)
@@ -248,13 +257,38 @@ class TextData(lightning.LightningDataModule):
         a_step = self.accumulate * self.cfg.batch_size * self.trainer.world_size * self.cfg.seq_len
         return self.resumed_tokens + (self.trainer.global_step - self.resumed_step) * a_step
 
-    def state_dict(self) -> dict[str, int]:
-        """The place in the text, for a checkpoint."""
-        return {"step": self.trainer.global_step, "tokens": self._tokens_read()}
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Lightning's hook, for a batch that is about to be used: notes its place in a stream."""
+        if "place" in batch:
+            assert self.trainer is not None
+            step = self.trainer.global_step
+            self.places = {step: self.places.get(step), step + 1: batch.pop("place")}
+        return batch
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the text, for a checkpoint. Of a stream all processes call it together."""
+        assert self.trainer is not None
+        step = self.trainer.global_step
+        state: dict[str, Any] = {"step": step, "tokens": self._tokens_read()}
+        if self.cfg.streaming:
+            places = of_all_ranks(self.places.get(step), self.trainer.world_size)
+            if None not in places:
+                state["stream"] = {**self._stream(), "places": [place._asdict() for place in places]}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the place in the text from a checkpoint. One without it was written with the present batches on as many devices."""
-        self.resumed_step, self.resumed_tokens = state["step"], state["tokens"]
+        self.resumed_step, self.resumed_tokens, self.resumed_stream = state["step"], state["tokens"], state.get("stream")
+
+    def fits_stream(self, state: dict[str, Any], world_size: int) -> bool:
+        """Whether the places in a stream that a checkpoint has are of this stream and order, shared out over as many devices."""
+        same = all(state.get(name) == value for name, value in self._stream().items())
+        return same and len(state["places"]) == world_size
+
+    def _stream(self) -> dict[str, int]:
+        """What the places in a stream hold for, beside the number of devices."""
+        assert self._corpus.stream is not None
+        return {"n_shards": self._corpus.stream.num_shards, "seed": self.seed}
 
     def val_dataloader(self) -> DataLoader:
         """Returns this rank's share of the `validated` windows."""

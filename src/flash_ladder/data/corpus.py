@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -48,6 +48,7 @@ from flash_ladder.files import checksum, is_sealed, make_writable, write_json
 from flash_ladder.schema import DataConfig, as_list
 
 FORMAT = 2  # of a cache entry; part of its name
+STREAM_FORMAT = 3  # of a stream's
 MB = 1 << 20
 STATS = "corpus.json"
 
@@ -110,13 +111,14 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A cache entry, opened. Of a stream, `val` is the first `n_held_out` rows and `train` only the tokenizer's sample."""
+    """A cache entry, opened. Of a stream, `val` is the rows before `train_begins`, and `train` only the tokenizer's sample."""
 
     tokenizer: Tokenizer
     train: TokenStream
     val: TokenStream
     stats: DataStats
-    n_held_out: int
+    train_begins: tuple[int, int] | None  # of a stream: see split.Text
+    stream: datasets.IterableDataset | None = None
 
 
 def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
@@ -147,7 +149,8 @@ def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
     val_fraction = None if cfg.streaming or val_files else cfg.val_fraction
     seed = seed if cfg.split_seed is None else cfg.split_seed
     how = cfg.tokenizer if tokenizer is None else tokenizer.fingerprint
-    key = digest(FORMAT, fingerprint, how, vocab_size, seed, cfg.split_seed is None, val_fraction)
+    format = STREAM_FORMAT if cfg.streaming else FORMAT
+    key = digest(format, fingerprint, how, vocab_size, seed, cfg.split_seed is None, val_fraction)
 
     def build(folder: Path) -> None:
         def rows_of(files: list[Path], name: str) -> datasets.Dataset:
@@ -172,7 +175,7 @@ def open_corpus(cfg: DataConfig, seed: int) -> Corpus:
 
     entry = _cached(Path(cfg.cache_dir or "~/.cache/flash_ladder").expanduser(), key, build)
     try:
-        return _read(entry)
+        return replace(_read(entry), stream=hub if cfg.streaming else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, pyarrow.ArrowException) as error:
         reason = first_line(error)
         raise UserError(f"the data cache {entry} is damaged ({reason}); delete that folder and it is built again") from None
@@ -216,7 +219,8 @@ def _read(entry: Path) -> Corpus:
             bar.update((entry / name).stat().st_size)
     tokens, n_train = TokenStream(_token_files(entry)), saved["n_train_tokens"]
     train, val = tokens.part(0, n_train), tokens.part(n_train, len(tokens))
-    return Corpus(Tokenizer.load(entry), train, val, DataStats(**saved["stats"]), saved["n_held_out"])
+    begins = saved.get("train_begins")
+    return Corpus(Tokenizer.load(entry), train, val, DataStats(**saved["stats"]), begins and tuple(begins))
 
 
 def _token_files(entry: Path) -> list[Path]:
@@ -259,7 +263,7 @@ def _write(folder: Path, text: Text, cfg: DataConfig, seed: int, fingerprint: st
         split=text.split,
     )
     files = {path.name: checksum(path, xxhash.xxh3_128) for path in [*_token_files(folder), folder / TOKENIZER]}
-    saved = {"n_train_tokens": n_train_tokens, "n_held_out": text.n_held_out, "stats": asdict(stats), "files": files}
+    saved = {"n_train_tokens": n_train_tokens, "train_begins": text.train_begins, "stats": asdict(stats), "files": files}
     write_json(folder / STATS, saved, sealed=True)
 
 

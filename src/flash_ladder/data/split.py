@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.compute
 
 from flash_ladder.data.arrays import open_array
+from flash_ladder.data.stream import numbered_rows
 from flash_ladder.errors import UserError
 from flash_ladder.schema import DataConfig
 
@@ -33,7 +34,7 @@ class Text:
     n_bytes: int
     n_documents: int
     split: str
-    n_held_out: int = 0  # rows of a stream
+    train_begins: tuple[int, int] | None = None  # of a stream: the shard, and the row in it, after what is held out
     arrays: tuple[Path, ...] = ()  # rows then are a file's number, and which of its tokens
 
 
@@ -100,14 +101,15 @@ def _split_by_position(rows: datasets.Dataset, sizes: np.ndarray, val_fraction: 
 
 def text_of_stream(stream: datasets.IterableDataset, cfg: DataConfig) -> Text:
     """A stream's beginning: the documents to hold out, then a sample of the training documents for the tokenizer."""
-    rows = iter(stream)
+    rows = numbered_rows(stream)
     held_out = take(rows, STREAM_VALIDATION_BYTES)
-    sample = take(rows, max(STREAM_VALIDATION_BYTES, BPE_BYTES_PER_TOKEN * cfg.vocab_size))
-    if not sample:
+    first = next(rows, None)
+    if first is None:
         raise UserError(
             f"data.hub_name={cfg.hub_name} has less text than a stream holds out for validation "
             f"({STREAM_VALIDATION_BYTES // MB} MB); set data.streaming=false"
         )
+    sample = take(itertools.chain([first], rows), max(STREAM_VALIDATION_BYTES, BPE_BYTES_PER_TOKEN * cfg.vocab_size))
     texts = sample + held_out
     return Text(
         rows=datasets.Dataset.from_dict({"text": texts}),
@@ -115,7 +117,7 @@ def text_of_stream(stream: datasets.IterableDataset, cfg: DataConfig) -> Text:
         n_bytes=sum(map(len, texts)),
         n_documents=len(texts),
         split=f"the stream's first {len(held_out)} documents",
-        n_held_out=len(held_out),
+        train_begins=(first["shard"], first["row"]),
     )
 
 

@@ -121,7 +121,8 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
     run: the folder that train.py wrote. which: "best", "last" or the path of a .ckpt file.
 
     Returns the run's configuration as plain dicts (schema.Config), the weights under GPT's own names, and facts about the
-    training: {"checkpoint": path, "step": optimiser steps taken, "val_loss": nats per token, as validated at that step, or None}.
+    training: {"checkpoint": path, "step": optimiser steps taken, "val_loss": nats per token, as validated at that step, or None,
+    "text": what TextData.state_dict gave, or None}.
     Raises UserError for a folder that is no run, and for a checkpoint that is missing, damaged or from another model.
     """
     path = find_checkpoint(run, which)
@@ -137,7 +138,7 @@ def load_run(run: Path, which: str = "best") -> tuple[dict[str, Any], dict[str, 
         raise UserError(f"{path} was not written by this version of train.py ({error}); take another checkpoint") from None
     _check_same_model(path, config["model"], run / "config.yaml")
     val_loss = recorded(run / "metrics.jsonl", metrics.VAL_LOSS, step)
-    return config, weights, {"checkpoint": str(path), "step": step, "val_loss": val_loss}
+    return config, weights, {"checkpoint": str(path), "step": step, "val_loss": val_loss, "text": checkpoint.get("TextData")}
 
 
 def find_checkpoint(run: Path, which: str) -> Path:

@@ -30,8 +30,11 @@ class Start:
     owes_validation: bool = False  # of the weights of that step
 
 
-def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData) -> Start:
-    """Where to go on. Raises UserError where the checkpoint is missing, damaged or another model's, and where the run finished."""
+def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData, n_devices: int) -> Start:
+    """Where to go on, on `n_devices` in all.
+
+    Raises UserError where the checkpoint is missing, damaged or another model's, and where the run finished.
+    """
     saved, weights, info = load_to_go_on(run_dir)
     trained = asdict(ModelConfig(**saved["model"]))  # an earlier version's has fewer keys
     for name, value in asdict(cfg.model).items():
@@ -52,7 +55,13 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData) 
             f"trainer.max_steps={2 * step} would train as long again"
         )
     say(f"resuming after step {step}")
-    if saved["data"]["seq_len"] != cfg.data.seq_len:
+    stream = (info["text"] or {}).get("stream")
+    if cfg.data.streaming and step and not (stream and data.fits_stream(stream, n_devices)):
+        say(
+            f"the stream is read from its beginning, because {info['checkpoint']} has no place in it for {n_devices} "
+            f"device{'s' * (n_devices != 1)} and seed={cfg.seed}: some text of this pass is read twice, some not at all"
+        )
+    if saved["data"]["seq_len"] != cfg.data.seq_len and not cfg.data.streaming:
         say(
             f"data.seq_len is {cfg.data.seq_len} and was {saved['data']['seq_len']}: the windows are cut and shuffled anew, and "
             f"some text of this pass is read twice, some not at all"

@@ -85,7 +85,7 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
         torch.manual_seed(cfg.seed)
         module = GPTModule(asdict(cfg), place.attention.backend)
         say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
-        start = check_resume(cfg, run_dir, module, data) if cfg.resume else Start()
+        start = check_resume(cfg, run_dir, module, data, place.n_devices) if cfg.resume else Start()
 
         record: MetricsFile | None = None
         loggers: list[Logger] = []

@@ -1,4 +1,4 @@
-"""From tokens to batches: windows, their order, its resumption under Lightning, the ranks' shares, and streams."""
+"""From tokens to batches: windows, their order, its resumption under Lightning, and the ranks' shares."""
 
 import itertools
 import multiprocessing
@@ -6,32 +6,22 @@ import os
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
-import datasets
-import lightning
 import numpy as np
 import pytest
 import torch
 
-import flash_ladder.data.batches
-from flash_ladder.data import split
-from flash_ladder.data.batches import LoadingLost, TextData, TrainingOrder, end_loading, ignore_signals
+from flash_ladder.data.batches import LoadingLost, TrainingOrder, end_loading, ignore_signals
 from flash_ladder.data.corpus import open_corpus
 from flash_ladder.errors import UserError
 from flash_ladder.schema import DataConfig
-from tests.helpers.corpora import END, config, documents, hub_folder, refused, text_data, twenty_documents, words_of, write_txt
+from tests.helpers.corpora import config, documents, refused, text_data, twenty_documents, write_txt
+from tests.helpers.loading import as_rank, first_batches, fit
 
 
 @pytest.fixture
 def twenty(tmp_path) -> DataConfig:
     return twenty_documents(tmp_path)
-
-
-def first_batches(loader, n: int) -> torch.Tensor:
-    """[n, B, seq_len + 1]"""
-    return torch.stack([batch["tokens"] for batch, _ in zip(loader, range(n), strict=False)])
 
 
 # ---- windows ----
@@ -118,11 +108,6 @@ def test_loaders_leave_the_global_random_state_alone(twenty):
 # ---- ranks ----
 
 
-def as_rank(data: TextData, rank: int, world_size: int, global_step: int = 0) -> TextData:
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, global_step=global_step)
-    return data
-
-
 def test_other_batches_on_other_devices_go_on_where_the_first_ones_stopped(twenty):
     """Three steps of two batches of four on one device, then batches of three on two: no window twice, none left out."""
     alone = as_rank(text_data(twenty, accumulate=2), 0, 1, global_step=0)
@@ -157,44 +142,6 @@ def test_too_few_validation_windows_for_the_devices(twenty):
 # ---- resuming under Lightning ----
 
 
-class Recorder(lightning.LightningModule):
-    """Trains one number and remembers every batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def training_step(self, batch: dict) -> torch.Tensor:
-        self.seen.append(batch["tokens"].tolist())
-        return self.weight * 1.0
-
-    def validation_step(self, batch: dict) -> None:
-        pass
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(tmp_path: Path, data: TextData, steps: int, resume: str | None = None) -> tuple[list, str]:
-    """The batches that training until `steps` sees, and a checkpoint at its end."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = lightning.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        accumulate_grad_batches=data.accumulate,
-        val_check_interval=2 * data.accumulate,
-        check_val_every_n_epoch=None,
-        use_distributed_sampler=False,
-        **quiet,
-    )
-    recorder = Recorder()
-    trainer.fit(recorder, datamodule=data, ckpt_path=resume)
-    trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
-    return recorder.seen, str(tmp_path / f"{steps}.ckpt")
-
-
 @pytest.mark.filterwarnings("ignore")  # Lightning would like more workers
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -205,72 +152,6 @@ def test_resumed_training_sees_the_same_batches(tmp_path, twenty, num_workers, a
     after, _ = fit(tmp_path, text_data(twenty, accumulate=accumulate), 6, resume=checkpoint)
     assert len(whole) == 6 * accumulate
     assert before + after == whole
-
-
-# ---- streams ----
-
-
-@pytest.fixture
-def stream(tmp_path, monkeypatch) -> DataConfig:
-    hub = hub_folder(tmp_path)
-    monkeypatch.setattr(split, "STREAM_VALIDATION_BYTES", 1000)
-    monkeypatch.setattr(flash_ladder.data.batches, "SHUFFLE_BUFFER", 9)
-    hub.streaming = True
-    return hub
-
-
-def test_stream_holds_out_its_first_documents(stream):
-    data = text_data(stream)
-    assert (data.stats.n_documents, data.stats.n_train_tokens) == (None, None)
-    val = words_of(data.tokenizer.decode(data.val_windows(None)["tokens"][:, :-1].flatten().tolist()))
-    assert val == {"d0", "d1", "d2", "d3"}
-    tokens = first_batches(data.train_dataloader(), 150)[..., :-1].flatten()  # 9,600 tokens: more than one pass
-    train = words_of(data.tokenizer.decode(tokens.tolist()).rsplit(maxsplit=1)[0])
-    assert "d9" in train
-    assert not val & train
-
-
-def test_a_stream_that_changed_is_validated_on_its_new_text(stream):
-    before = text_data(stream)
-    path = Path(stream.hub_name) / "train.parquet"
-    texts = [text and text.replace("d", "e") for text in datasets.Dataset.from_parquet(str(path))["text"]]
-    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(path))
-    after = text_data(stream)
-    words = [words_of(d.tokenizer.decode(d.val_windows(None)["tokens"][:, :-1].flatten().tolist())) for d in (before, after)]
-    assert words == [{"d0", "d1", "d2", "d3"}, {"e0", "e1", "e2", "e3"}]
-    assert after.stats.corpus != before.stats.corpus
-
-
-def test_stream_passes_differ_and_come_from_the_seed(stream):
-    batches = [first_batches(text_data(stream, seed=seed).train_dataloader(), 300) for seed in (0, 0, 1)]
-    assert torch.equal(batches[0], batches[1])
-    assert not torch.equal(batches[0], batches[2])
-    text = text_data(stream).tokenizer.decode(batches[0][..., :-1].flatten().tolist())
-    passes = text.split(END)[:26], text.split(END)[26:52]
-    assert sorted(passes[0]) == sorted(passes[1])
-    assert passes[0] != passes[1]
-
-
-def test_ranks_share_the_documents_of_a_stream(stream):
-    data = text_data(stream)
-    shares = [first_batches(as_rank(data, rank, 2).train_dataloader(), 50)[..., :-1].flatten().tolist() for rank in range(2)]
-    one, other = (words_of(data.tokenizer.decode(share).rsplit(maxsplit=1)[0]) for share in shares)
-    assert one
-    assert not one & other
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_stream_resumes_exactly(stream, num_workers):
-    whole = first_batches(text_data(stream).train_dataloader(), 9)
-    stream.num_workers = num_workers
-    resumed = as_rank(text_data(stream, accumulate=2), 0, 1, global_step=3).train_dataloader()
-    assert torch.equal(first_batches(resumed, 3), whole[6:])
-
-
-def test_stream_document_ids(stream):
-    stream.document_ids = True
-    batch = next(iter(text_data(stream).train_dataloader()))
-    assert batch["document_ids"].shape == (4, 16)
 
 
 # ---- loading processes ----

@@ -8,11 +8,15 @@ import signal
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flash_ladder import files
+from flash_ladder.data import split
 from flash_ladder.errors import UserError
+from flash_ladder.training.checkpoint import AtomicCheckpointIO
 from flash_ladder.training.module import GPTModule
 from flash_ladder.training.run import train
+from tests.helpers.corpora import documents, write_jsonl
 from tests.helpers.tiny import metrics, tiny_config, values
 
 
@@ -154,6 +158,49 @@ def test_windows_of_another_length_are_said(tmp_path, capsys):
     )
     train(longer, tmp_path / "run")
     assert "data.seq_len is 32 and was 16: the windows are cut and shuffled anew" in capsys.readouterr().out
+
+
+# ---- streams ----
+
+
+@pytest.fixture
+def streaming(tmp_path, monkeypatch):
+    """A run of six steps on a stream of two files."""
+    monkeypatch.setattr(split, "STREAM_VALIDATION_BYTES", 1000)
+    cfg = tiny_config(tmp_path)
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for i in range(2):
+        write_jsonl(folder / f"train-{i}.jsonl", [{"text": text} for text in documents(30, seed=i)])
+    return replace(cfg, data=replace(cfg.data, source="hub", files=None, hub_name=str(folder), streaming=True))
+
+
+def test_a_stream_goes_on_where_it_was(streaming, tmp_path, monkeypatch, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(streaming, whole)
+    broken_off(monkeypatch, streaming, run, signal.SIGTERM, batch=3)
+    capsys.readouterr()
+    again(streaming, run, whole)
+    assert "from its beginning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["no place", "seed"])
+def test_a_stream_that_is_read_from_its_beginning_says_so(streaming, tmp_path, capsys, change):
+    """An earlier version's checkpoint has no place in a stream, and that of another seed has one in another order."""
+    run = tmp_path / "run"
+    train(replace(streaming, trainer=replace(streaming.trainer, max_steps=3)), run)
+    path = run / "checkpoints" / "last.ckpt"
+    cfg = replace(streaming, resume=str(run), seed=int(change == "seed"))
+    if change == "no place":
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["TextData"]["stream"]
+        AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+    capsys.readouterr()
+    train(cfg, run)
+    assert (
+        f"read from its beginning, because {path} has no place in it for 1 device and seed={cfg.seed}: " in capsys.readouterr().out
+    )
+    assert list(values(run, "train/loss")) == [1, 2, 3, 4, 5, 6]
 
 
 # ---- what is refused changes nothing ----
