@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ def forked(script: str, arguments: list[str], folder: Path, before: Callable[[],
         os.setsid()  # what it starts is found by it
         os.chdir(folder)
         _write_to(log)
+        tempfile.tempdir = str(folder)  # what it does not remove goes with the folder
         os._exit(exit_code(work))
     return _awaited(child, log, start)
 
