@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, ConfigTypeError, OmegaConfBaseException
 from tqdm import tqdm
 
 from flash_ladder import names
@@ -46,7 +46,10 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
     Raises UserError for an unknown key, a wrong type or an impossible combination.
     """
     try:
-        parsed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))
+        merged = _merge(schema, cfg)
+        OmegaConf.to_object(merged)  # names the key of a ${...} that cannot be followed
+        _check_references(schema, merged)
+        parsed: Any = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key), OmegaConf.structured(schema)) from None
     except OmegaConfBaseException as error:
@@ -55,6 +58,40 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
     check_values(parsed)
     parsed.validate()
     return parsed
+
+
+def _merge(schema: type, cfg: Any) -> Any:
+    """`cfg` on the dataclass `schema`. Raises OmegaConf's errors, and UserError for a list in place of names, or the reverse."""
+    structured = OmegaConf.structured(schema)
+    try:
+        return OmegaConf.merge(structured, cfg)
+    except ConfigTypeError:
+        given, known = (_leaves(OmegaConf.to_container(c, resolve=False)) for c in (cfg, structured))
+        for key in given:  # OmegaConf does not say which
+            if key in known and not any(other.startswith(f"{key}.") for other in known):
+                value = OmegaConf.select(cfg, key)
+                try:
+                    OmegaConf.update(structured, key, value)
+                except ConfigTypeError:
+                    kind = "{name: value, ...}" if OmegaConf.is_list(value) else "a list"
+                    raise UserError(f"{key}={value} must be {kind}") from None
+        raise
+
+
+def _check_references(schema: type, merged: Any) -> None:
+    """Raises OmegaConf's errors for a ${...} that leads to another type than its key's: it looks at numbers and texts alone.
+
+    One that leads to a group or a list is replaced by a copy of that as plain data.
+    """
+    structured = OmegaConf.structured(schema)
+    for key in _leaves(OmegaConf.to_container(structured)):
+        group, _, name = key.rpartition(".")
+        if OmegaConf.is_interpolation(OmegaConf.select(merged, group) if group else merged, name):
+            value = OmegaConf.select(merged, key)
+            if OmegaConf.is_config(value):
+                OmegaConf.update(merged, key, OmegaConf.to_container(value, resolve=True), merge=False)
+            else:  # a text's own ${ would be followed in its turn
+                OmegaConf.update(structured, key, value.replace("${", "") if isinstance(value, str) else value)
 
 
 def store_defaults(schema: type) -> None:

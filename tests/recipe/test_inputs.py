@@ -85,6 +85,13 @@ REFUSED = [
     ("train trainer.devices=100000", "trainer.devices=100000: that many processes would take 19.1 TiB"),
     ("train data.num_workers=1000000", "data.num_workers=1000000: that many processes would take 15.3 TiB"),
     ("train data.num_proc=1000000", "data.num_proc=1000000: that many processes would take 15.3 TiB"),
+    # types
+    ("train trainer.lightning=3", "trainer.lightning: cannot assign int to Dict[str, Any]"),
+    ("train trainer.lightning=${seed}", "trainer.lightning: cannot assign int to Dict[str, Any]"),
+    ("train trainer.lightning=${trainer}", "trainer.lightning: interpolation to parent node detected"),
+    ("train data.weights={a:1}", "data.weights={'a': 1} must be a list"),
+    ("train data.weights=${logger}", "data.weights: invalid value assigned: dict is not a ListConfig, list or tuple"),
+    ("train trainer.devices=${logger}", "trainer.devices: value '{'kind': 'wandb', "),
     # keys
     (
         "train ~trainer.max_steps",

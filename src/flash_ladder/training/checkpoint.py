@@ -25,8 +25,8 @@ from flash_ladder.training.record import read_metrics
 SAVING = ".saving"  # suffix of a checkpoint that is being written, or that a killed process left
 
 
-class Damaged(UserError):
-    """A checkpoint that is empty, cut short, changed, or none; another one of the same run may be whole."""
+class Unusable(UserError):
+    """A checkpoint that is not there, empty, cut short, changed, or none; another one of the same run may be whole."""
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -83,30 +83,33 @@ def rehomed(checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Reads a checkpoint as plain data; with `mmap` its tensors stay on the disk until they are used.
 
-    Raises UserError where it is missing, and Damaged where it is empty, cut short, changed or not a checkpoint.
+    Raises UserError where it is missing, and Unusable where it is empty, cut short, changed or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     if path.stat().st_size == 0:
-        raise Damaged(f"{path} is empty; take another checkpoint")
+        raise Unusable(f"{path} is empty; take another checkpoint")
     try:
         fault = archive.fault(path)
         checkpoint = None if fault else torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except Exception as error:  # a file that is none, or made up, may raise anything in zipfile and in torch's reader
-        raise Damaged(f"{path} cannot be read: it was cut short, or is not a checkpoint; take another one") from error
+        raise Unusable(f"{path} cannot be read: it was cut short, or is not a checkpoint; take another one") from error
     if fault:
-        raise Damaged(f"{path} is damaged: {fault}; take another one")
+        raise Unusable(f"{path} is damaged: {fault}; take another one")
     if not isinstance(checkpoint, dict) or not checkpoint:
-        raise Damaged(f"{path} is not a checkpoint: it holds no dictionary, or an empty one; take another one")
+        raise Unusable(f"{path} is not a checkpoint: it holds no dictionary, or an empty one; take another one")
     return checkpoint
 
 
 def load_to_go_on(run: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """`load_run` of last.ckpt, or where that one is damaged, and says so, of best.ckpt. Raises UserError as `load_run` does."""
+    """`load_run` of last.ckpt, or where that one is missing or damaged, and says so, of best.ckpt.
+
+    A run that is killed at its first checkpoint may have best.ckpt alone, which is written first. Raises UserError as `load_run`.
+    """
     try:
         return load_run(run, "last")
-    except Damaged as damage:
+    except Unusable as damage:
         try:
             found = load_run(run, "best")
         except UserError:
@@ -157,7 +160,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
     if not path.is_file():
         others = sorted(p.stem for p in folder.glob("*.ckpt"))
         hint = f"checkpoint={others[0]} is there" if others else "training stopped before it wrote one"
-        raise UserError(f"run={run} has no checkpoint {path.name}; {hint}")
+        raise Unusable(f"run={run} has no checkpoint {path.name}; {hint}")
     return path
 
 

@@ -224,7 +224,7 @@ def test_a_configuration_that_is_none_is_refused(run, tmp_path):
         refused("config.yaml is not what train.py wrote", load_run, tmp_path / "run")
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_best(run, tmp_path, capsys):
+def test_a_damaged_or_missing_last_checkpoint_gives_way_to_the_best(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     last, best = (tmp_path / "run" / "checkpoints" / f"{name}.ckpt" for name in ("last", "best"))
     assert load_to_go_on(tmp_path / "run")[2]["checkpoint"] == str(last)
@@ -233,6 +233,10 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_best(run, tmp_path, capsys):
         capsys.readouterr()
         assert load_to_go_on(tmp_path / "run")[2]["checkpoint"] == str(best)
         assert re.match(rf".*last.ckpt .*; best.ckpt, of step {STEP}, takes its place\n$", capsys.readouterr().out)
+    last.unlink()  # a run that is killed between its first two checkpoints has only the best
+    assert load_to_go_on(tmp_path / "run")[2]["checkpoint"] == str(best)
+    assert capsys.readouterr().out.endswith(f"no checkpoint last.ckpt; best.ckpt, of step {STEP}, takes its place\n")
+    last.write_bytes(b"text")
     best.write_bytes(b"")
     refused("last.ckpt cannot be read", load_to_go_on, tmp_path / "run")
 
