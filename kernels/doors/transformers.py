@@ -97,11 +97,11 @@ def plan_mask(
     parts = []
     for first in range(0, q_length, rows):
         n = min(rows, q_length - first)
-        seen = sdpa_mask(
+        seen: Any = sdpa_mask(
             batch_size, n, kv_length, start + first, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, use_vmap=others.get("use_vmap", False), device=device,
-        )[:, 0]  # fmt: skip
-        seen = seen.expand(batch_size, -1, -1).to(torch.int32)
+        )  # fmt: skip
+        seen = seen[:, 0].expand(batch_size, -1, -1).to(torch.int32)
         parts.append(torch.stack((seen.argmax(-1), kv_length - 1 - seen.flip(-1).argmax(-1), seen.sum(-1))))
     low, high, number = torch.cat(parts, -1).unbind()
     if not ((number == high - low + 1) | ~counts).all():
@@ -188,7 +188,7 @@ def run_layer(
     for name in UNKNOWN:
         if others.get(name) is not None and others[name] is not False:
             raise ValueError(f"{name}: attention has nothing like it; use 'eager'")
-    call = partial(attention, scale=scaling, softcap=softcap, backend=backend)
+    call: Callable[..., Any] = partial(attention, scale=scaling, softcap=softcap, backend=backend)
     sinks = None if s_aux is None else s_aux.flatten()
     if torch.compiler.is_compiling():
         ids = None if attention_mask is None else documents_by_position(others.get("position_ids"), query)

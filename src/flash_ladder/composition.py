@@ -66,7 +66,8 @@ def _merge(schema: type, cfg: Any) -> Any:
     try:
         return OmegaConf.merge(structured, cfg)
     except ConfigTypeError:
-        given, known = (_leaves(OmegaConf.to_container(c, resolve=False)) for c in (cfg, structured))
+        plain: list[Any] = [OmegaConf.to_container(c, resolve=False) for c in (cfg, structured)]
+        given, known = map(_leaves, plain)
         for key in given:  # OmegaConf does not say which
             if key in known and not any(other.startswith(f"{key}.") for other in known):
                 value = OmegaConf.select(cfg, key)
@@ -84,7 +85,8 @@ def _check_references(schema: type, merged: Any) -> None:
     One that leads to a group or a list is replaced by a copy of that as plain data.
     """
     structured = OmegaConf.structured(schema)
-    for key in _leaves(OmegaConf.to_container(structured)):
+    plain: Any = OmegaConf.to_container(structured)
+    for key in _leaves(plain):
         group, _, name = key.rpartition(".")
         if OmegaConf.is_interpolation(OmegaConf.select(merged, group) if group else merged, name):
             value = OmegaConf.select(merged, key)

@@ -94,8 +94,7 @@ def hydra_notes(cfg: Any) -> dict[str, str]:
 
     Hydra itself would write them before `main` knows whether the run can start, over those of the run that it goes on with.
     """
-    about = HydraConfig.instance().cfg
-    assert about is not None
+    about: Any = HydraConfig.instance().cfg
     return {
         f"{NOTES}/config.yaml": as_yaml(asdict(cfg)),
         f"{NOTES}/hydra.yaml": OmegaConf.to_yaml(about),

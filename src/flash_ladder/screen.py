@@ -24,7 +24,7 @@ def forgiving(stream: TextIO, raw: Forgiving) -> TextIO:
     """`raw` as text, with the encoding and buffering of `stream`."""
     assert isinstance(stream, io.TextIOWrapper)
     return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw),
+        raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[type-var]  # typeshed wants its own file types
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,

@@ -29,7 +29,7 @@ from flash_ladder.errors import UserError, first_line
 from flash_ladder.schema import DataConfig
 from flash_ladder.stopping import SIGNALS
 
-Example = dict[str, torch.Tensor]
+Example = dict[str, Any]  # tensors, and of a stream's batch the place after it
 
 
 def to_example(tokens: np.ndarray, eos_id: int | None) -> Example:
@@ -272,8 +272,9 @@ class TextData(lightning.LightningDataModule):
         state: dict[str, Any] = {"step": step, "tokens": self._tokens_read()}
         if self.cfg.streaming:
             places = of_all_ranks(self.places.get(step), self.trainer.world_size)
-            if None not in places:
-                state["stream"] = {**self._stream(), "places": [place._asdict() for place in places]}
+            known = [place._asdict() for place in places if place is not None]
+            if len(known) == len(places):
+                state["stream"] = {**self._stream(), "places": known}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

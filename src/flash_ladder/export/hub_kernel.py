@@ -54,7 +54,7 @@ Written in Triton and Gluon: it needs torch 2.11 to 2.15 and no compiler of its 
 def write_hub_kernel(cfg: HubKernelConfig) -> None:
     """Writes the folder `cfg.out`. Raises UserError where it cannot be written, or holds other files."""
     out = Path(cast("str", cfg.out))  # validate() refuses a missing one
-    source = Path(cast("str", flash_ladder.kernels.__file__)).parent
+    source = Path(flash_ladder.kernels.__file__).parent
     files = {path.relative_to(source): path.read_bytes() for path in sorted(source.rglob("*.py"))}
     ours = ("README.md", "build") if (out / BUILD / METADATA).is_file() else ()  # others have a folder of that name too
     with replace_folder(out, ours) as folder:

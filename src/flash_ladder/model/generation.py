@@ -61,8 +61,8 @@ def stream(
         )
     needed = KVCache.bytes_of(model.cfg, max_len=len(ids) + max_new_tokens, dtype=cache_dtype(model))
     device = model.embedding.weight.device
-    on_gpu = {"there": torch.cuda.mem_get_info(device)[0], "where": "the GPU's free memory is"} if device.type == "cuda" else {}
-    must_fit(f"max_new_tokens={max_new_tokens}: the keys and values", needed, "fewer would fit", **on_gpu)
+    where = (torch.cuda.mem_get_info(device)[0], "the GPU's free memory is") if device.type == "cuda" else ()
+    must_fit(f"max_new_tokens={max_new_tokens}: the keys and values", needed, "fewer would fit", *where)
     tokens = _sample(model, tokenizer, ids, first if held else None, max_new_tokens, temperature, top_k, seed)
     return _text(prompt, held, tokenizer, tokens)
 

@@ -48,7 +48,7 @@ class Copy(Logger):
             self.failed = True
 
 
-class CSVCopy(Copy, CSVLogger):
+class CSVCopy(Copy, CSVLogger):  # type: ignore[misc]  # CSVLogger's log_metrics names its types more narrowly than Logger's
     """Lightning's CSV logger."""
 
 
@@ -82,7 +82,7 @@ def _open(cfg: LoggerConfig, run_dir: Path, config: dict[str, Any], step: int) -
         drop_later_rows(run_dir / "csv", step)
         beside = CSVCopy(run_dir, name="csv", flush_logs_every_n_steps=1)
     elif cfg.kind == "tensorboard":
-        later = {"purge_step": step + 1} if step else {}
+        later: dict[str, Any] = {"purge_step": step + 1} if step else {}
         beside = TensorBoardCopy(run_dir, name="tensorboard", version="", default_hp_metric=False, **later)
     if isinstance(beside, (CSVLogger, TensorBoardLogger)):
         beside.log_hyperparams(config)

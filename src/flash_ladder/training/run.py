@@ -116,7 +116,7 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
             if first:
                 record, loggers = open_run(cfg, run_dir, place, data, notes, start)
                 write_log_to(run_dir / "train.log")
-                if not trainer.fast_dev_run:
+                if not arguments.get("fast_dev_run"):
                     trainer.loggers = loggers
                 probe = probe_attention(attention_layer(cfg, place), place.attention.backend)
                 say(f"attention memory: {probe}")
@@ -270,7 +270,7 @@ def open_run(
     def write(more: Mapping[Path, str | bytes]) -> None:
         for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
-        replace_files({path: content for path, content in files.items() if not path.exists()} | more)
+        replace_files({path: content for path, content in files.items() if not path.exists()} | dict(more))
 
     if not cfg.resume:
         refuse_taken(run_dir)

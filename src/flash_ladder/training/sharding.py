@@ -8,7 +8,7 @@ a run on one device has: a checkpoint is the same file whatever wrote it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def shard(net: GPT, mesh: DeviceMesh, *, whole_in_step: bool = False, compiled: 
             block.forward = torch.compile(block.forward, fullgraph=True)
         fully_shard(block, mesh=mesh, reshard_after_forward=not whole_in_step)
     if compiled:
-        net.predict = torch.compile(net.predict, fullgraph=True)
+        net.predict = torch.compile(net.predict, fullgraph=True)  # type: ignore[method-assign]
     fully_shard(net, mesh=mesh)
 
 
@@ -55,8 +55,9 @@ def end_step_with(net: GPT, batch_is_last: bool) -> None:
     The batches before it add their gradients up whole: a step gathers and reduces once, whatever the number of its batches, for
     8 bytes a parameter on every device.
     """
-    net.set_requires_gradient_sync(batch_is_last)
-    net.set_reshard_after_backward(batch_is_last)
+    cut = cast("FSDPModule", net)
+    cut.set_requires_gradient_sync(batch_is_last)
+    cut.set_reshard_after_backward(batch_is_last)
 
 
 def is_sharded(net: nn.Module) -> bool:
