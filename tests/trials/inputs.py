@@ -25,13 +25,12 @@ from typing import get_type_hints
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent] + [str(ROOT)]
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+from tests.trials import forks  # first: it sets the environment
 
-# All that the commands import is imported once, before the processes are forked: without a GPU our kernels come first.
-import flash_ladder.kernels  # noqa: F401
+# isort: split
 from flash_ladder import schema, script_schema
 from flash_ladder.benchmark import grid
-from flash_ladder.export import evaluate, export  # noqa: F401
+from flash_ladder.export import export
 from flash_ladder.flags import SHORT, TAKES
 from flash_ladder.machine import doctor  # noqa: F401
 from flash_ladder.model import generation
@@ -59,12 +58,9 @@ TEXTS = (
 # fmt: on
 
 
-class Reached(BaseException):
-    """The work itself would begin here."""
-
-
 def reached(*args: object, **kwargs: object) -> None:
-    raise Reached
+    """The work itself would begin here."""
+    raise SystemExit(0)
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,8 @@ def tried(command: Command, odd: list[str], folder: Path) -> Trial:
 
 def as_child(command: Command, odd: list[str], here: Path, said: Path) -> int:
     """The forked process: returns its exit code."""
-    try:
+
+    def work() -> None:
         os.chdir(here)
         os.setsid()  # what it starts is ended with it
         nowhere, file = os.open(os.devnull, os.O_RDWR), os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -177,19 +174,8 @@ def as_child(command: Command, odd: list[str], here: Path, said: Path) -> int:
         generation._pick = lambda *args: pick(*args) if next(n, None) is not None else reached()  # type: ignore[assignment]
         sys.argv[:] = [command.path, *command.base, *odd]
         runpy.run_path(str(ROOT / command.path), run_name="__main__")
-    except Reached:
-        return 0
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BaseException:
-        import traceback
 
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return 0
+    return forks.exit_code(work)
 
 
 def awaited(child: int, start: float) -> int:
