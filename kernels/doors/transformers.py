@@ -107,16 +107,17 @@ def plan_mask(
     if not ((number == high - low + 1) | ~counts).all():
         raise ValueError("a query of this mask sees keys that are no interval, and attention has no other masks; use 'eager'")
     mask = torch.empty(0, device=device)
-    in_rows = documents_of if q_length == kv_length else spans_of
-    mask.plan = in_rows(low, high, counts, start - kv_offset, kv_length)  # type: ignore[attr-defined]
+    plan = documents_of(low, high, counts) if q_length == kv_length else spans_of(low, high, counts, start - kv_offset, kv_length)
+    mask.plan = plan  # type: ignore[attr-defined]
     return mask
 
 
-def documents_of(low: Tensor, high: Tensor, counts: Tensor, place: int, seq_k: int) -> Plan:
+def documents_of(low: Tensor, high: Tensor, counts: Tensor) -> Plan:
     """The plan of a mask over as many keys as queries, in which query i sees those from `low` to `high`, int64 [B, S].
 
     counts: bool [B, S], which queries are no padding. Padding becomes documents of its own.
     """
+    seq_k = low.shape[1]
     own = torch.arange(seq_k, device=low.device).expand_as(low)
     begins = (low == own) | ~counts  # a document begins where a query sees nothing before itself
     first = torch.where(begins, own, 0).cummax(1).values
@@ -131,7 +132,7 @@ def documents_of(low: Tensor, high: Tensor, counts: Tensor, place: int, seq_k: i
 
 
 def spans_of(low: Tensor, high: Tensor, counts: Tensor, place: int, seq_k: int) -> Plan:
-    """The plan of a mask over more keys than queries, as behind a cache; arguments as for `documents_of`.
+    """The plan of a mask over `seq_k` keys and fewer queries, as behind a cache; other arguments as for `documents_of`.
 
     place: where the first query stands among the keys.
     """

@@ -13,9 +13,8 @@ def mix(parts: list[datasets.Dataset], weights: list[float], seed: int) -> datas
 
     weights: how often the next document comes from each part. No document comes twice, so that none can be held out and trained on.
     """
-    bounds: list[
-        np.ndarray
-    ] = []  # of each part: the first row of every document among the rows of all parts, and the end of the last one
+    # Of each part: the first row of every document among the rows of all parts, and the end of the last one.
+    bounds: list[np.ndarray] = []
     for part in parts:
         start = bounds[-1][-1] if bounds else 0
         bounds.append(start + np.r_[0, np.flatnonzero(part.data.column("ends").to_numpy()) + 1])
