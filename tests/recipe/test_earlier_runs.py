@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import commands
 
 ROOT = Path(__file__).parents[2]
 EARLIER = Path(__file__).with_name("earlier_run")
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def command(folder: Path, script: str, *arguments: str) -> str:
     """Runs a script in `folder`; returns what it printed."""
-    run = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=folder, capture_output=True, text=True)
+    run = commands.run(script, *arguments, cwd=folder)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 

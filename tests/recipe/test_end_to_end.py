@@ -4,18 +4,16 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import commands
 from tests.helpers.tiny import overrides, tiny_config, values
-
-ROOT = Path(__file__).parents[2]
 
 
 def command(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, ROOT / script, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = commands.run(script, *arguments, cwd=cwd, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flash_ladder.names import BACKENDS
+from tests.helpers import commands
 from tests.helpers.made_up import made_up_run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -23,10 +24,11 @@ def here(tmp_path_factory):
 
 def call(script: str, *arguments: str, cwd: Path, first: str = "") -> subprocess.CompletedProcess:
     """Runs a script; `first` is Python that its process runs before."""
+    if not first:
+        return commands.run(f"scripts/{script}", *arguments, cwd=cwd)
     path = str(SCRIPTS / script)
-    run = f"import runpy, sys\nsys.argv[0] = {path!r}\n{first}\nrunpy.run_path({path!r}, run_name='__main__')"
-    start = ["-c", run] if first else [path]
-    return subprocess.run([sys.executable, *start, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+    code = f"import runpy, sys\nsys.argv[0] = {path!r}\n{first}\nrunpy.run_path({path!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from flash_ladder.training.run import train
+from tests.helpers.commands import Command
 from tests.helpers.tiny import overrides, tiny_config, values
 
 ROOT = Path(__file__).parents[3]
 
 
-def start(cfg, folder, *further, launcher=(sys.executable,), run="run"):
-    """train.py on `cfg` in `folder`, with both its streams in pipes."""
-    command = [*launcher, ROOT / "train.py", *overrides(cfg), *([f"hydra.run.dir={run}"] if run else []), *further]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(cfg, folder, *further, run="run"):
+    """train.py on `cfg` in `folder`."""
+    return Command("train.py", [*overrides(cfg), f"hydra.run.dir={run}", *further], folder)
 
 
 def finish(process):
@@ -31,7 +31,7 @@ def finish(process):
     try:
         printed, errors = process.communicate(timeout=120)
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
     assert process.returncode == 0, errors
     return printed
 
@@ -108,8 +108,10 @@ def test_two_sharded_processes_of_torchrun_go_on_where_one_stopped(alone, tmp_pa
     (hydra / "overrides.yaml").write_text("[]\n")
     _, cfg = alone
     cfg = replace(cfg, trainer=replace(cfg.trainer, devices=None, strategy="fsdp", max_steps=6))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    finish(start(cfg, tmp_path, "resume=run", launcher=torchrun, run=None))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, ROOT / "train.py", *overrides(cfg), "resume=run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     losses = values(tmp_path / "run", "train/loss")
     assert [losses[5], losses[6]] == pytest.approx(go_on_alone(tmp_path / "one", alone), rel=1e-5)
     assert {p.name for p in tmp_path.iterdir()} == {"one", "run"}
@@ -140,12 +142,9 @@ def test_a_process_that_dies_ends_the_run_and_is_named(alone, tmp_path):
 
 def test_a_signal_to_the_first_process_stops_both_at_one_step(tmp_path):
     cfg = tiny_config(tmp_path, devices=2, strategy="ddp", max_steps=1_000_000, val_every=1_000_000, log_every=10)
-    train_py = [sys.executable, ROOT / "train.py", *overrides(cfg), "hydra.run.dir=run"]
-    process = subprocess.Popen(train_py, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(cfg, tmp_path)
     try:
-        record = tmp_path / "run" / "metrics.jsonl"
-        while process.poll() is None and not (record.exists() and record.read_text().count("\n") > 3):
-            time.sleep(0.1)
+        wait_for_steps(process, tmp_path / "run" / "metrics.jsonl")
         process.send_signal(signal.SIGTERM)
         printed, errors = process.communicate(timeout=60)
     finally:

@@ -22,6 +22,7 @@ from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.optimizer import lr_factor
 from flash_ladder.training.report import perplexity_in_words, printable
 from flash_ladder.training.run import train
+from tests.helpers import commands
 from tests.helpers.tiny import metrics, overrides, tiny_config, values
 
 ROOT = Path(__file__).parents[3]
@@ -34,9 +35,7 @@ def checkpoint(run, name="last"):
 
 def command(*arguments, cwd, timeout=60):
     """Runs train.py in a process of its own."""
-    return subprocess.run(
-        [sys.executable, ROOT / "train.py", *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ
-    )
+    return commands.run("train.py", *arguments, cwd=cwd, timeout=timeout)
 
 
 # ---- one run ----

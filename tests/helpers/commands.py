@@ -1,0 +1,99 @@
+"""A command of this recipe as a process of its own that need not import anything.
+
+Python and PyTorch take four to eight seconds of a core to start, which is most of what a small training costs. Here a server of
+Python's multiprocessing imports once what the commands need, and every command is a fork of it. What an import itself does, when it
+happens and in what environment, only a new interpreter shows: such tests start one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.helpers.preloaded"])
+
+
+class Command:
+    """`python SCRIPT ARGUMENTS...` in the folder `cwd`; what it prints is kept in files."""
+
+    def __init__(self, script: str, arguments: list[str], cwd: Path) -> None:
+        self.arguments = [str(ROOT / script), *map(str, arguments)]
+        self.files = tempfile.TemporaryDirectory()
+        self.streams = [Path(self.files.name, name) for name in ("stdout", "stderr")]
+        self.process = _SERVER.Process(target=_work, args=(self.arguments, str(cwd), dict(os.environ), self.streams))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, minus the signal's number where one ended it; None while it runs."""
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        """`returncode`, as subprocess.Popen has it."""
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What it printed on both streams, once it has ended."""
+        self.process.join(timeout)
+        if self.returncode is None:
+            self.process.kill()
+            self.process.join()
+            said = "\n".join(self.printed())
+            raise subprocess.TimeoutExpired(self.arguments, timeout, said)
+        return self.printed()
+
+    def printed(self) -> tuple[str, str]:
+        """What it has printed so far on stdout and stderr."""
+        out, errors = (path.read_text(errors="replace") if path.exists() else "" for path in self.streams)
+        return out, errors
+
+
+def run(script: str, *arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
+    """A command from its start to its end."""
+    command = Command(script, list(arguments), cwd)
+    printed, errors = command.communicate(timeout)
+    assert command.returncode is not None
+    return subprocess.CompletedProcess(command.arguments, command.returncode, printed, errors)
+
+
+def _work(arguments: list[str], cwd: str, environment: dict[str, str], streams: list[Path]) -> None:
+    """The forked process."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ |= environment
+    for number, stream in ((1, streams[0]), (2, streams[1])):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+    sys.argv[:] = arguments
+    code = 0
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
