@@ -23,7 +23,7 @@ _SERVER.set_forkserver_preload(["tests.helpers.preloaded"])
 
 
 class Command:
-    """`python SCRIPT ARGUMENTS...` in the folder `cwd`; what it prints is kept in files."""
+    """`python SCRIPT ARGUMENTS...` in the folder `cwd`, in a session of its own; what it prints is kept in files."""
 
     def __init__(self, script: str, arguments: list[str], cwd: Path) -> None:
         self.arguments = [str(ROOT / script), *map(str, arguments)]
@@ -52,15 +52,14 @@ class Command:
         """Ends it at once."""
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
-        """What it printed on both streams, once it has ended."""
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit code, once it has ended; one that takes longer than `timeout` seconds is killed."""
         self.process.join(timeout)
         if self.returncode is None:
             self.process.kill()
             self.process.join()
-            said = "\n".join(self.printed())
-            raise subprocess.TimeoutExpired(self.arguments, timeout, said)
-        return self.printed()
+            raise subprocess.TimeoutExpired(self.arguments, timeout, "\n".join(self.printed()))
+        return self.returncode
 
     def printed(self) -> tuple[str, str]:
         """What it has printed so far on stdout and stderr."""
@@ -71,13 +70,12 @@ class Command:
 def run(script: str, *arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess:
     """A command from its start to its end."""
     command = Command(script, list(arguments), cwd)
-    printed, errors = command.communicate(timeout)
-    assert command.returncode is not None
-    return subprocess.CompletedProcess(command.arguments, command.returncode, printed, errors)
+    return subprocess.CompletedProcess(command.arguments, command.wait(timeout), *command.printed())
 
 
 def _work(arguments: list[str], cwd: str, environment: dict[str, str], streams: list[Path]) -> None:
     """The forked process."""
+    os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ |= environment

@@ -31,6 +31,7 @@ from flash_ladder.kernels.turing import (
     stages_hook,
     tensor_cores,
 )
+from tests.helpers.once import made_once
 
 PLAIN = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
@@ -216,12 +217,15 @@ def test_an_earlier_hook_still_works():
 
 
 @pytest.fixture(scope="module")
-def found():
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-        run = subprocess.run([sys.executable, "-m", "tests.kernels.test_turing"], env=environment, capture_output=True, text=True)
+def found(tmp_path_factory):
+    return json.loads((made_once(tmp_path_factory, "turing", compile_all) / "found.json").read_text())
+
+
+def compile_all(folder):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
+    run = subprocess.run([sys.executable, "-m", "tests.kernels.test_turing"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    (folder / "found.json").write_text(run.stdout)
 
 
 def test_tensor_cores(found):

@@ -30,6 +30,7 @@ from flash_ladder.script_schema import (
     TuneConfig,
 )
 from flash_ladder.sweep import launcher
+from tests.helpers import commands
 
 
 @pytest.fixture
@@ -145,10 +146,9 @@ def test_no_option_repeats_a_default():
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
-def test_help_has_every_default(command):
+def test_help_has_every_default(tmp_path, command):
     """Every key of the schema with its value, from the schema, as a user's --help shows it."""
-    script = CONF.parent / ("train.py" if command == "train" else f"scripts/{command}.py")
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
+    done = commands.run("train.py" if command == "train" else f"scripts/{command}.py", "--help", cwd=tmp_path)
     values = done.stdout[done.stdout.index("Values (KEY=VALUE):\n") :].split("\n\n")[0]
     assert yaml.safe_load(values.partition("\n")[2]) == asdict(SCHEMAS[command]())
 

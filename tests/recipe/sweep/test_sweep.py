@@ -4,15 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import Command
 from tests.helpers.tiny import overrides, tiny_config, values
-
-TRAIN = Path(__file__).parents[3] / "train.py"
 
 
 @pytest.fixture
@@ -21,9 +18,7 @@ def start(tmp_path):
 
     def call(*arguments, **trainer):
         typed = overrides(tiny_config(tmp_path, **trainer)) if "-m" in arguments else []
-        output = (tmp_path / "said.txt").open("w")
-        command = [sys.executable, str(TRAIN), *typed, *arguments]
-        return subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
+        return Command("train.py", [*typed, *arguments], tmp_path)
 
     return call
 
@@ -58,7 +53,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_a_killed_point_with_it(start, tmp_p
     os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does: the points are in sessions of their own
     assert sweep.wait(120) == 130
     assert sorted(point["status"] for point in points(tmp_path)) == ["interrupted", "killed"]
-    assert "sweep=s" in (tmp_path / "said.txt").read_text()
+    assert "sweep=s" in "".join(sweep.printed())
 
     for number in "01":  # few steps are left to do
         saved = tmp_path / "s" / number / ".hydra" / "overrides.yaml"
@@ -70,6 +65,7 @@ def test_a_sweep_that_is_stopped_goes_on_and_a_killed_point_with_it(start, tmp_p
 
 
 def test_under_hydras_basic_launcher_the_other_points_run(start, tmp_path):
-    assert start("-m", "optimizer.lr=1e30,1e-2", "hydra.sweep.dir=s", "hydra/launcher=basic").wait(300) == 1
+    sweep = start("-m", "optimizer.lr=1e30,1e-2", "hydra.sweep.dir=s", "hydra/launcher=basic")
+    assert sweep.wait(300) == 1
     assert max(values(tmp_path / "s" / "1", "val/loss")) == 6
-    assert "error: the training loss is nan" in (tmp_path / "said.txt").read_text()
+    assert "error: the training loss is nan" in "".join(sweep.printed())

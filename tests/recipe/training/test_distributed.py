@@ -16,6 +16,7 @@ import torch
 
 from flash_ladder.training.run import train
 from tests.helpers.commands import Command
+from tests.helpers.once import made_once
 from tests.helpers.tiny import overrides, tiny_config, values
 
 ROOT = Path(__file__).parents[3]
@@ -29,10 +30,11 @@ def start(cfg, folder, *further, run="run"):
 def finish(process):
     """What a process of `start` printed, and its errors; a process that hangs is stopped, with those that it started."""
     try:
-        printed, errors = process.communicate(timeout=120)
+        code = process.wait()
     finally:
-        process.send_signal(signal.SIGTERM)
-    assert process.returncode == 0, errors
+        process.kill()
+    printed, errors = process.printed()
+    assert code == 0, errors
     return printed
 
 
@@ -43,22 +45,30 @@ def checkpoint(run):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A run of one process, of two batches a step: the folder, and what runs on two are given, with batches half as large."""
-    folder = tmp_path_factory.mktemp("alone")
-    cfg = tiny_config(folder, max_steps=4, val_every=2, accumulate=2)
-    train(cfg, folder / "run")
+
+    def config(folder):
+        return tiny_config(folder, max_steps=4, val_every=2, accumulate=2)
+
+    folder = made_once(tmp_path_factory, "alone", lambda folder: train(config(folder), folder / "run"))
+    cfg = config(folder)
     cfg = replace(cfg, trainer=replace(cfg.trainer, devices=2, val_batches=4))  # of one window each, so the same 4
     return folder, replace(cfg, data=replace(cfg.data, batch_size=1))
 
 
 @pytest.fixture(scope="module", params=[("ddp", "weights"), ("fsdp", "weights"), ("fsdp", "optimizer")], ids="-".join)
-def pair(request, alone):
+def pair(request, alone, tmp_path_factory):
+    """A run of two processes: the folder, and what it printed."""
     _, cfg = alone
     strategy, shard = request.param
-    folder = alone[0] / "-".join(request.param)
-    folder.mkdir()
-    prompt = 'prompt=it\'s "x" {1}\\'  # 13 of seq_len's 16 tokens; quoted twice it would be more
-    process = start(replace(cfg, trainer=replace(cfg.trainer, strategy=strategy, shard=shard)), folder, prompt)
-    return folder, finish(process)
+
+    def make(folder):
+        (folder / "there").mkdir()
+        prompt = 'prompt=it\'s "x" {1}\\'  # 13 of seq_len's 16 tokens; quoted twice it would be more
+        process = start(replace(cfg, trainer=replace(cfg.trainer, strategy=strategy, shard=shard)), folder / "there", prompt)
+        (folder / "printed").write_text(finish(process))
+
+    folder = made_once(tmp_path_factory, "-".join(request.param), make)
+    return folder / "there", (folder / "printed").read_text()
 
 
 def test_two_processes_share_one_run(pair):
@@ -131,10 +141,11 @@ def test_a_process_that_dies_ends_the_run_and_is_named(alone, tmp_path):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (other,) = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(other, signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        code = process.wait()
     finally:
         process.kill()
-    assert process.returncode == 1, errors
+    _, errors = process.printed()
+    assert code == 1, errors
     assert f"error: rank 1 (process {other} on {socket.gethostname()}) has died (SIGKILL)" in errors
     assert "Traceback" not in errors
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
@@ -146,10 +157,11 @@ def test_a_signal_to_the_first_process_stops_both_at_one_step(tmp_path):
     try:
         wait_for_steps(process, tmp_path / "run" / "metrics.jsonl")
         process.send_signal(signal.SIGTERM)
-        printed, errors = process.communicate(timeout=60)
+        code = process.wait()
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    printed, errors = process.printed()
+    assert code == 128 + signal.SIGTERM, errors
     step = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert f"stopped by SIGTERM after step {step}; to go on: python train.py resume=" in printed
     assert step % 10 == 0 and "Traceback" not in errors
