@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_ladder.kernels.jit import has_triton
+
 IGNORED = -100  # a target that is left out of the mean
 CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MiB of float32 probabilities (malloc would keep, and scatter, blocks of 16 MiB)
 
@@ -55,52 +57,74 @@ def mean_loss_in_pieces(hidden: Tensor, weight: Tensor, targets: Tensor, rows: i
     return total / (wanted != IGNORED).sum()
 
 
-# A piece's gradients are made with its logits, so that nothing of it outlives it. They are added up in float32: checkpointed pieces
-# of F.linear would be shorter to write, but autocast adds the weight's gradient up in bf16, once a piece, which loses digits. As a
-# torch operator it passes through torch.compile in one graph.
+# A piece's gradients are made with its logits, in their place, so that nothing of it outlives it. They are added up in float32:
+# checkpointed pieces of F.linear would be shorter to write, but autocast adds the weight's gradient up in bf16, once a piece, which
+# loses digits. As a torch operator it passes through torch.compile in one graph. PyTorch has F.linear_cross_entropy from 2.13 on,
+# which does the same in its own operations; this recipe runs on 2.11.
 @torch.library.custom_op("flash_ladder::loss_in_pieces", mutates_args=())
 def loss_in_pieces(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the losses, float32 scalar, and its gradients of hidden [N, E] and weight [V, E]; empty unless `differentiate`.
 
-    targets: int64 [N]. dtype: of the products. The gradients have the dtypes of their tensors.
+    targets: int64 [N]. dtype: of the products, and of hidden's gradient; weight's has weight's own.
     """
     words = weight.to(dtype)
     total = torch.zeros((), device=hidden.device, dtype=torch.float32)
-    grad_hidden = torch.empty_like(hidden) if differentiate else hidden.new_empty(0)
+    grad_hidden = hidden.new_empty(hidden.shape if differentiate else 0, dtype=dtype)
     grad_weight = torch.zeros(weight.shape if differentiate else 0, device=weight.device, dtype=torch.float32)
+    buffer = hidden.new_empty((min(rows, len(hidden)), len(weight)), dtype=dtype)
     for start in range(0, len(hidden), rows):
-        part, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows, None]
-        counts = wanted != IGNORED
-        wanted = wanted.clamp(min=0)
-        logits = (part @ words.T).float()
-        lse = logits.logsumexp(1, keepdim=True)
-        total += ((lse - logits.gather(1, wanted)) * counts).sum()
-        if differentiate:
-            grad = logits.sub_(lse).exp_()  # the probabilities
-            grad.scatter_add_(1, wanted, torch.full_like(lse, -1.0))
-            grad = grad.mul_(counts).to(dtype)
-            grad_hidden[start : start + rows] = grad @ words
-            grad_weight += grad.T @ part
+        part, wanted = hidden[start : start + rows].to(dtype), targets[start : start + rows]
+        logits = torch.mm(part, words.T, out=buffer[: len(part)])
+        total += losses_and_gradient(logits, wanted, differentiate).sum()
+        if differentiate:  # the logits hold their gradient
+            torch.mm(logits, words, out=grad_hidden[start : start + rows])
+            add_product(grad_weight, logits.T, part)
     return total, grad_hidden, grad_weight.to(weight.dtype)
+
+
+def losses_and_gradient(logits: Tensor, targets: Tensor, differentiate: bool) -> Tensor:
+    """The loss of each row, float32 [N]. The gradient of their sum takes the place of the logits [N, V] where it is asked for.
+
+    One kernel on a GPU (kernels.cross_entropy), and the same in PyTorch's operations elsewhere.
+    """
+    if logits.is_cuda and has_triton():
+        from flash_ladder.kernels import cross_entropy
+
+        return cross_entropy.losses_and_gradient(logits, targets, IGNORED, differentiate=differentiate)
+    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    if differentiate:
+        counts, wanted = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+        gradient = logits.float().softmax(1).scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=torch.float32))
+        logits.copy_(gradient.mul_(counts))
+    return losses
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with `total` in float32. A GPU's product of two bf16 matrices adds to it before any rounding."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 @loss_in_pieces.register_fake
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype: torch.dtype, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [torch.empty_like(x) if differentiate else x.new_empty(0) for x in (hidden, weight)]
-    return hidden.new_empty((), dtype=torch.float32), grads[0], grads[1]
+    grad_hidden = hidden.new_empty(hidden.shape if differentiate else 0, dtype=dtype)
+    return hidden.new_empty((), dtype=torch.float32), grad_hidden, weight.new_empty(weight.shape if differentiate else 0)
 
 
 def _save_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
+    ctx.dtype = inputs[0].dtype
 
 
 def _scale_gradients(ctx: Any, grad_total: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_hidden, grad_weight = ctx.saved_tensors
-    return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None
+    return grad_hidden.to(ctx.dtype) * grad_total, grad_weight * grad_total, None, None, None, None
 
 
 loss_in_pieces.register_autograd(_scale_gradients, setup_context=_save_gradients)

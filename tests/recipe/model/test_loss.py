@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flash_ladder.kernels import cross_entropy
+from flash_ladder.model import loss
 from flash_ladder.model.gpt import GPT
 from flash_ladder.model.loss import IGNORED, mean_loss, mean_loss_in_pieces, token_losses
 from flash_ladder.model_schema import ModelConfig
@@ -75,6 +77,17 @@ def test_pieces_under_autocast_are_as_exact_as_the_whole():
     ]
     for whole, pieces in zip(*errors, strict=True):
         assert pieces < 1.1 * whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_and_pytorch_give_the_same(dtype):
+    """Of a row: a piece in PyTorch's operations and in the kernel that a GPU runs."""
+    logits, targets = some(dtype)
+    pieces = [logits.flatten(0, 1).clone() for _ in range(2)]
+    targets = targets.flatten().index_fill(0, torch.tensor(3), IGNORED)
+    losses = loss.losses_and_gradient(pieces[0], targets, True)
+    torch.testing.assert_close(losses, cross_entropy.losses_and_gradient(pieces[1], targets, IGNORED, differentiate=True))
+    torch.testing.assert_close(*pieces)
 
 
 def test_pieces_where_every_target_is_ignored():
