@@ -177,6 +177,7 @@ class TrainerConfig:
     shard: str = "weights"  # what fsdp keeps in pieces between the batches of a step: weights (all) | optimizer (its state)
     timeout_seconds: float = 600  # how long a process may leave the others waiting before the run ends and names it
     precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
+    master_weights: bool = False  # weights, residual stream and gradients in bf16, beside float32 masters; one device
     accumulate: int = 1  # batches per optimiser step
     compile: bool = False  # torch.compile the network
     val_every: int = 200  # steps between validations

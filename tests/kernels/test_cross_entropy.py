@@ -1,5 +1,10 @@
 """flash_ladder.kernels.cross_entropy: the loss of each row and the gradient in its place, against float64."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,3 +96,28 @@ def test_rows_that_lie_apart():
     )
     assert torch.equal(part, logits) and (wide[:, 100:] == 5).all()
     assert in_place(logits[:0], targets[:0]).shape == (0,)
+
+
+COMPILE = """
+import json, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flash_ladder.kernels import cross_entropy
+from tests.helpers.aot import read
+for capability, kind in ((75, "fp16"), (80, "bf16"), (90, "bf16"), (90, "fp32"), (120, "bf16")):
+    types = {"LOGITS": "*" + kind, "TARGETS": "*i64", "LOSSES": "*fp32", "DIFFERENTIATE": "constexpr", "BLOCK": "constexpr"}
+    signature = {name: types.get(name, "i32") for name in cross_entropy._kernel.arg_names}
+    constants = {"DIFFERENTIATE": True, "BLOCK": cross_entropy.BLOCK}
+    source = ASTSource(cross_entropy._kernel, signature=signature, constexprs=constants, attrs={(0,): [["tt.divisibility", 16]]})
+    target = GPUTarget("cuda", capability, 32)
+    print(json.dumps(read(triton.compile(source, target=target, options={"num_warps": cross_entropy.WARPS}))))
+"""
+
+
+def test_it_compiles_for_every_generation_and_keeps_a_block_in_registers():
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == 5 and all(kernel["stack"] == 0 and kernel["registers"] <= 128 for kernel in found), found

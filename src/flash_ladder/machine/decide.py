@@ -46,6 +46,10 @@ def decide(cfg: Config) -> Place:
     precision, reason = pick_precision(cfg.trainer.precision, device)
     if precision == "16-mixed" and cfg.trainer.strategy == "fsdp":
         raise UserError("trainer.precision=16-mixed has no trainer=fsdp (the loss scale needs whole gradients); trainer=ddp has it")
+    if cfg.trainer.master_weights and precision != "bf16-mixed":
+        raise UserError(f"trainer.master_weights=true is for bf16, not for trainer.precision={precision}; bf16-mixed would work")
+    if cfg.trainer.master_weights and (per_node * n_nodes > 1 or cfg.trainer.strategy != "auto"):
+        raise UserError("trainer.master_weights=true runs on one device; without it trainer=ddp and trainer=fsdp take several")
     deterministic = (
         cfg.trainer.deterministic and cfg.attention.backend != "sdpa"
     )  # sdpa follows PyTorch's switch, which Lightning sets

@@ -16,6 +16,7 @@ from flash_ladder.model.gpt import GPT
 from flash_ladder.model_schema import ModelConfig
 from flash_ladder.schema import OptimizerConfig, TrainerConfig
 from flash_ladder.training import metrics
+from flash_ladder.training.masters import MasterWeights
 from flash_ladder.training.optimizer import build_optimizer, build_schedule, set_values, values_of
 from flash_ladder.training.sharding import end_step_with, is_sharded, shard
 
@@ -40,6 +41,7 @@ class GPTModule(L.LightningModule):
         self.net.activation_checkpointing = self.trainer_config.activation_checkpointing
         self.net.loss_rows = self.trainer_config.loss_rows
         self.whole_in_step = self.trainer_config.shard == "optimizer"
+        self.masters: MasterWeights | None = None
         self.losses = LossWatch()
         self.step_loss = math.nan  # mean loss of the last optimiser step, over its batches and devices
         self.step_lr = math.nan  # learning rate of that step
@@ -47,7 +49,9 @@ class GPTModule(L.LightningModule):
         self.val_losses: list[Tensor] = []
 
     def configure_model(self) -> None:
-        """Compiles the network, and cuts it over the devices where the strategy (FSDP2) has given a mesh of them."""
+        """Gives the network its masters, compiles it, and cuts it over the devices where FSDP2 has given a mesh of them."""
+        if self.trainer_config.master_weights and self.masters is None:
+            self.masters = MasterWeights(self.net)
         if self.device_mesh is None:
             if self.trainer_config.compile:
                 self.net.compile()  # in place: torch.compile(self.net) would rename every key of the checkpoint
@@ -72,6 +76,15 @@ class GPTModule(L.LightningModule):
         self.losses.add(loss.detach(), ends_step)
         return loss
 
+    def on_after_backward(self) -> None:
+        if self.masters is not None:
+            self.masters.add_gradients()
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """What the optimiser updates: the network's parameters, or their masters."""
+        return dict(self.net.named_parameters()) if self.masters is None else self.masters.masters
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises NotFinite where a loss of this step is not finite; the weights are still those of the step before."""
         losses = self.losses.take()
@@ -87,9 +100,9 @@ class GPTModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clips the global norm. Lightning's own refuses fused AdamW in bf16 too, though only fp16 has a loss scale to undo."""
         if self.optimizer_config.grad_clip:
-            self.total_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.optimizer_config.grad_clip)
+            self.total_norm = nn.utils.clip_grad_norm_(self.weights.values(), self.optimizer_config.grad_clip)
         else:
-            self.total_norm = nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+            self.total_norm = nn.utils.get_total_norm([p.grad for p in self.weights.values() if p.grad is not None])
 
     def grad_norm(self) -> float:
         """The global norm of the last step's gradients, before clipping. Waits for the device; all processes call it together."""
@@ -118,7 +131,11 @@ class GPTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         # Fused AdamW undoes fp16's loss scaling by itself, which is too late for clipping the gradients.
         scaled = self.trainer.precision == "16-mixed"
-        optimizer = build_optimizer(self.net, self.optimizer_config, fused=not scaled)
+        if self.masters is not None:
+            self.masters.to(self.device)
+        optimizer = build_optimizer(self.weights, self.optimizer_config, fused=not scaled)
+        if self.masters is not None:
+            optimizer.register_step_post_hook(self.masters.publish)
         self.schedule = build_schedule(optimizer, self.optimizer_config, self.trainer_config.max_steps)
         self.values = values_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}

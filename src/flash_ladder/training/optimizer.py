@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from flash_ladder.schema import OptimizerConfig
 
 
-def build_optimizer(net: nn.Module, cfg: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """The optimiser over the parameters of `net`; AdamW runs in one kernel where it is `fused`."""
+def build_optimizer(weights: Mapping[str, nn.Parameter], cfg: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimiser over a network's weights, which have the names of its parameters; AdamW runs in one kernel where `fused`."""
     if cfg.name == "muon":
-        matrices = [p for name, p in net.named_parameters() if name.startswith("blocks.") and p.dim() == 2]
-        return MuonAndAdamW(matrices, weight_decay_groups(net, cfg.weight_decay, without=matrices), cfg, fused=fused)
-    groups = weight_decay_groups(net, cfg.weight_decay)
+        matrices = {name: p for name, p in weights.items() if name.startswith("blocks.") and p.dim() == 2}
+        others = [p for name, p in weights.items() if name not in matrices]
+        return MuonAndAdamW(list(matrices.values()), weight_decay_groups(others, cfg.weight_decay), cfg, fused=fused)
+    groups = weight_decay_groups(weights.values(), cfg.weight_decay)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
 
 
@@ -72,12 +73,11 @@ def set_values(optimizer: torch.optim.Optimizer, schedule: LambdaLR, values: lis
     schedule.base_lrs = [value["initial_lr"] for value in values]
 
 
-def weight_decay_groups(net: nn.Module, weight_decay: float, without: Sequence[nn.Parameter] = ()) -> list[dict[str, Any]]:
+def weight_decay_groups(weights: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices and embedding tables decay; norms and biases, which are vectors, do not."""
-    left_out = set(without)
-    parameters = [p for p in net.parameters() if p not in left_out]
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
+    weights = list(weights)
+    matrices = [p for p in weights if p.dim() >= 2]
+    vectors = [p for p in weights if p.dim() < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 

@@ -51,7 +51,8 @@ def make_trainer(
         val_every = start.step
     ours: dict[str, Any] = {
         **devices_and_strategy(cfg.trainer, place, processes),
-        "precision": "32-true" if place.precision == "32" else place.precision,  # in Lightning's words
+        # In Lightning's words. Beside masters, all that the network computes with is bf16 already, and nothing is to be cast.
+        "precision": "32-true" if place.precision == "32" or cfg.trainer.master_weights else place.precision,
         "max_steps": max_steps + only_validates,
         "max_epochs": -1,
         "accumulate_grad_batches": cfg.trainer.accumulate,

@@ -35,7 +35,7 @@ def test_other_schedules(schedule, expected):
 
 def test_matrices_decay_and_vectors_do_not():
     net = GPT(ModelConfig(n_layer=1, n_head=2, n_kv_head=1, d_model=32, vocab_size=320))
-    decayed, kept = weight_decay_groups(net, 0.1)
+    decayed, kept = weight_decay_groups(net.parameters(), 0.1)
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
     kept_names = {name for name, p in net.named_parameters() if any(p is k for k in kept["params"])}
     assert kept_names == {"blocks.0.attention_norm.weight", "blocks.0.mlp_norm.weight", "norm.weight"}
@@ -45,7 +45,7 @@ def test_matrices_decay_and_vectors_do_not():
 @pytest.mark.parametrize("fused", [False, True])
 def test_adamw_follows_its_configuration_and_the_schedule(fused):
     cfg = OptimizerConfig(lr=0.5, warmup_steps=1, min_lr_ratio=0.1, beta1=0.8, beta2=0.7, weight_decay=0.2)
-    optimizer = build_optimizer(torch.nn.Linear(3, 2), cfg, fused=fused)
+    optimizer = build_optimizer(dict(torch.nn.Linear(3, 2).named_parameters()), cfg, fused=fused)
     assert [(group["betas"], group["weight_decay"], group["fused"]) for group in optimizer.param_groups] == [
         ((0.8, 0.7), 0.2, fused),
         ((0.8, 0.7), 0.0, fused),
@@ -82,7 +82,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     net, apart = tiny_net(), tiny_net()
     matrices = {name for name, p in net.named_parameters() if p.dim() == 2 and name.startswith("blocks.")}
     assert matrices == {f"blocks.0.{part}.weight" for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")}
-    optimizer = build_optimizer(net, MUON, fused=False)
+    optimizer = build_optimizer(dict(net.named_parameters()), MUON, fused=False)
     named = dict(apart.named_parameters())
     tables = [p for name, p in named.items() if p.dim() == 2 and name not in matrices]
     vectors = [p for p in named.values() if p.dim() == 1]
@@ -109,10 +109,10 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
 
 def test_muon_goes_on_from_its_state():
     whole, first, second = tiny_net(), tiny_net(), tiny_net()
-    right = trained(whole, build_optimizer(whole, MUON, fused=False), 5)
-    optimizer = build_optimizer(first, MUON, fused=False)
+    right = trained(whole, build_optimizer(dict(whole.named_parameters()), MUON, fused=False), 5)
+    optimizer = build_optimizer(dict(first.named_parameters()), MUON, fused=False)
     trained(first, optimizer, 3)
-    again = build_optimizer(second, MUON, fused=False)
+    again = build_optimizer(dict(second.named_parameters()), MUON, fused=False)
     second.load_state_dict(first.state_dict())
     again.load_state_dict(optimizer.state_dict())
     schedule = build_schedule(again, MUON, 10)
