@@ -91,6 +91,8 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
         loggers: list[Logger] = []
         look: str | None = None
         of_a_step = work(cfg, place, module)
+        if first:
+            say_passes(cfg.trainer.max_steps * of_a_step.tokens, data.stats.n_train_tokens)
         speed = Speed(of_a_step, cfg.trainer.log_every, started)
         ranks = Ranks(cfg, place)
         trainer = make_trainer(cfg, run_dir, place, ranks.processes, start, speed=speed, arguments=arguments, callbacks=callbacks)
@@ -183,6 +185,22 @@ def came_to(record: MetricsFile, speed: Speed, trainer: L.Trainer) -> dict[str, 
 
 
 # ---- data and model ----
+
+
+MANY_PASSES = 4  # up to which a repeated text is worth nearly as much as new text (https://arxiv.org/abs/2305.16264, section 5)
+
+
+def say_passes(tokens: int, corpus: int | None) -> None:
+    """Says how many times all steps together, which take `tokens`, go through the text; None: the length of a stream is unknown."""
+    if corpus is None:
+        return
+    passes = tokens / corpus
+    say(f"steps: {tokens:,} tokens in all, {format(passes, '.2g' if passes < 10 else ',.0f')} passes over the text")
+    if passes > MANY_PASSES:
+        warn(
+            f"{passes:,.0f} passes over one text: beyond {MANY_PASSES}, a model mostly learns it by heart; fewer trainer.max_steps "
+            f"or a longer text (data=hub, data=text) would teach it more"
+        )
 
 
 def describe_data(data: TextData) -> str:

@@ -21,7 +21,7 @@ from flash_ladder.schema import AttentionConfig, OptimizerConfig
 from flash_ladder.script_schema import ExportConfig
 from flash_ladder.training.optimizer import lr_factor
 from flash_ladder.training.report import perplexity_in_words, printable
-from flash_ladder.training.run import train
+from flash_ladder.training.run import say_passes, train
 from tests.helpers import commands
 from tests.helpers.tiny import metrics, overrides, tiny_config, values
 
@@ -36,6 +36,26 @@ def checkpoint(run, name="last"):
 def command(*arguments, cwd, timeout=60):
     """Runs train.py in a process of its own."""
     return commands.run("train.py", *arguments, cwd=cwd, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said", "warned"),
+    [
+        (100, "steps: 100 tokens in all, 0.1 passes", False),
+        (4_000, "4 passes", False),
+        (4_100, "4.1 passes", True),
+        (2**20, "1,049", True),
+    ],
+)
+def test_passes_over_the_text_are_said_and_many_are_warned_of(capsys, tokens, said, warned):
+    say_passes(tokens, 1_000)
+    out, errors = capsys.readouterr()
+    assert said in out and ("beyond 4, a model mostly learns it by heart" in errors) == warned
+
+
+def test_of_a_stream_nothing_is_said(capsys):
+    say_passes(10**9, None)
+    assert capsys.readouterr() == ("", "")
 
 
 # ---- one run ----
