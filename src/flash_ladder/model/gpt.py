@@ -218,11 +218,14 @@ def _norm(cfg: ModelConfig) -> nn.Module:
 # As a torch operator it is computed once; otherwise torch.compile would fuse the cosines into every layer's kernel.
 @torch.library.custom_op("flash_ladder::rotary_angles", mutates_args=())
 def rotary_angles(tokens: Tensor, start: int, head_dim: int, theta: float) -> Tensor:
-    """Cosine and sine of position · theta^(−2i / D), float32 [2, S, 1, D / 2]; tokens [B, S] lie at positions start + 0 … S − 1."""
-    i = torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float32)
-    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float32)
+    """Cosine and sine of position · theta^(−2i / D), float32 [2, S, 1, D / 2]; tokens [B, S] lie at positions start + 0 … S − 1.
+
+    The angles are float64: of a million positions float32 would be off by 0.03 rad.
+    """
+    i = torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float64)
+    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float64)
     angle = positions[:, None, None] * (1.0 / theta ** (i / head_dim))
-    return torch.stack((angle.cos(), angle.sin()))
+    return torch.stack((angle.cos().float(), angle.sin().float()))
 
 
 @rotary_angles.register_fake
