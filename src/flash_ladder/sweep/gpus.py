@@ -58,7 +58,7 @@ def gpus_needed(trainer: TrainerConfig, there: int) -> int:
         return 0
     if trainer.devices in ("auto", "-1", -1):
         return there
-    n = 1 if trainer.devices is None else int(trainer.devices)
+    n = trainer.context_parallel if trainer.devices is None else int(trainer.devices)
     if n > there:
         raise UserError(f"trainer.devices={n}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
     return n

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -382,7 +383,33 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(parts):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("parts, checkpointing", [(GPT2_PARTS, False), (LLAMA_PARTS, True), (ALIBI_PARTS, False)], ids=str)
+class Attends(TorchDispatchMode):
+    """Counts how often attention's forward runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in flash_ladder.model.gpt.ATTENTION_OPERATORS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["flash_v2", "sdpa"])
+def test_attention_runs_once_where_its_output_is_kept(backend):
+    pytest.importorskip("triton")
+    net, tokens = small(LLAMA_PARTS, d_model=64), some_tokens()
+    net.backend, counts = backend, []
+    expected = gradients(net, tokens, list(net.parameters()))
+    for net.activation_checkpointing in (False, True, "keep_attention"):
+        with Attends() as attends:
+            torch.testing.assert_close(gradients(net, tokens, list(net.parameters())), expected, rtol=0, atol=0)
+        counts.append(attends.count)
+    assert counts == [2, 4, 2]
+
+
+COMPILED = [(GPT2_PARTS, False), (LLAMA_PARTS, "keep_attention"), (ALIBI_PARTS, True)]
+
+
+@pytest.mark.parametrize("parts, checkpointing", COMPILED, ids=str)
 def test_it_compiles_as_one_graph(parts, checkpointing):
     net, tokens = small(parts), some_tokens()
     net.backend, net.activation_checkpointing = "sdpa", checkpointing
