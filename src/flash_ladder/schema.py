@@ -393,7 +393,7 @@ def batching(tokens_per_step: int, seq_len: int, accumulate: int, n_devices: int
         return sequences // accumulate, accumulate
     nearest = max(1, round(tokens_per_step / unit / accumulate)) * accumulate * unit
     devices = f" on {n_devices} devices" if n_devices > 1 else ""
-    devices += f", {context_parallel} to a sequence," if context_parallel > 1 else ""
+    devices += f", {context_parallel} to a sequence" if context_parallel > 1 else ""
     batches = f" in {accumulate} batches a step" if accumulate > 1 else ""
     raise UserError(
         f"data.tokens_per_step={tokens_per_step} is not a whole number of sequences of data.seq_len={seq_len}{devices}{batches}; "

@@ -92,10 +92,9 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
                 )
     if on_gpu and per_node > there:
         plural = "s" * (there > 1)
-        if processes is None and asked is None:
-            raise UserError(f"trainer.context_parallel={per_node} takes as many GPUs, and PyTorch finds {there} here")
         if processes is None:
-            raise UserError(f"trainer.devices={per_node}: PyTorch finds {there} GPU{plural} here; auto takes all there are")
+            key = "devices" if asked else "context_parallel"
+            raise UserError(f"trainer.{key}={per_node}: PyTorch finds {there} GPU{plural} here; auto takes all there are")
         raise UserError(
             f"{processes.by} started {per_node} processes on this node, and PyTorch finds {there} GPU{plural}: start one a GPU, "
             f"and let every process see all of them (srun: --gpus-per-node, not --gpus-per-task)"

@@ -58,7 +58,8 @@ def gpus_needed(trainer: TrainerConfig, there: int) -> int:
         return 0
     if trainer.devices in ("auto", "-1", -1):
         return there
-    n = trainer.context_parallel if trainer.devices is None else int(trainer.devices)
+    n = int(trainer.devices or trainer.context_parallel)
     if n > there:
-        raise UserError(f"trainer.devices={n}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
+        key = "context_parallel" if trainer.devices is None else "devices"
+        raise UserError(f"trainer.{key}={n}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
     return n
