@@ -214,6 +214,14 @@ class TrainerConfig:
                 raise UserError(f"trainer.lightning.{name}: {OWN_KEYS[name]} sets that here")
 
 
+def too_few_gpus(trainer: TrainerConfig, n: int, there: int) -> UserError:
+    """What to say where a run takes `n` GPUs of this machine, which has `there`."""
+    found = f"PyTorch finds {there} GPU{'s' * (there > 1)} here"
+    if trainer.devices is None:
+        return UserError(f"trainer.context_parallel={n}: {found}, and a sequence lies over one for each of its parts")
+    return UserError(f"trainer.devices={n}: {found}; auto takes all there are")
+
+
 @dataclass
 class LoggerConfig:
     """conf/logger: what stands beside the metrics.jsonl that every run writes.

@@ -15,7 +15,7 @@ from flash_ladder.kernels import Choice, Unsupported, choose
 from flash_ladder.kernels.generations import dtype_name
 from flash_ladder.model_schema import ModelConfig
 from flash_ladder.processes import Processes, started
-from flash_ladder.schema import Config, TrainerConfig
+from flash_ladder.schema import Config, TrainerConfig, too_few_gpus
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}  # what attention computes in, by precision
 PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # precision by dtype: "bfloat16" is "bf16-mixed"
@@ -93,8 +93,7 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
     if on_gpu and per_node > there:
         plural = "s" * (there > 1)
         if processes is None:
-            key = "devices" if asked else "context_parallel"
-            raise UserError(f"trainer.{key}={per_node}: PyTorch finds {there} GPU{plural} here; auto takes all there are")
+            raise too_few_gpus(cfg, per_node, there)
         raise UserError(
             f"{processes.by} started {per_node} processes on this node, and PyTorch finds {there} GPU{plural}: start one a GPU, "
             f"and let every process see all of them (srun: --gpus-per-node, not --gpus-per-task)"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from flash_ladder.errors import UserError
-from flash_ladder.schema import TrainerConfig
+from flash_ladder.schema import TrainerConfig, too_few_gpus
 
 
 class Pool:
@@ -60,6 +60,5 @@ def gpus_needed(trainer: TrainerConfig, there: int) -> int:
         return there
     n = int(trainer.devices or trainer.context_parallel)
     if n > there:
-        key = "context_parallel" if trainer.devices is None else "devices"
-        raise UserError(f"trainer.{key}={n}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
+        raise too_few_gpus(trainer, n, there)
     return n
