@@ -66,7 +66,8 @@ def heads_of_a_device(n_head: int, n_kv_head: int, size: int) -> tuple[int, int]
 def exchange(x: Tensor, group: str) -> Tensor:
     """x [P, ...]: piece p goes to process p of the group with that name; what comes back is a piece from each, in their order."""
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, x.contiguous(), group=dist.distributed_c10d._resolve_process_group(group))
+    members = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]  # a GroupName is a str
+    dist.all_to_all_single(received, x.contiguous(), group=members)
     return received
 
 
