@@ -104,8 +104,12 @@ class ModelConfig:
 def check_groups(n_head: int, n_kv_head: int, group: str = "") -> None:
     """Raises UserError where the query heads are no equal groups, one for each key/value head; `group` comes before the keys."""
     if n_head % n_kv_head:
-        divisors = [n for n in range(1, min(n_head, 1000) + 1) if n_head % n == 0]
         raise UserError(
             f"{group}n_head={n_head} is not divisible by {group}n_kv_head={n_kv_head}: each key/value head serves an equal group "
-            f"of query heads; n_kv_head can be {', '.join(map(str, divisors))}"
+            f"of query heads; n_kv_head can be {', '.join(map(str, divisors(n_head)))}"
         )
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of `n` up to 1000, for a line that says what would work."""
+    return [d for d in range(1, min(n, 1000) + 1) if n % d == 0]

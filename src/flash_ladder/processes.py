@@ -18,6 +18,7 @@ from pathlib import Path
 from flash_ladder.errors import UserError
 
 PARENT = "FLASH_LADDER_PARENT"  # in the environment of the processes that the first one started: its process id
+MARGIN_SECONDS = 30.0  # by which a collective's own time-out is later than trainer.timeout_seconds, when it is known who is missing
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flash_ladder.errors import UserError, at_least, one_of
 from flash_ladder.memory import PROCESS, WORKER, free_memory, must_fit
-from flash_ladder.model_schema import ModelConfig
+from flash_ladder.model_schema import ModelConfig, divisors
 from flash_ladder.names import CHOICES
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32")
@@ -170,11 +170,12 @@ class TrainerConfig:
 
     max_steps: int = 800
     accelerator: str = "auto"  # auto | cpu | gpu
-    # On each node; -1 or auto: all. None: as many as torchrun or srun started processes, else 1.
+    # On each node; -1 or auto: all. None: as many as torchrun or srun started processes, else context_parallel.
     devices: int | str | None = None
     num_nodes: int | None = None  # None: as many as torchrun or srun started processes on, else 1
     strategy: str = "auto"  # auto (ddp on several devices) | ddp | fsdp
     shard: str = "weights"  # what fsdp keeps in pieces between the batches of a step: weights (all) | optimizer (its state)
+    context_parallel: int = 1  # devices that hold a sequence together, each a part of its positions (docs/long_context.md)
     timeout_seconds: float = 600  # how long a process may leave the others waiting before the run ends and names it
     precision: str = "auto"  # PRECISIONS; auto: bf16-mixed from Ampere on, 16-mixed on Turing, 32 on a CPU
     master_weights: bool = False  # weights, residual stream and gradients in bf16, beside float32 masters; one device
@@ -183,7 +184,8 @@ class TrainerConfig:
     val_every: int = 200  # steps between validations
     val_batches: int = 40  # batches of every validation, the last one included
     log_every: int = 10
-    activation_checkpointing: bool = False
+    # true: a block keeps only its input for the backward pass, and runs once more in it; keep_attention: all of it but attention.
+    activation_checkpointing: bool | str = False
     loss_rows: int | None = None  # positions whose logits exist at once; None: all of a batch
     deterministic: bool = False
     checkpoints: bool = True  # false: none are kept, for runs that only measure; such a run cannot go on
@@ -198,6 +200,10 @@ class TrainerConfig:
         at_least(1, trainer__max_steps=self.max_steps, trainer__accumulate=self.accumulate, trainer__val_every=self.val_every)
         at_least(1, trainer__val_batches=self.val_batches, trainer__log_every=self.log_every, trainer__loss_rows=self.loss_rows)
         at_least(1, trainer__num_nodes=self.num_nodes, trainer__timeout_seconds=self.timeout_seconds)
+        at_least(1, trainer__context_parallel=self.context_parallel)
+        if not isinstance(self.activation_checkpointing, bool):
+            choices = ("false", "true", "keep_attention")
+            one_of("trainer.activation_checkpointing", self.activation_checkpointing, choices)
         if isinstance(self.devices, str) and self.devices not in ("auto", "-1") and not self.devices.isdigit():
             raise UserError(
                 f"trainer.devices={self.devices} must be a number, or auto; CUDA_VISIBLE_DEVICES picks which GPUs are seen"
@@ -207,6 +213,14 @@ class TrainerConfig:
         for name in self.lightning:
             if name in OWN_KEYS:
                 raise UserError(f"trainer.lightning.{name}: {OWN_KEYS[name]} sets that here")
+
+
+def too_few_gpus(trainer: TrainerConfig, n: int, there: int) -> UserError:
+    """What to say where a run takes `n` GPUs of this machine, which has `there`."""
+    found = f"PyTorch finds {there} GPU{'s' * (there > 1)} here"
+    if trainer.devices is None:
+        return UserError(f"trainer.context_parallel={n}: {found}, and a sequence lies over one for each of its parts")
+    return UserError(f"trainer.devices={n}: {found}; auto takes all there are")
 
 
 @dataclass
@@ -278,16 +292,31 @@ class Config:
                 f"data.seq_len={self.data.seq_len} is longer than the learned position table, model.max_seq_len="
                 f"{self.model.max_seq_len}; raise max_seq_len or take model.position=rotary"
             )
+        self.check_parts()
         at_least(0, seed=self.seed)
-        # The devices are counted when the run starts; what does not come out on one does not on several.
-        with_batch_size(self, n_devices=1)
+        # The devices are counted when the run starts; what does not come out on the fewest does not on more.
+        with_batch_size(self, n_devices=self.trainer.context_parallel)
         if not self.slurm.submit:  # another machine's memory
             self.check_memory()
+
+    def check_parts(self) -> None:
+        """Raises UserError where a sequence and attention's heads cannot be cut into trainer.context_parallel equal parts."""
+        parts, seq_len, n_head = self.trainer.context_parallel, self.data.seq_len, self.model.n_head
+        if n_head % parts:
+            raise UserError(
+                f"trainer.context_parallel={parts} does not divide model.n_head={n_head}: in attention each device has an equal "
+                f"share of the heads; it can be {', '.join(map(str, divisors(n_head)))}"
+            )
+        if seq_len % parts:
+            raise UserError(
+                f"data.seq_len={seq_len} is not a multiple of trainer.context_parallel={parts}: each device has an equal part of "
+                f"the positions; data.seq_len={max(1, round(seq_len / parts)) * parts} would work"
+            )
 
     def check_memory(self) -> None:
         """Raises UserError where this machine cannot hold what every run takes of it, whatever its devices have."""
         self.model.check_memory()  # built here, and moved to a device
-        cfg = with_batch_size(self, n_devices=1)
+        cfg = with_batch_size(self, n_devices=self.trainer.context_parallel)
         batch_size, seq_len = cfg.data.batch_size, cfg.data.seq_len
         less = "a smaller one, with a larger trainer.accumulate, takes less"
         must_fit(f"data.batch_size={batch_size}: a batch of tokens at data.seq_len={seq_len}", 8 * batch_size * (seq_len + 1), less)
@@ -353,23 +382,27 @@ def with_batch_size(cfg: Config, n_devices: int) -> Config:
     """
     if cfg.data.tokens_per_step is None:
         return cfg
-    batch_size, accumulate = batching(cfg.data.tokens_per_step, cfg.data.seq_len, cfg.trainer.accumulate, n_devices)
+    batch_size, accumulate = batching(
+        cfg.data.tokens_per_step, cfg.data.seq_len, cfg.trainer.accumulate, n_devices, cfg.trainer.context_parallel
+    )
     return replace(cfg, data=replace(cfg.data, batch_size=batch_size), trainer=replace(cfg.trainer, accumulate=accumulate))
 
 
-def batching(tokens_per_step: int, seq_len: int, accumulate: int, n_devices: int) -> tuple[int, int]:
+def batching(tokens_per_step: int, seq_len: int, accumulate: int, n_devices: int, context_parallel: int = 1) -> tuple[int, int]:
     """The batch_size of a device and the batches of a step that make up `tokens_per_step` tokens on all devices together.
 
-    A step has `accumulate` batches, or as many as a device has sequences where those are fewer.
+    A step has `accumulate` batches, or as many as a device has sequences where those are fewer. context_parallel: devices that
+    share their sequences, a divisor of n_devices.
     Raises UserError, with the nearest number that would work, where it does not come out even.
     """
-    unit = seq_len * n_devices  # a sequence on every device
+    unit = seq_len * (n_devices // context_parallel)  # a sequence on every device, or group of devices
     sequences = tokens_per_step // unit  # of a device
     accumulate = min(accumulate, max(1, sequences))
     if sequences and sequences * unit == tokens_per_step and sequences % accumulate == 0:
         return sequences // accumulate, accumulate
     nearest = max(1, round(tokens_per_step / unit / accumulate)) * accumulate * unit
     devices = f" on {n_devices} devices" if n_devices > 1 else ""
+    devices += f", {context_parallel} to a sequence" if context_parallel > 1 else ""
     batches = f" in {accumulate} batches a step" if accumulate > 1 else ""
     raise UserError(
         f"data.tokens_per_step={tokens_per_step} is not a whole number of sequences of data.seq_len={seq_len}{devices}{batches}; "

@@ -59,8 +59,8 @@ def hub_folder(tmp_path: Path) -> DataConfig:
     return config(tmp_path, None, hub_name=str(folder))
 
 
-def text_data(cfg: DataConfig, seed: int = 0, accumulate: int = 1, val_batches: int = 3) -> TextData:
-    data = TextData(cfg, seed=seed, accumulate=accumulate, val_batches=val_batches)
+def text_data(cfg: DataConfig, seed: int = 0, accumulate: int = 1, val_batches: int = 3, **further: int) -> TextData:
+    data = TextData(cfg, seed=seed, accumulate=accumulate, val_batches=val_batches, **further)
     data.prepare()
     return data
 

@@ -72,6 +72,18 @@ REFUSED = [
     ("generate model=m seed=99999999999999999999", "is beyond 64 bits"),
     ("generate model=m prompt=\udcff", "prompt: its bytes are not UTF-8"),
     ("doctor softcap=inf", "softcap=inf is not a finite number"),
+    # one sequence over several devices
+    (
+        "train trainer.context_parallel=3",
+        "does not divide model.n_head=4: in attention each device has an equal share",
+    ),
+    ("train trainer.context_parallel=3", "it can be 1, 2, 4"),
+    ("train trainer.context_parallel=4 data.seq_len=126", "each device has an equal part of the positions; data.seq_len=128 would"),
+    ("train trainer.context_parallel=0", "trainer.context_parallel=0 must be at least 1"),
+    (
+        "train trainer.activation_checkpointing=keep",
+        "keep is not a choice (false, true, keep_attention); did you mean",
+    ),
     # memory
     ("train model.d_model=100000000", "would take 1.6e+06 TiB, and this machine has 16 GiB; a smaller one would fit"),
     (

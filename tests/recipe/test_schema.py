@@ -30,6 +30,7 @@ def test_the_step_is_cut_as_asked_and_shrinks_to_one_sequence():
         ((128 * 13, 128, 8, 1), 128 * 16, "data.seq_len=128 in 8 batches a step;"),
         ((128 * 9, 128, 8, 1), 128 * 8, "in 8 batches a step;"),
         ((1, 128, 8, 4), 512, "on 4 devices;"),
+        ((128, 128, 8, 8, 4), 256, "on 8 devices, 4 to a sequence;"),
     ],
 )
 def test_what_does_not_come_out_names_the_nearest_that_does(asked, works, says):

@@ -128,8 +128,8 @@ def validated(n_tokens: int, cfg: DataConfig, val_batches: int, world_size: int)
     batch_size = min(cfg.batch_size, n_windows // world_size)
     if batch_size == 0:
         raise UserError(
-            f"the validation part has {n_windows} windows for {world_size} devices; add text, raise data.val_fraction or "
-            "lower data.seq_len"
+            f"the validation part has {n_windows} windows for {world_size} devices that each read their own; add text, raise "
+            "data.val_fraction or lower data.seq_len"
         )
     return n_windows - n_windows % (world_size * batch_size), batch_size
 
@@ -190,6 +190,7 @@ class TextData(lightning.LightningDataModule):
     `accumulate` is the batches per optimiser step, by which training knows its place in the text. A checkpoint holds that place, so
     that a resumed run with other batches, or on other devices, reads no window twice and leaves none out. `val_batches` is how many
     batches a validation reads on all devices together, so that its loss does not depend on the number of devices.
+    `context_parallel` is how many successive ranks hold their sequences together: they read the same windows, as one reader.
     """
 
     # From `prepare` on.
@@ -197,12 +198,13 @@ class TextData(lightning.LightningDataModule):
     stats: DataStats
     _corpus: Corpus
 
-    def __init__(self, cfg: DataConfig, *, seed: int, accumulate: int = 1, val_batches: int) -> None:
+    def __init__(self, cfg: DataConfig, *, seed: int, accumulate: int = 1, val_batches: int, context_parallel: int = 1) -> None:
         super().__init__()
         self.cfg, self.seed, self.accumulate, self.val_batches = cfg, seed, accumulate, val_batches
+        self.context_parallel = context_parallel
         self.resumed_step = self.resumed_tokens = 0  # the step that this start goes on from, and the tokens read until then
-        self.resumed_stream: dict[str, Any] | None = None  # every rank's place in a stream at that step
-        self.places: dict[int, Place | None] = {}  # this rank's place in a stream after the last optimiser step, and after the next
+        self.resumed_stream: dict[str, Any] | None = None  # every reader's place in a stream at that step
+        self.places: dict[int, Place | None] = {}  # this reader's place in a stream after the last step, and after the next
 
     def prepare(self) -> None:
         """Opens the tokens, and first puts them into the cache if they are not there. Needs no trainer. A second call does nothing.
@@ -231,8 +233,8 @@ class TextData(lightning.LightningDataModule):
         self.prepare()
 
     def train_dataloader(self) -> DataLoader:
-        """Returns an endless loader of this rank's batches, from `trainer.global_step` on."""
-        rank, world_size = self._rank()
+        """Returns an endless loader of this reader's batches, from `trainer.global_step` on."""
+        rank, world_size = self._reader()
         first = self._tokens_read() // self.cfg.seq_len  # windows of all ranks
         whose = {"seed": self.seed, "rank": rank, "world_size": world_size}
         batch_size, num_workers = self.cfg.batch_size, self.cfg.num_workers
@@ -254,7 +256,7 @@ class TextData(lightning.LightningDataModule):
         """How many tokens all ranks together have read for the optimiser steps that are done."""
         if self.trainer is None:
             return 0
-        a_step = self.accumulate * self.cfg.batch_size * self.trainer.world_size * self.cfg.seq_len
+        a_step = self.accumulate * self.cfg.batch_size * self._reader()[1] * self.cfg.seq_len
         return self.resumed_tokens + (self.trainer.global_step - self.resumed_step) * a_step
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
@@ -271,7 +273,7 @@ class TextData(lightning.LightningDataModule):
         step = self.trainer.global_step
         state: dict[str, Any] = {"step": step, "tokens": self._tokens_read()}
         if self.cfg.streaming:
-            places = of_all_ranks(self.places.get(step), self.trainer.world_size)
+            places = of_all_ranks(self.places.get(step), self.trainer.world_size)[:: self.context_parallel]
             known = [place._asdict() for place in places if place is not None]
             if len(known) == len(places):
                 state["stream"] = {**self._stream(), "places": known}
@@ -282,7 +284,7 @@ class TextData(lightning.LightningDataModule):
         self.resumed_step, self.resumed_tokens, self.resumed_stream = state["step"], state["tokens"], state.get("stream")
 
     def fits_stream(self, state: dict[str, Any], world_size: int) -> bool:
-        """Whether the places in a stream that a checkpoint has are of this stream and order, shared out over as many devices."""
+        """Whether the places in a stream that a checkpoint has are of this stream and order, shared out over as many readers."""
         same = all(state.get(name) == value for name, value in self._stream().items())
         return same and len(state["places"]) == world_size
 
@@ -292,18 +294,18 @@ class TextData(lightning.LightningDataModule):
         return {"n_shards": self._corpus.stream.num_shards, "seed": self.seed}
 
     def val_dataloader(self) -> DataLoader:
-        """Returns this rank's share of the `validated` windows."""
-        rank, world_size = self._rank()
+        """Returns this reader's share of the `validated` windows."""
+        rank, world_size = self._reader()
         n_windows, batch_size = self.validated(world_size)
         starts = range(rank * batch_size, n_windows, world_size * batch_size)
         batches = [list(range(start, start + batch_size)) for start in starts]
         return self._loader(self._windows(self._corpus.val), 0, batch_sampler=batches)
 
     def validated(self, world_size: int) -> tuple[int, int]:
-        """How many windows, from the first on, a validation on `world_size` devices reads, and how many make a batch.
+        """How many windows, from the first on, a validation by `world_size` readers reads, and how many make a batch.
 
-        At most `val_batches` full batches over all devices. Every device gets equally many batches of one size. That size is
-        smaller than cfg.batch_size where there are too few windows. Raises UserError where a device would get none.
+        At most `val_batches` full batches over all readers. Each gets equally many batches of one size. That size is smaller than
+        cfg.batch_size where there are too few windows. Raises UserError where a reader would get none.
         """
         return validated(self.stats.n_val_tokens, self.cfg, self.val_batches, world_size)
 
@@ -315,8 +317,11 @@ class TextData(lightning.LightningDataModule):
     def _windows(self, tokens: TokenStream) -> Windows:
         return Windows(tokens, self.cfg.seq_len, self.tokenizer.eos_id if self.cfg.document_ids else None)
 
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _reader(self) -> tuple[int, int]:
+        """Which of how many readers this process is."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank // self.context_parallel, self.trainer.world_size // self.context_parallel
 
     def _loader(self, windows: Dataset, num_workers: int, **batching: Any) -> DataLoader:
         return Loader(

@@ -123,12 +123,13 @@ def validation_windows(run: Path, config: dict[str, Any], training: dict[str, An
     """
     data, val_batches = DataConfig(**config["data"]), config["trainer"]["val_batches"]
     about = read_json(run / "environment.json")["data"]
+    readers = training["n_devices"] // config["trainer"].get("context_parallel", 1)
     windows = kept_windows(run / WINDOWS, about, data)
     if windows is not None:
-        n_validated, _ = validated(about["n_val_tokens"], data, val_batches, training["n_devices"])
+        n_validated, _ = validated(about["n_val_tokens"], data, val_batches, readers)
     if windows is None or len(windows["tokens"]) < (cfg.windows or n_validated):
         text = text_of_run(run, config, training)
-        n_validated, _ = text.validated(training["n_devices"])
+        n_validated, _ = text.validated(readers)
         windows = text.val_windows(cfg.windows or n_validated)
     windows = {name: rows[: cfg.windows or n_validated] for name, rows in windows.items()}
     whole = cfg.seq_len is None or cfg.seq_len >= data.seq_len

@@ -15,7 +15,7 @@ from flash_ladder.kernels import Choice, Unsupported, choose
 from flash_ladder.kernels.generations import dtype_name
 from flash_ladder.model_schema import ModelConfig
 from flash_ladder.processes import Processes, started
-from flash_ladder.schema import Config, TrainerConfig
+from flash_ladder.schema import Config, TrainerConfig, too_few_gpus
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": torch.float32}  # what attention computes in, by precision
 PRECISIONS = {dtype_name(dtype): precision for precision, dtype in DTYPES.items()}  # precision by dtype: "bfloat16" is "bf16-mixed"
@@ -32,6 +32,12 @@ class Place:
     attention: Choice
     n_nodes: int = 1
     processes: Processes | None = None  # that something started together with this one
+    context_parallel: int = 1  # devices that share a sequence
+
+    @property
+    def data_parallel(self) -> int:
+        """How many batches the devices work on at a time: one each, or one for every group that shares its sequences."""
+        return self.n_devices // self.context_parallel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,7 +60,12 @@ def decide(cfg: Config) -> Place:
         cfg.trainer.deterministic and cfg.attention.backend != "sdpa"
     )  # sdpa follows PyTorch's switch, which Lightning sets
     choice = pick_backend(cfg.attention.backend, cfg.model, device, precision, cfg.data.document_ids, deterministic)
-    return Place(device, per_node * n_nodes, precision, reason, choice, n_nodes, processes)
+    if choice.backend == "eager" and cfg.trainer.activation_checkpointing == "keep_attention":
+        raise UserError(
+            "trainer.activation_checkpointing=keep_attention has nothing to keep with attention=eager, whose backward needs all "
+            "its scores; true works, and the other backends take either"
+        )
+    return Place(device, per_node * n_nodes, precision, reason, choice, n_nodes, processes, cfg.trainer.context_parallel)
 
 
 def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tuple[torch.device, int, int]:
@@ -74,7 +85,7 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
                 f"trainer.num_nodes={cfg.num_nodes}: one process cannot start those of other nodes; torchrun, srun and "
                 f"slurm=submit do (docs/devices.md)"
             )
-        per_node = there if cfg.devices is not None and asked is None else int(asked or 1)
+        per_node = there if cfg.devices is not None and asked is None else int(asked or cfg.context_parallel)
     else:
         per_node = processes.per_node
         for key, value, is_so in (("devices", asked, per_node), ("num_nodes", cfg.num_nodes, processes.n_nodes)):
@@ -86,14 +97,26 @@ def pick_devices(cfg: TrainerConfig, processes: Processes | None = None) -> tupl
     if on_gpu and per_node > there:
         plural = "s" * (there > 1)
         if processes is None:
-            raise UserError(f"trainer.devices={per_node}: PyTorch finds {there} GPU{plural} here; auto takes all there are")
+            raise too_few_gpus(cfg, per_node, there)
         raise UserError(
             f"{processes.by} started {per_node} processes on this node, and PyTorch finds {there} GPU{plural}: start one a GPU, "
             f"and let every process see all of them (srun: --gpus-per-node, not --gpus-per-task)"
         )
+    n_nodes = 1 if processes is None else processes.n_nodes
+    check_context_parallel(cfg.context_parallel, per_node * n_nodes)
     local_rank = 0 if processes is None else processes.local_rank
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return device, per_node, 1 if processes is None else processes.n_nodes
+    return device, per_node, n_nodes
+
+
+def check_context_parallel(context_parallel: int, n_devices: int) -> None:
+    """Raises UserError where the devices are no equal groups of `context_parallel` that share a sequence."""
+    if n_devices % context_parallel:
+        more = -(-n_devices // context_parallel) * context_parallel
+        raise UserError(
+            f"trainer.context_parallel={context_parallel}: {n_devices} device{'s' * (n_devices > 1)} cannot be cut into groups of "
+            f"{context_parallel} that share a sequence; {more} could"
+        )
 
 
 def pick_precision(asked: str, device: torch.device) -> tuple[str, str]:

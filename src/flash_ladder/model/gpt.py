@@ -11,24 +11,42 @@ Under bf16 autocast the residual stream, the norms and the loss stay in float32;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flash_ladder.errors import UserError
 from flash_ladder.kernels import attention
+from flash_ladder.kernels.operators import attention_forward
 from flash_ladder.model.loss import mean_loss, mean_loss_in_pieces
+from flash_ladder.model.sequence import SharedSequence
 from flash_ladder.model_schema import ModelConfig
+
+# What activation_checkpointing="keep_attention" keeps the results of: the flash rungs' operator, and those of PyTorch's attention.
+ATTENTION_OPERATORS = (
+    attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+Attend = Callable[..., Tensor]  # kernels.attention, with the arguments that all blocks have in common
 
 
 class GPT(nn.Module):
     """A decoder-only transformer with GPT-2's initialisation.
 
     `backend` names the attention backend that every block calls. `activation_checkpointing` makes a block keep only its input for
-    the backward pass. `loss_rows` is how many positions' logits the loss holds at once (None: all). All three may be set at any
-    time. `torch.compile(net, fullgraph=True)` compiles it, loss included.
+    the backward pass, or as "keep_attention" also what attention gave, which then runs once. `loss_rows` is how many positions'
+    logits the loss holds at once (None: all). `sequence` is set where several processes hold a sequence together: a call without
+    a cache is then given this process's part of it. All four may be set at any time. `torch.compile(net, fullgraph=True)` compiles
+    it, loss included.
     """
 
     def __init__(self, cfg: ModelConfig, *, backend: str = "eager") -> None:
@@ -37,8 +55,9 @@ class GPT(nn.Module):
             raise ValueError("cfg.vocab_size is None; the tokenizer's size, rounded up, must be filled in first")
         self.cfg = cfg
         self.backend = backend
-        self.activation_checkpointing = False
+        self.activation_checkpointing: bool | str = False
         self.loss_rows: int | None = None
+        self.sequence: SharedSequence | None = None
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.position = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.position == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
@@ -68,11 +87,15 @@ class GPT(nn.Module):
         """Returns the logits [B, S, V], or with `targets` the mean cross-entropy in nats as a float32 scalar.
 
         tokens: int64 [B, S]. targets: int64 [B, S], the token that follows each position; -100 is left out of the mean, which is
-        nan when every target is -100. document_ids: int32 [B, S], non-decreasing in a row; attention stays inside a document.
+        nan when every target is -100. document_ids: int32 [B, S], non-decreasing in a row; attention stays inside a document. With
+        `sequence` set they are those of the whole sequence, and the loss is the mean over this process's part.
         cache: keys and values of the positions before `tokens`; the call appends those of `tokens`. For use without gradients.
         Raises UserError where the positions pass a learned position table or the cache's end.
         """
+        shared = self.sequence if cache is None else None
         start = 0 if cache is None else cache.length
+        if shared is not None:
+            start = shared.rank * tokens.shape[1]
         end = start + tokens.shape[1]
         if cache is not None and end > cache.max_len:
             raise UserError(f"{end} positions do not fit a KV cache of {cache.max_len}; a longer one would work")
@@ -91,12 +114,19 @@ class GPT(nn.Module):
         else:
             x = x + self.position.weight[start:end]
 
+        attend = partial(
+            attention if shared is None else shared.attention,
+            is_causal=True, alibi_slopes=slopes, document_ids=document_ids, backend=self.backend,
+        )  # fmt: skip
+        # Nothing random happens in a block, so there is no generator state to keep and restore.
+        recomputed: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.activation_checkpointing == "keep_attention":
+            recomputed["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                # Nothing random happens in a block, so there is no generator state to keep and restore.
-                x = checkpoint(block, x, angles, slopes, document_ids, self.backend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, angles, attend, **recomputed)
             else:
-                x = block(x, angles, slopes, document_ids, self.backend, cache)
+                x = block(x, angles, attend, cache)
         if cache is not None:
             cache.length = end
 
@@ -132,16 +162,8 @@ class Block(nn.Module):
         self.mlp_norm = _norm(cfg)
         self.mlp = MLP(cfg)
 
-    def forward(
-        self,
-        x: Tensor,
-        angles: Tensor | None,
-        slopes: Tensor | None,
-        document_ids: Tensor | None,
-        backend: str,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), angles, slopes, document_ids, backend, cache)
+    def forward(self, x: Tensor, angles: Tensor | None, attend: Attend, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, attend, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -160,15 +182,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.d_model, sum(self.heads) * cfg.head_dim, bias=cfg.bias)
         self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        angles: Tensor | None,
-        slopes: Tensor | None,
-        document_ids: Tensor | None,
-        backend: str,
-        cache: KVCache | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor | None, attend: Attend, cache: KVCache | None) -> Tensor:
         H, K, _ = self.heads
         qkv = self.qkv(x).unflatten(-1, (H + 2 * K, self.head_dim))  # [B, S, H + 2K, D]
         qk, v = qkv.split((H + K, K), dim=2)
@@ -181,10 +195,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attention(
-            q, k, v, is_causal=True, window_size=self.window_size, softcap=self.softcap, alibi_slopes=slopes,
-            document_ids=document_ids, backend=backend,
-        )  # [B, H, S, D]  # fmt: skip
+        y = attend(q, k, v, window_size=self.window_size, softcap=self.softcap)  # [B, H, S, D]
         return self.out(y.transpose(1, 2).flatten(2))  # no copy where the backend wrote [B, S, H, D]
 
 
@@ -218,11 +229,14 @@ def _norm(cfg: ModelConfig) -> nn.Module:
 # As a torch operator it is computed once; otherwise torch.compile would fuse the cosines into every layer's kernel.
 @torch.library.custom_op("flash_ladder::rotary_angles", mutates_args=())
 def rotary_angles(tokens: Tensor, start: int, head_dim: int, theta: float) -> Tensor:
-    """Cosine and sine of position · theta^(−2i / D), float32 [2, S, 1, D / 2]; tokens [B, S] lie at positions start + 0 … S − 1."""
-    i = torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float32)
-    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float32)
+    """Cosine and sine of position · theta^(−2i / D), float32 [2, S, 1, D / 2]; tokens [B, S] lie at positions start + 0 … S − 1.
+
+    The angles are float64: of a million positions float32 would be off by 0.03 rad.
+    """
+    i = torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float64)
+    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device, dtype=torch.float64)
     angle = positions[:, None, None] * (1.0 / theta ** (i / head_dim))
-    return torch.stack((angle.cos(), angle.sin()))
+    return torch.stack((angle.cos().float(), angle.sin().float()))
 
 
 @rotary_angles.register_fake

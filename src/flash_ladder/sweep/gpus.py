@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from flash_ladder.errors import UserError
-from flash_ladder.schema import TrainerConfig
+from flash_ladder.schema import TrainerConfig, too_few_gpus
 
 
 class Pool:
@@ -58,7 +58,7 @@ def gpus_needed(trainer: TrainerConfig, there: int) -> int:
         return 0
     if trainer.devices in ("auto", "-1", -1):
         return there
-    n = 1 if trainer.devices is None else int(trainer.devices)
+    n = int(trainer.devices or trainer.context_parallel)
     if n > there:
-        raise UserError(f"trainer.devices={n}: PyTorch finds {there} GPU{'s' * (there > 1)} here; auto takes all there are")
+        raise too_few_gpus(trainer, n, there)
     return n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from flash_ladder.errors import UserError
 from flash_ladder.model.gpt import GPT
+from flash_ladder.model.sequence import SharedSequence
 from flash_ladder.model_schema import ModelConfig
+from flash_ladder.processes import MARGIN_SECONDS
 from flash_ladder.schema import OptimizerConfig, TrainerConfig
 from flash_ladder.training import metrics
 from flash_ladder.training.masters import MasterWeights
@@ -48,6 +51,17 @@ class GPTModule(L.LightningModule):
         self.total_norm: Tensor | None = None  # of that step's gradients, before clipping
         self.val_losses: list[Tensor] = []
 
+    def setup(self, stage: str) -> None:
+        """Lightning's hook, once the processes have met: those with successive ranks share their sequences."""
+        if self.trainer_config.context_parallel > 1:
+            timeout = timedelta(seconds=self.trainer_config.timeout_seconds + MARGIN_SECONDS)
+            group, _ = torch.distributed.new_subgroups(self.trainer_config.context_parallel, timeout=timeout)
+            self.net.sequence = SharedSequence.over(group)
+
+    def teardown(self, stage: str) -> None:
+        """Lightning's hook: what comes after training, such as a sample of text, is one process's own."""
+        self.net.sequence = None
+
     def configure_model(self) -> None:
         """Gives the network its masters, compiles it, and cuts it over the devices where FSDP2 has given a mesh of them."""
         if self.trainer_config.master_weights and self.masters is None:
@@ -64,9 +78,15 @@ class GPTModule(L.LightningModule):
         set_values(self.trainer.optimizers[0], self.schedule, self.values)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy in nats per token of predicting each token from those before it, float32 scalar."""
-        tokens = batch["tokens"]
-        return self.net(tokens[:, :-1], tokens[:, 1:], document_ids=batch.get("document_ids"))
+        """Mean cross-entropy in nats per token of predicting each token from those before it, float32 scalar.
+
+        Where devices share a sequence, each takes the mean over its own part. The parts are equal, so the mean over all devices,
+        of losses and of gradients, is that over all tokens.
+        """
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        if self.net.sequence is not None:
+            inputs, targets = self.net.sequence.own(inputs), self.net.sequence.own(targets)
+        return self.net(inputs, targets, document_ids=batch.get("document_ids"))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ends_step = (batch_idx + 1) % self.trainer_config.accumulate == 0 or self.trainer.is_last_batch

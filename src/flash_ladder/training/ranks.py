@@ -30,13 +30,12 @@ import torch.distributed as dist
 from flash_ladder import stopping
 from flash_ladder.errors import UserError, first_line
 from flash_ladder.machine.decide import Place
-from flash_ladder.processes import PARENT, Processes, end_with_parent
+from flash_ladder.processes import MARGIN_SECONDS, PARENT, Processes, end_with_parent
 from flash_ladder.schema import Config
 from flash_ladder.training.result import OutOfMemory
 
 LOOK_SECONDS = 1.0  # between two looks of the watch
 GRACE_SECONDS = 5.0  # that a process gets to end by itself once another one is lost
-MARGIN_SECONDS = 30.0  # by which a collective's own time-out is later than the watch's, which knows who is missing
 
 # What torch raises where another process of a collective is gone or late.
 COLLECTIVE = re.compile(r"gloo|NCCL|connection|timed? ?out|broken pipe|peer", re.IGNORECASE)

@@ -90,8 +90,8 @@ def out_of_memory(cfg: Config, place: Place, step: int) -> OutOfMemory:
         where = f"{torch.cuda.get_device_name(place.device)} ran out of memory ({total:.0f} GiB)"
     return OutOfMemory(
         f"{where} at step {step} with attention={place.attention.backend}, data.seq_len={cfg.data.seq_len}, "
-        f"data.batch_size={cfg.data.batch_size}; a smaller batch_size with a larger trainer.accumulate, or "
-        f"trainer.activation_checkpointing=true, takes less"
+        f"data.batch_size={cfg.data.batch_size}; a smaller batch_size with a larger trainer.accumulate, "
+        f"trainer.activation_checkpointing=true, or a larger trainer.context_parallel on more devices takes less"
     )
 
 

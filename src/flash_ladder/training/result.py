@@ -55,6 +55,7 @@ def setting(cfg: Config, place: Place, n_params: int, tokens_per_step: int) -> d
         "accumulate": cfg.trainer.accumulate,
         "n_devices": place.n_devices,
         "n_nodes": place.n_nodes,
+        "context_parallel": place.context_parallel,
         "strategy": "ddp" if cfg.trainer.strategy == "auto" and place.n_devices > 1 else cfg.trainer.strategy,
         "precision": place.precision,
         "compile": cfg.trainer.compile,

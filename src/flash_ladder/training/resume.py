@@ -30,8 +30,8 @@ class Start:
     owes_validation: bool = False  # of the weights of that step
 
 
-def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData, n_devices: int) -> Start:
-    """Where to go on, on `n_devices` in all.
+def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData, readers: int) -> Start:
+    """Where to go on, with so many readers of the text: the devices, or the groups of them that share their sequences.
 
     Raises UserError where the checkpoint is missing, damaged or another model's, and where the run finished.
     """
@@ -56,10 +56,10 @@ def check_resume(cfg: Config, run_dir: Path, module: GPTModule, data: TextData, 
         )
     say(f"resuming after step {step}")
     stream = (info["text"] or {}).get("stream")
-    if cfg.data.streaming and step and not (stream and data.fits_stream(stream, n_devices)):
+    if cfg.data.streaming and step and not (stream and data.fits_stream(stream, readers)):
         say(
-            f"the stream is read from its beginning, because {info['checkpoint']} has no place in it for {n_devices} "
-            f"device{'s' * (n_devices != 1)} and seed={cfg.seed}: some text of this pass is read twice, some not at all"
+            f"the stream is read from its beginning, because {info['checkpoint']} has no place in it for {readers} "
+            f"device{'s' * (readers != 1)} and seed={cfg.seed}: some text of this pass is read twice, some not at all"
         )
     if saved["data"]["seq_len"] != cfg.data.seq_len and not cfg.data.streaming:
         say(

@@ -28,6 +28,7 @@ from flash_ladder.files import as_json, as_yaml, refuse_taken, refuse_unwritable
 from flash_ladder.machine.decide import Place, decide
 from flash_ladder.machine.hardware import environment
 from flash_ladder.measure.probe import Layer, probe_attention
+from flash_ladder.model.sequence import heads_of_a_device
 from flash_ladder.model.weights import as_safetensors
 from flash_ladder.names import FINISHED, STOPPED, WINDOWS
 from flash_ladder.schema import Config, with_batch_size
@@ -73,7 +74,13 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
         arguments = extra_arguments(cfg.trainer.lightning, run_dir)
         callbacks = extra_callbacks(cfg, run_dir)
 
-        data = TextData(cfg.data, seed=cfg.seed, accumulate=cfg.trainer.accumulate, val_batches=cfg.trainer.val_batches)
+        data = TextData(
+            cfg.data,
+            seed=cfg.seed,
+            accumulate=cfg.trainer.accumulate,
+            val_batches=cfg.trainer.val_batches,
+            context_parallel=place.context_parallel,
+        )
         data.prepare()
         say(f"data: {describe_data(data)}")
         check_step(cfg, data)
@@ -85,7 +92,7 @@ def train(cfg: Config, run_dir: Path, notes: Mapping[str, str] = MappingProxyTyp
         torch.manual_seed(cfg.seed)
         module = GPTModule(asdict(cfg), place.attention.backend)
         say(f"model: {module.net.n_params:,} parameters, {cfg.model.n_layer} blocks of width {cfg.model.d_model}")
-        start = check_resume(cfg, run_dir, module, data, place.n_devices) if cfg.resume else Start()
+        start = check_resume(cfg, run_dir, module, data, place.data_parallel) if cfg.resume else Start()
 
         record: MetricsFile | None = None
         loggers: list[Logger] = []
@@ -243,11 +250,12 @@ def fitting_sample(cfg: Config, tokenizer: Tokenizer) -> int:
 
 
 def attention_layer(cfg: Config, place: Place) -> Layer:
-    """One attention layer of the run, for the probe to measure."""
+    """One attention layer of the run, for the probe to measure: the heads of one device, at all positions."""
+    n_head, n_kv_head = heads_of_a_device(cfg.model.n_head, cfg.model.n_kv_head, place.context_parallel)
     return Layer(
         batch_size=cfg.data.batch_size,
-        n_head=cfg.model.n_head,
-        n_kv_head=cfg.model.n_kv_head,
+        n_head=n_head,
+        n_kv_head=n_kv_head,
         seq_len=cfg.data.seq_len,
         head_dim=cfg.model.head_dim,
         dtype=place.dtype,
@@ -279,7 +287,7 @@ def open_run(
     )
     contents: dict[str, str | bytes] = {**notes, "config.yaml": as_yaml(config), "tokenizer.json": data.tokenizer.to_json()}
     if cfg.trainer.checkpoints:  # export evaluates on these windows, also where the text has changed or is gone
-        windows = data.val_windows(data.validated(place.n_devices)[0])
+        windows = data.val_windows(data.validated(place.data_parallel)[0])
         contents[WINDOWS] = packed = as_safetensors({name: rows.int() for name, rows in windows.items()})
         about["data"]["windows_sha256"] = hashlib.sha256(packed).hexdigest()
     contents["environment.json"] = as_json(about)

@@ -44,7 +44,7 @@ def submit(cfg: Config, run_dir: Path, overrides: list[str]) -> None:
 def job_file(cfg: Config, run_dir: Path, overrides: list[str]) -> str:
     """The text of the job file of a run in `run_dir`, started from this folder with this Python."""
     slurm = cfg.slurm
-    devices = 1 if cfg.trainer.devices is None else cfg.trainer.devices
+    devices = cfg.trainer.context_parallel if cfg.trainer.devices is None else cfg.trainer.devices
     if not isinstance(devices, int) or devices < 1:
         raise UserError(
             f"slurm=submit needs a number of GPUs of a node, and trainer.devices is {devices}; trainer.devices=8 is one"

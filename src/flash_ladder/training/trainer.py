@@ -96,7 +96,7 @@ def work(cfg: Config, place: Place, module: GPTModule) -> Work:
     peak = peak_tflops(torch.cuda.get_device_name(place.device), place.precision) if place.device.type == "cuda" else None
     windows = [window for layer in range(cfg.model.n_layer) if (window := cfg.model.window_of(layer)) is not None]
     return Work(
-        tokens=cfg.data.batch_size * cfg.data.seq_len * cfg.trainer.accumulate * place.n_devices,
+        tokens=cfg.data.batch_size * cfg.data.seq_len * cfg.trainer.accumulate * place.data_parallel,
         flops=flops_per_token(module.net.n_params_matmul, cfg.model.n_layer, cfg.model.d_model, cfg.data.seq_len, windows),
         peak_tflops=None if peak is None else peak * place.n_devices,
     )

@@ -134,6 +134,17 @@ def test_ranks_share_the_first_validation_windows(twenty, world_size, val_batche
     assert torch.equal(seen, data.val_windows(len(seen))["tokens"])
 
 
+def test_ranks_that_share_sequences_read_as_one(twenty):
+    for rank in range(4):
+        shared, alone = text_data(twenty, context_parallel=2), text_data(twenty)
+        as_rank(shared, rank, 4, global_step=3)
+        as_rank(alone, rank // 2, 2, global_step=3)
+        assert torch.equal(first_batches(shared.train_dataloader(), 3), first_batches(alone.train_dataloader(), 3))
+        for ours, theirs in zip(shared.val_dataloader(), alone.val_dataloader(), strict=True):
+            assert torch.equal(ours["tokens"], theirs["tokens"])
+        assert shared.state_dict() == alone.state_dict()
+
+
 def test_too_few_validation_windows_for_the_devices(twenty):
     with pytest.raises(UserError, match="for 5 devices"):
         as_rank(text_data(twenty, val_batches=1), 0, 5).val_dataloader()

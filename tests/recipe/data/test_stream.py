@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flash_ladder.data.stream
-from flash_ladder.data import split
+from flash_ladder.data import batches, split
 from flash_ladder.data.batches import TextData, of_all_ranks
 from flash_ladder.data.stream import Place, StreamedDocuments
 from flash_ladder.errors import UserError
@@ -216,6 +216,13 @@ def test_a_checkpoint_without_a_place_or_of_other_devices_is_read_from_the_begin
         assert not data.fits_stream(fits | other, 1)
         data.load_state_dict({"step": 3, "tokens": 6 * 4 * 16, "stream": fits | other})
         assert torch.equal(first_batches(data.train_dataloader(), 3), whole[6:])
+
+
+def test_of_ranks_that_share_sequences_one_place_is_kept(stream, monkeypatch):
+    monkeypatch.setattr(batches, "of_all_ranks", lambda place, n: [Place(rank // 2, 0, 0) for rank in range(n)])
+    data = as_rank(text_data(stream, context_parallel=2), 3, 4, global_step=1)
+    state = data.state_dict()["stream"]
+    assert [place["turn"] for place in state["places"]] == [0, 1] and data.fits_stream(state, 2)
 
 
 def test_a_document_that_became_shorter(stream):

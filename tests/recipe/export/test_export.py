@@ -149,6 +149,11 @@ def test_windows_are_those_that_several_devices_validated_on(tmp_path):
     (run / "environment.json").write_text(json.dumps(environment | {"n_devices": 2}))
     export(run, tmp_path)
     assert parity(tmp_path)["n_tokens"] == 8 * 32  # 3 batches of 4 for 2 devices: one batch each
+    checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["config"]["trainer"]["context_parallel"] = 2
+    torch.save(checkpoint, run / "checkpoints" / "best.ckpt")
+    export(run, tmp_path)
+    assert parity(tmp_path)["n_tokens"] == 12 * 32  # both devices read the same windows
 
 
 def test_text_that_changed_is_refused(tmp_path):

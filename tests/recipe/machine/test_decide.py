@@ -10,6 +10,7 @@ from flash_ladder.kernels import Choice
 from flash_ladder.machine.decide import DTYPES, PRECISIONS, decide, pick_backend, pick_device, pick_devices, pick_precision
 from flash_ladder.measure.flops import peak_tflops
 from flash_ladder.model_schema import ModelConfig
+from flash_ladder.processes import Processes
 from flash_ladder.schema import TrainerConfig
 from tests.helpers.tiny import tiny_config
 
@@ -38,6 +39,28 @@ def test_devices_are_counted_or_refused(monkeypatch):
     assert pick_devices(TrainerConfig(devices=-1)) == (torch.device("cuda", 0), 4, 1)
     with pytest.raises(UserError, match="finds 4 GPUs here"):
         pick_devices(TrainerConfig(devices=8))
+
+
+def test_devices_are_groups_that_share_a_sequence(monkeypatch):
+    assert pick_devices(TrainerConfig(context_parallel=3, accelerator="cpu")) == (CPU, 3, 1)
+    assert pick_devices(TrainerConfig(context_parallel=2, devices=6, accelerator="cpu")) == (CPU, 6, 1)
+    with pytest.raises(UserError, match="6 devices cannot be cut into groups of 4 that share a sequence; 8 could"):
+        pick_devices(TrainerConfig(context_parallel=4, devices=6, accelerator="cpu"))
+    two_nodes = Processes("torchrun", 5, 2, 3, 2, "a", 1)
+    assert pick_devices(TrainerConfig(context_parallel=2, accelerator="cpu"), two_nodes) == (CPU, 3, 2)
+    with pytest.raises(UserError, match="context_parallel=4: 6 devices"):
+        pick_devices(TrainerConfig(context_parallel=4, accelerator="cpu"), two_nodes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="context_parallel=8: PyTorch finds 4 GPUs here"):
+        pick_devices(TrainerConfig(context_parallel=8))
+
+
+def test_eagers_output_is_nothing_to_keep(tmp_path):
+    cfg = tiny_config(tmp_path, activation_checkpointing="keep_attention")
+    assert decide(cfg).attention.backend == "sdpa"
+    with pytest.raises(UserError, match=r"keep_attention has nothing to keep with attention=eager"):
+        decide(replace(cfg, attention=replace(cfg.attention, backend="eager")))
 
 
 def test_deterministic_training_on_hopper_takes_a_rung_that_is(tmp_path, monkeypatch):

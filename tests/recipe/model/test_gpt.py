@@ -1,10 +1,12 @@
 """The model against transformers' GPT-2 and Llama, and what it promises about causality, documents, caches and copies."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -195,12 +197,20 @@ def test_alibi_slopes_are_mpts(n_head):
     assert sorted(alibi_slopes(n_head, torch.device("cpu")).tolist()) == pytest.approx(sorted(per_distance.tolist()))
 
 
-def test_rotary_angles_at_distant_positions_are_llamas():
+def test_rotary_angles_are_llamas():
     config = LlamaConfig(hidden_size=64, num_attention_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    positions = torch.arange(100_000, 100_007)
+    positions = torch.arange(100, 107)
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
-    ours = rotary_angles(torch.zeros(1, 7, dtype=torch.int64), 100_000, 64, 5e5)
-    torch.testing.assert_close(ours[:, :, 0], torch.stack((cos[0, :, :32], sin[0, :, :32])), rtol=0, atol=1e-6)
+    ours = rotary_angles(torch.zeros(1, 7, dtype=torch.int64), 100, 64, 5e5)
+    torch.testing.assert_close(ours[:, :, 0], torch.stack((cos[0, :, :32], sin[0, :, :32])), rtol=0, atol=1e-5)
+
+
+def test_rotary_angles_at_a_million_positions_are_exact():
+    """Llama's own code, in float32, is off by 0.03 there."""
+    ours = rotary_angles(torch.zeros(1, 3, dtype=torch.int64), 2**20, 64, 1e7)
+    angles = [[(2**20 + s) / 1e7 ** (i / 32) for i in range(32)] for s in range(3)]
+    exact = torch.tensor([[[function(a) for a in row] for row in angles] for function in (math.cos, math.sin)])
+    torch.testing.assert_close(ours[:, :, 0], exact, rtol=0, atol=1e-7)
 
 
 def test_parameters_are_counted_as_published():
@@ -373,7 +383,33 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(parts):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("parts, checkpointing", [(GPT2_PARTS, False), (LLAMA_PARTS, True), (ALIBI_PARTS, False)], ids=str)
+class Attends(TorchDispatchMode):
+    """Counts how often attention's forward runs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in flash_ladder.model.gpt.ATTENTION_OPERATORS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["flash_v2", "sdpa"])
+def test_attention_runs_once_where_its_output_is_kept(backend):
+    pytest.importorskip("triton")
+    net, tokens = small(LLAMA_PARTS, d_model=64), some_tokens()
+    net.backend, counts = backend, []
+    expected = gradients(net, tokens, list(net.parameters()))
+    for net.activation_checkpointing in (False, True, "keep_attention"):
+        with Attends() as attends:
+            torch.testing.assert_close(gradients(net, tokens, list(net.parameters())), expected, rtol=0, atol=0)
+        counts.append(attends.count)
+    assert counts == [2, 4, 2]
+
+
+COMPILED = [(GPT2_PARTS, False), (LLAMA_PARTS, "keep_attention"), (ALIBI_PARTS, True)]
+
+
+@pytest.mark.parametrize("parts, checkpointing", COMPILED, ids=str)
 def test_it_compiles_as_one_graph(parts, checkpointing):
     net, tokens = small(parts), some_tokens()
     net.backend, net.activation_checkpointing = "sdpa", checkpointing

@@ -148,6 +148,8 @@ def test_the_gpus_here_are_as_many_as_pytorch_counts(monkeypatch, visible, count
         ({"devices": "2"}, 4, 2),
         ({"devices": 2, "accelerator": "cpu"}, 4, 0),
         ({"devices": 2}, 0, 0),
+        ({"context_parallel": 2}, 4, 2),
+        ({"context_parallel": 2, "devices": 4}, 4, 4),
     ],
 )
 def test_how_many_gpus_a_run_takes(asked, there, n):
@@ -157,6 +159,8 @@ def test_how_many_gpus_a_run_takes(asked, there, n):
 def test_more_gpus_than_there_are_is_refused():
     with pytest.raises(UserError, match=r"trainer.devices=3: PyTorch finds 2 GPUs here"):
         gpus_needed(TrainerConfig(devices=3), 2)
+    with pytest.raises(UserError, match=r"trainer.context_parallel=4: PyTorch finds 2 GPUs here"):
+        gpus_needed(TrainerConfig(context_parallel=4), 2)
     with pytest.raises(UserError, match=r"trainer.accelerator=gpu: PyTorch finds no GPU here"):
         gpus_needed(TrainerConfig(accelerator="gpu"), 0)
 

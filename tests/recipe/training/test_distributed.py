@@ -127,6 +127,18 @@ def test_two_sharded_processes_of_torchrun_go_on_where_one_stopped(alone, tmp_pa
     assert {p.name for p in tmp_path.iterdir()} == {"one", "run"}
 
 
+def test_two_processes_that_share_sequences_train_as_one(alone, tmp_path):
+    cfg = tiny_config(alone[0], max_steps=4, val_every=2, accumulate=2, context_parallel=2)
+    printed = finish(start(cfg, tmp_path))
+    assert "attention memory: one layer (batch 2, 1 heads, 16 positions" in printed
+    for name in ("train/loss", "val/loss"):
+        assert values(tmp_path / "run", name) == pytest.approx(values(alone[0] / "run", name), rel=1e-6), name
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["setting"]["tokens_per_step"], result["setting"]["n_devices"]) == ("finished", 64, 2)
+    shutil.copytree(alone[0] / "run", tmp_path / "one")
+    assert go_on_alone(tmp_path / "run", alone) == pytest.approx(go_on_alone(tmp_path / "one", alone), rel=1e-5)
+
+
 def wait_for_steps(process, record, n=3):
     while process.poll() is None and not (record.exists() and record.read_text().count("\n") > n):
         time.sleep(0.1)
@@ -134,7 +146,7 @@ def wait_for_steps(process, record, n=3):
 
 def test_a_process_that_dies_ends_the_run_and_is_named(alone, tmp_path):
     _, cfg = alone
-    cfg = replace(cfg, trainer=replace(cfg.trainer, strategy="fsdp", max_steps=1_000_000, val_every=1_000_000))
+    cfg = replace(cfg, trainer=replace(cfg.trainer, strategy="fsdp", context_parallel=2, max_steps=1_000_000, val_every=1_000_000))
     process = start(cfg, tmp_path)
     try:
         wait_for_steps(process, tmp_path / "run" / "metrics.jsonl")

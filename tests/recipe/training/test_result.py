@@ -40,7 +40,7 @@ def test_a_finished_run_leaves_its_report_as_data(tmp_path):
     assert (found["status"], found["error"], found["step"], found["max_steps"]) == ("finished", None, 6, 6)
     assert found["setting"] | {"n_params": 0} == {
         "backend": "sdpa", "seq_len": 16, "batch_size": 2, "accumulate": 1, "n_devices": 1, "n_nodes": 1, "strategy": "auto",
-        "precision": "32", "compile": False, "n_params": 0, "tokens_per_step": 32, "gpu": None,
+        "precision": "32", "compile": False, "n_params": 0, "tokens_per_step": 32, "gpu": None, "context_parallel": 1,
     }  # fmt: skip
     came_to = found["metrics"]
     assert came_to["val/loss"] == loss == values(tmp_path / "run", "val/loss")[6]

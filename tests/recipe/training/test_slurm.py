@@ -83,6 +83,12 @@ def test_what_is_asked_of_slurm():
     assert "#SBATCH --output='/runs/a b/slurm-%j.out'\n" in text and "\nmodule load cuda\n" in text and "--mem" not in text
 
 
+def test_a_sequence_over_gpus_asks_for_as_many():
+    cfg = Config()
+    cfg.trainer.context_parallel = 4
+    assert "#SBATCH --gpus-per-node=4\n" in job_file(cfg, Path("/runs/a"), [])
+
+
 def test_the_number_of_gpus_must_be_given():
     cfg = Config()
     cfg.trainer.devices = "auto"
