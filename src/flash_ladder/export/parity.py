@@ -82,6 +82,15 @@ class Check:
         return self.value >= self.limit if self.is_share else self.value <= self.limit
 
     @property
+    def share_of_limit(self) -> float:
+        """How much of what its limit allows a figure uses up: 1 is the limit. inf for nan, and beyond a limit of 0."""
+        limit = math.nan if self.limit is None else self.limit
+        used, allowed = (1 - self.value, 1 - limit) if self.is_share else (self.value, limit)
+        if math.isnan(used):
+            return math.inf
+        return used / allowed if allowed else math.inf if used else 0.0
+
+    @property
     def words(self) -> tuple[str, str]:
         """Value and limit as text."""
         style = "{:.3%}" if self.is_share else "{:.2e}"
