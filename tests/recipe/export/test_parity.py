@@ -127,6 +127,22 @@ def test_limits():
     assert Check("x", 0.9991, 0.999, is_share=True).within and not Check("x", 0.9989, 0.999, is_share=True).within
 
 
+@pytest.mark.parametrize(
+    ("check", "share"),
+    [
+        (Check("x", 2.0, 4.0), 0.5),
+        (Check("x", 0.998, 0.999, is_share=True), 2.0),
+        (Check("x", 1.0, 0.999, is_share=True), 0.0),
+        (Check("x", math.nan, 1.0), math.inf),
+        (Check("x", 1.0, 0.0), math.inf),
+        (Check("x", 0.0, 0.0), 0.0),
+    ],
+)
+def test_the_share_of_a_limit(check, share):
+    assert check.share_of_limit == pytest.approx(share)
+    assert check.within == (share <= 1)
+
+
 def test_float64_logits_are_compared_in_float64():
     """float32 would lose a difference of 1e-9 altogether."""
     logits = torch.randn(2, 8, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
