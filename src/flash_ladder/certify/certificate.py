@@ -87,7 +87,7 @@ class Certificate:
                 found += [
                     Check(f"{label}: mean KL to float64", run.mean_kl, kl),
                     Check(f"{label}: mean KL to float64, worst eighth", *run.worst_stretch),
-                    Check(f"{label}: greedy tokens of float64, of the clear", run.clear_agreement, CLEAR_AGREEMENT, is_share=True),
+                    Check(f"{label}: float64's clear greedy tokens", run.clear_agreement, CLEAR_AGREEMENT, is_share=True),
                 ]
         loss = abs(self.runs[self.a].loss - self.runs[self.b].loss)
         found += [

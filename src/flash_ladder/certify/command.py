@@ -14,8 +14,8 @@ from flash_ladder.certify.causal_lm import TRUSTED, CausalLM, Implementation, de
 from flash_ladder.certify.certificate import Certificate, certify
 from flash_ladder.certify.picture import draw_certificate
 from flash_ladder.errors import UserError
-from flash_ladder.export.verdict import align, describe_windows, report, verdict
-from flash_ladder.files import replace_folder, write_json
+from flash_ladder.export.verdict import align, describe_windows, loss_rows, report, verdict
+from flash_ladder.files import read_text, replace_folder, write_json
 from flash_ladder.kernels.generations import describe, dtype_name
 from flash_ladder.kernels.jit import installed
 from flash_ladder.machine.decide import pick_device
@@ -34,12 +34,13 @@ def certify_model(cfg: CertifyConfig) -> int:
     Raises UserError where the model or the text cannot be read, and where an implementation cannot run here.
     """
     device = pick_device(cfg.device)
-    path, text = read_text(cfg.text)
+    path = Path(argparse.__file__ if cfg.text is None else cfg.text)  # of the text, which every Python has
+    text = read_text(path, "text")
     lm = load(cast("str", cfg.model), cfg.dtype, device)  # validate() refuses a missing one
     a, b = implementation("a", cfg.a, lm.model), implementation("b", cfg.b, lm.model)
     tokens = text_windows(lm, path, text, cfg)
     for key, one in (("a", a), ("b", b)):
-        print(f"{key}: {one.label}" + (f", {one.reason}" if one.reason else " of transformers"))
+        print(f"{key}: {one.label}" + (f", {one.reason}" if one.reason else ", as transformers has it"))
     print(f"reference: {describe_reference(lm)}")
     size = describe_windows({"tokens": tokens})
     print(f"text: {path}, {size}, {dtype_name(lm.dtype)}, {describe(lm.device)}")
@@ -58,23 +59,10 @@ def certify_model(cfg: CertifyConfig) -> int:
         write_json(folder / f"{NAME}.json", record(certificate, a, b) | about)
         (folder / f"{NAME}.md").write_text(card(certificate, about), encoding="utf-8")
         draw_certificate(certificate, where, folder / f"{NAME}.png")
-    runs = certificate.runs
-    print("\n" + align(error_rows(certificate)))
-    losses = {"float64": certificate.exact_loss, **{label: run.loss for label, run in runs.items()}}
-    return report(
-        losses, certificate.checks(), f"{a.label} against {b.label}", f"{words(certificate, lm.dtype)}\nwritten to {cfg.out}"
-    )
-
-
-def read_text(name: str | None) -> tuple[Path, str]:
-    """The text to certify on, and its file; for None a file that every Python has. Raises UserError where it is none."""
-    path = Path(argparse.__file__ if name is None else name)
-    try:
-        return path, path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"text={path} cannot be read ({error.strerror}); name a text file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"text={path} is not text (its bytes are not UTF-8)") from None
+    print("\n" + align(error_rows(certificate)) + "\n")
+    print(*told(certificate), sep="\n")
+    verdict_and_place = f"{words(certificate, lm.dtype)}\nwritten to {cfg.out}"
+    return report(losses(certificate), certificate.checks(), f"{a.label} against {b.label}", verdict_and_place)
 
 
 def text_windows(lm: CausalLM, path: Path, text: str, cfg: CertifyConfig) -> torch.Tensor:
@@ -102,22 +90,30 @@ def words(certificate: Certificate, dtype: torch.dtype) -> str:
     """The verdict in a sentence or two."""
     pair, name = f"{certificate.a} and {certificate.b}", dtype_name(dtype)
     if not certificate.within:
-        beyond = [check.name for check in certificate.checks() if not check.within]
-        return f"NOT certified: {pair} differ by more than rounding in {name} can do to this model ({'; '.join(beyond)})"
+        return f"NOT certified: {pair} differ by more than rounding in {name} does to this model"
     said = f"certified: {pair} make the same model, to what rounding in {name} does to it"
     if dtype.itemsize < 4:
         said += f". In {name} that hides small faults, such as a scale off by 1 %: dtype=float32 sees those"
     return said
 
 
-def continuation_in_words(certificate: Certificate) -> str:
-    """How far two greedy continuations go together."""
-    parting = certificate.parting
-    if parting is None:
-        return "not compared"
-    if parting.at is None:
-        return f"the same for all {parting.n_tokens:,} tokens"
-    return f"the same for {parting.at:,} tokens; there float64's best lies {parting.gap:.2e} above the worse of the two"
+def told(certificate: Certificate) -> list[str]:
+    """What the limits come from, and how far two greedy continuations go together, each in a line."""
+    eager, parting = certificate.runs[TRUSTED], certificate.parting
+    lines = [
+        f"rounding: mean KL {certificate.rounding:.2e}, the larger of eager's error ({eager.mean_kl:.2e}) and the noise floor: eager in "
+        f"batches of two ({certificate.noise:.2e})"
+    ]
+    if parting is not None:
+        n = f"all {parting.n_tokens:,}" if parting.at is None else f"{parting.at:,}"
+        at = "" if parting.at is None else f"; there one takes a token {parting.gap:.2e} under float64's best"
+        lines.append(f"greedy continuations: the same for {n} tokens{at}")
+    return lines
+
+
+def losses(certificate: Certificate) -> dict[str, float]:
+    """The loss of the float64 forward and of each implementation, by label."""
+    return {"float64": certificate.exact_loss, **{label: run.loss for label, run in certificate.runs.items()}}
 
 
 def error_rows(certificate: Certificate) -> list[list[str]]:
@@ -137,21 +133,12 @@ def record(certificate: Certificate, a: Implementation, b: Implementation) -> di
     """The certificate as plain data for a JSON file."""
     found = asdict(certificate) | verdict(certificate.checks())
     found |= {key: {"asked": one.label, "transformers": one.key, "reason": one.reason} for key, one in (("a", a), ("b", b))}
-    found["perplexity"] = {"float64": perplexity(certificate.exact_loss)}
-    found["perplexity"] |= {label: perplexity(run.loss) for label, run in certificate.runs.items()}
-    return found
+    return found | {"perplexity": {label: perplexity(loss) for label, loss in losses(certificate).items()}}
 
 
 def card(certificate: Certificate, about: dict[str, Any]) -> str:
     """The certificate as Markdown, for a model card."""
-    runs = certificate.runs
-    losses = {"float64": certificate.exact_loss, **{label: run.loss for label, run in runs.items()}}
-    rows = [
-        ["", *losses],
-        ["loss (nats per token)", *(f"{loss:.6f}" for loss in losses.values())],
-        ["perplexity", *(f"{perplexity(loss):.4f}" for loss in losses.values())],
-        *([row[0], "", *row[1:]] for row in error_rows(certificate)[1:]),
-    ]
+    rows = loss_rows(losses(certificate)) + [[row[0], "", *row[1:]] for row in error_rows(certificate)[1:]]
     checks = [["check", "figure", "limit", ""]]
     checks += [[check.name, *check.words, "ok" if check.within else "**beyond**"] for check in certificate.checks()]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
@@ -167,9 +154,9 @@ def card(certificate: Certificate, about: dict[str, Any]) -> str:
             "",
             *table(checks),
             "",
-            f"Greedy continuations: {continuation_in_words(certificate)}. Noise floor ({TRUSTED} in another batch split): mean KL "
-            f"{certificate.noise:.2e}.",
-            f"{size}; {about['dtype']}, {about['device']}; {versions}. Errors are against {about['reference']}.",
+            *(f"- {line}" for line in told(certificate)),
+            f"- errors: against {about['reference']}",
+            f"- {size}; {about['dtype']}, {about['device']}; {versions}",
             "",
         ]
     )

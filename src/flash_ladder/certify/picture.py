@@ -21,7 +21,7 @@ GOOD, BAD = "#117733", "#cc3311"
 def draw_certificate(certificate: Certificate, title: str, path: Path) -> None:
     """Writes the picture to `path` (.png) and beside it as .svg. Raises OSError where one cannot be written."""
     with rc_context(STYLE):
-        figure, room = figure_with_labels(2, labels=3.3, height=HEIGHT, bottom=0.95)
+        figure, room = figure_with_labels(2, labels=3.6, height=HEIGHT, bottom=0.95)
         errors, figures = figure.subplots(1, 2, gridspec_kw=room)
         draw_errors(errors, certificate)
         draw_checks(figures, certificate.checks())
@@ -72,6 +72,5 @@ def draw_checks(axis: Axes, checks: list[Check]) -> None:
         axis.plot([share], [row], "o" if check.within else "X", color=colour, markersize=9)
         text = check.name.replace(": ", "\n", 1)
         axis.annotate(
-            text, (1.04, row), xycoords=("axes fraction", "data"), va="center", fontsize=LABEL_SIZE - 1, color=ink(colour),
-            fontweight="normal" if check.within else "bold",
-        )  # fmt: skip
+            text, (1.04, row), xycoords=("axes fraction", "data"), va="center", fontsize=LABEL_SIZE - 1, color=ink(colour)
+        )
