@@ -101,8 +101,8 @@ def told(certificate: Certificate) -> list[str]:
     """What the limits come from, and how far two greedy continuations go together, each in a line."""
     eager, parting = certificate.runs[TRUSTED], certificate.parting
     lines = [
-        f"rounding: mean KL {certificate.rounding:.2e}, the larger of eager's error ({eager.mean_kl:.2e}) and the noise floor: eager in "
-        f"batches of two ({certificate.noise:.2e})"
+        f"rounding: mean KL {certificate.rounding:.2e}, the larger of eager's error ({eager.mean_kl:.2e}) and the noise "
+        f"floor, eager in batches of two ({certificate.noise:.2e})"
     ]
     if parting is not None:
         n = f"all {parting.n_tokens:,}" if parting.at is None else f"{parting.at:,}"
