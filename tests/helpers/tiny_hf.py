@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from flash_ladder.certify.causal_lm import CausalLM
+from flash_ladder.certify.causal_lm import CausalLM, in_float64
 
 VOCAB = 256  # the bytes
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -18,6 +18,17 @@ COMMON = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
 MODELS = {
     "llama": lambda: hf.LlamaForCausalLM(
         hf.LlamaConfig(**LLAMA, **COMMON, num_hidden_layers=2, max_position_embeddings=128, attention_dropout=0.0)
+    ),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **LLAMA,
+            **COMMON,
+            num_hidden_layers=2,
+            max_position_embeddings=128,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=16,
+        )
     ),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **COMMON)),
 }
@@ -37,7 +48,7 @@ def causal_lm(family: str, dtype: torch.dtype = torch.float32, std: float = 0.2)
     """The model as `causal_lm.load` makes it, without a tokenizer."""
     net = model(family, std).to(dtype)
     net.set_attn_implementation("eager")
-    return CausalLM(family, net, copy.deepcopy(net).double(), None)
+    return CausalLM(family, net, in_float64(copy.deepcopy(net)), None)
 
 
 def write(folder: Path, family: str = "llama") -> Path:

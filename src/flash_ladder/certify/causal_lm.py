@@ -85,6 +85,8 @@ class CausalLM:
                 logits = self.exact_model(tokens.to(self.exact_model.device), use_cache=False).logits
         except torch.OutOfMemoryError:
             raise too_large("the float64 forward", tokens) from None
+        except (RuntimeError, NotImplementedError) as error:
+            raise UserError(f"model={self.name} cannot run in float64: {first_line(error)}") from error
         return logits.to(self.device)
 
     @torch.no_grad()
@@ -104,7 +106,7 @@ class CausalLM:
         try:
             self.model.set_attn_implementation(key)
             if self.model.config._attn_implementation != key:
-                raise ValueError(f"transformers takes {self.model.config._attn_implementation} in its place")
+                raise ValueError(f"transformers runs {self.model.config._attn_implementation} in its place")
             return self.model(tokens, **options)
         except torch.OutOfMemoryError:
             raise too_large(f"{label} attention", tokens) from None
@@ -152,12 +154,19 @@ def load(name: str, dtype: str, device: torch.device) -> CausalLM:
     try:
         exact = copy.deepcopy(model.eval())
         model = model.to(device)
-        exact = exact.to(reference_device(model)).double()
+        exact = in_float64(exact.to(reference_device(model)))
     except torch.OutOfMemoryError:
         raise UserError(f"model={name} does not fit in the GPU's memory; device=cpu takes the machine's memory") from None
     except ValueError as error:  # quantised weights
         raise UserError(f"model={name} cannot be made a float64 model: {first_line(error)}") from error
     return CausalLM(name, model, exact, tokenizer)
+
+
+def in_float64(model: Any) -> Any:
+    """Makes a model float64, in place, and returns it."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # a mixture's grouped products take no float64
+    return model.double()
 
 
 def reference_device(model: Any) -> torch.device:
@@ -175,7 +184,7 @@ def reference_device(model: Any) -> torch.device:
 class Implementation:
     """An implementation of attention."""
 
-    label: str  # what the user called it; of auto, also what it stands for
+    label: str  # what the user called it
     key: str  # its name in transformers
     reason: str = ""
 
@@ -196,19 +205,20 @@ def implementation(key: str, name: str, model: Any) -> Implementation:
             raise UserError(f"{key}={name} is not a choice ({', '.join((*OURS, *theirs))}){nearest(name, (*OURS, *theirs))}")
         return Implementation(name, name)
     config = model.config.get_text_config()
+    if not hasattr(config, "num_attention_heads"):
+        raise UserError(f"{key}={name}: a {type(model).__name__} has no attention heads, so there is nothing to certify")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    used = {"window_size": "sliding_window", "softcap": "attn_logit_softcapping"}
-    features = frozenset({"is_causal"} | {ours for ours, theirs in used.items() if getattr(config, theirs, None)})
     try:
-        choice = choose(model.device, model.dtype, head_dim, backend=name, features=features)
-        # By its name, so that nothing else runs in its place.
-        registered = f"ladder_{choice.backend.removeprefix('flash_')}"
-        register(registered, backend=choice.backend)
+        choice = choose(model.device, model.dtype, head_dim, backend=name)
+        # Not by its own name: transformers takes what has "flash" in it for a package.
+        registered = "ladder" if name == "auto" else f"ladder_{name.removeprefix('flash_')}"
+        register(registered, backend=name)
     except Unsupported as error:
         raise UserError(f"{key}={name}: {error}") from None
     except ImportError as error:
         raise UserError(f"{key}={name}: {error}; {INSTALL}") from None
-    return Implementation(name if name == choice.backend else f"{name} ({choice.backend})", registered, choice.reason)
+    # A layer with a window, sinks or the like may get another rung, which auto decides call by call.
+    return Implementation(name, registered, f"plain causal layers run {choice}" if name == "auto" else choice.reason)
 
 
 def describe_reference(lm: CausalLM) -> str:

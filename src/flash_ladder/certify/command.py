@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from flash_ladder.certify.causal_lm import TRUSTED, CausalLM, Implementation, describe_reference, implementation, load
+from flash_ladder.certify.causal_lm import TRUSTED, CausalLM, describe_reference, implementation, load
 from flash_ladder.certify.certificate import Certificate, certify
 from flash_ladder.certify.picture import draw_certificate
 from flash_ladder.errors import UserError
@@ -40,7 +40,7 @@ def certify_model(cfg: CertifyConfig) -> int:
     a, b = implementation("a", cfg.a, lm.model), implementation("b", cfg.b, lm.model)
     tokens = text_windows(lm, path, text, cfg)
     for key, one in (("a", a), ("b", b)):
-        print(f"{key}: {one.label}" + (f", {one.reason}" if one.reason else ", as transformers has it"))
+        print(f"{key}: {one.label}, {one.reason or 'as transformers has it'}")
     print(f"reference: {describe_reference(lm)}")
     size = describe_windows({"tokens": tokens})
     print(f"text: {path}, {size}, {dtype_name(lm.dtype)}, {describe(lm.device)}")
@@ -48,6 +48,7 @@ def certify_model(cfg: CertifyConfig) -> int:
         certificate = certify(lm, tokens, a, b, cfg.tokens)
         where = f"{Path(lm.name).name} in {dtype_name(lm.dtype)} · {describe(lm.device)} · {size} of {path.name}"
         about = {
+            **{key: {"name": one.label, "in_transformers": one.key, "reason": one.reason} for key, one in (("a", a), ("b", b))},
             "model": lm.name,
             "class": type(lm.model).__name__,
             "dtype": dtype_name(lm.dtype),
@@ -56,7 +57,7 @@ def certify_model(cfg: CertifyConfig) -> int:
             "text": {"name": path.name, "sha256": hashlib.sha256(text.encode()).hexdigest()},
             "versions": versions() | {"transformers": installed("transformers")},
         }
-        write_json(folder / f"{NAME}.json", record(certificate, a, b) | about)
+        write_json(folder / f"{NAME}.json", record(certificate) | about)
         (folder / f"{NAME}.md").write_text(card(certificate, about), encoding="utf-8")
         draw_certificate(certificate, where, folder / f"{NAME}.png")
     print("\n" + align(error_rows(certificate)) + "\n")
@@ -129,10 +130,9 @@ def error_rows(certificate: Certificate) -> list[list[str]]:
     ]
 
 
-def record(certificate: Certificate, a: Implementation, b: Implementation) -> dict[str, Any]:
+def record(certificate: Certificate) -> dict[str, Any]:
     """The certificate as plain data for a JSON file."""
     found = asdict(certificate) | verdict(certificate.checks())
-    found |= {key: {"asked": one.label, "transformers": one.key, "reason": one.reason} for key, one in (("a", a), ("b", b))}
     return found | {"perplexity": {label: perplexity(loss) for label, loss in losses(certificate).items()}}
 
 
@@ -155,6 +155,7 @@ def card(certificate: Certificate, about: dict[str, Any]) -> str:
             *table(checks),
             "",
             *(f"- {line}" for line in told(certificate)),
+            *(f"- {about[key]['name']}: {about[key]['reason']}" for key in "ab" if about[key]["reason"]),
             f"- errors: against {about['reference']}",
             f"- {size}; {about['dtype']}, {about['device']}; {versions}",
             "",

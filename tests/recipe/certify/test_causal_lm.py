@@ -36,7 +36,7 @@ def test_a_folder_loads(folder, dtype, loaded):
 def test_a_name_means_ours_or_transformers():
     net = tiny_hf.model("llama")
     auto, rung, theirs = (implementation("a", name, net) for name in ("auto", "flash_v2", "sdpa"))
-    assert (auto.label, auto.key) == ("auto (sdpa)", "ladder_sdpa") and "CPU" in auto.reason
+    assert (auto.label, auto.key) == ("auto", "ladder") and "CPU" in auto.reason
     assert (rung.label, rung.key) == ("flash_v2", "ladder_v2")
     assert theirs == Implementation("sdpa", "sdpa")
 
@@ -53,6 +53,19 @@ def test_a_name_that_cannot_be(name, says):
         implementation("a", name, tiny_hf.model("llama"))
 
 
+def test_a_model_without_attention_is_refused():
+    net = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(UserError, match="a=auto: a MambaForCausalLM has no attention heads"):
+        implementation("a", "auto", net)
+
+
+def test_a_model_that_float64_stops_is_said(monkeypatch):
+    lm = tiny_hf.causal_lm("llama")
+    monkeypatch.setattr(lm.exact_model, "forward", lambda *tokens, **options: torch.ones(2) @ torch.ones(2, dtype=torch.float64))
+    with pytest.raises(UserError, match="model=llama cannot run in float64: "):
+        lm.exact_logits(TOKENS)
+
+
 def test_a_package_that_is_missing_is_said():
     lm = tiny_hf.causal_lm("llama")
     with pytest.raises(UserError, match="flash_attention_4 attention cannot run this model here: ") as raised:
@@ -64,9 +77,7 @@ def test_what_the_door_refuses_is_said():
     lm = tiny_hf.causal_lm("llama")
     door = implementation("a", "auto", lm.model)
     lm.model.forward = lambda tokens, **options: hf.LlamaForCausalLM.forward(lm.model, tokens, output_attentions=True, **options)
-    with pytest.raises(
-        UserError, match=r"auto \(sdpa\) attention cannot run this model here: output_attentions: attention has nothing"
-    ):
+    with pytest.raises(UserError, match=r"auto attention cannot run this model here: output_attentions: attention has nothing"):
         lm.logits(door, TOKENS)
 
 
@@ -74,7 +85,7 @@ def test_a_model_that_keeps_its_own_attention_is_refused(monkeypatch):
     """transformers warns and goes on; two names would then run one attention, and be certified."""
     lm = tiny_hf.causal_lm("llama")
     monkeypatch.setattr(type(lm.model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(UserError, match="sdpa attention cannot run this model here: transformers takes eager in its place"):
+    with pytest.raises(UserError, match="sdpa attention cannot run this model here: transformers runs eager in its place"):
         lm.logits(Implementation("sdpa", "sdpa"), TOKENS)
 
 

@@ -35,6 +35,12 @@ def test_what_is_right_is_certified(family, dtype, pair):
     assert not any(check.name.startswith("eager: ") for check in found.checks())  # it is the measure
 
 
+def test_a_mixture_of_experts_with_sinks_and_windows_is_certified():
+    """transformers has no sdpa of its own for this one."""
+    found = certified(causal_lm("gpt_oss"), "auto")
+    assert found.within and found.mean_kl > 0, found.checks()
+
+
 def test_a_rung_is_certified():
     found = certified(causal_lm("llama"), "flash_v2", 3)
     assert found.within, found.checks()

@@ -26,13 +26,17 @@ def config(folder, out, **values):
 def test_it_writes_a_certificate(folder, tmp_path, capsys):
     assert certify_model(config(folder, tmp_path / "out")) == 0
     printed = capsys.readouterr().out
-    assert "certified: auto (sdpa) and eager make the same model, to what rounding in float32 does to it" in printed
+    assert "certified: auto and eager make the same model, to what rounding in float32 does to it" in printed
     assert printed.endswith(f"written to {tmp_path / 'out'}\n") and "argparse.py, 2 windows of 32 tokens, float32, CPU" in printed
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(FILES)
     found = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert found["within"] and all(check["within"] for check in found["checks"].values())
-    assert found["a"] == {"asked": "auto (sdpa)", "transformers": "ladder_sdpa", "reason": "CPU, float32, head_dim 16"}
-    assert found["perplexity"].keys() == {"float64", "auto (sdpa)", "eager"} and found["parting"]["n_tokens"] == 8
+    assert (
+        found["a"]["reason"] == "plain causal layers run sdpa (CPU, float32, head_dim 16)"
+        and found["a"]["in_transformers"] == "ladder"
+    )
+    assert f"- auto: {found['a']['reason']}" in (tmp_path / "out" / "certificate.md").read_text()
+    assert found["perplexity"].keys() == {"float64", "auto", "eager"} and found["parting"]["n_tokens"] == 8
     assert found["reference"] == "eager attention in float64, on the same weights (CPU)"
     assert found["versions"]["transformers"] and found["text"]["name"] == "argparse.py"
 
