@@ -31,7 +31,8 @@ UNKNOWN = ("position_bias", "head_mask", "alibi", "attention_bias", "output_atte
 def register(name: str = "ladder", *, backend: str = "auto") -> None:
     """Makes attn_implementation=`name` work in every transformers model that leaves the choice open.
 
-    backend: as for `attention`. The name must not contain "flash", which transformers 5 takes for FlashAttention packages.
+    backend: as for `attention`. The name must not contain "flash", "paged", "sdpa" or "flex_attention": transformers looks for them
+    inside a name, and takes it for its own of that kind.
     Raises ImportError where transformers is missing or older than its masks by offset, ValueError for such a name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -39,7 +40,7 @@ def register(name: str = "ladder", *, backend: str = "auto") -> None:
 
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         raise ImportError("this door needs transformers 5.24 or later: earlier masks have other arguments")
-    if "flash" in name or "paged" in name or name in ("eager", "sdpa", "flex_attention"):
+    if name == "eager" or any(theirs in name for theirs in ("flash", "paged", "sdpa", "flex_attention")):
         raise ValueError(f"name={name!r} means something else in transformers; 'ladder' does not")
     AttentionInterface.register(name, partial(run_layer, backend=backend))
     AttentionMaskInterface.register(name, plan_mask)

@@ -141,6 +141,16 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({first_line(error)}); copy it again, or have it written again") from None
 
 
+def read_text(path: Path, key: str) -> str:
+    """A text file as its bytes are, line ends included. Raises UserError, which names the `key`, where it is missing or no text."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{key}={path} cannot be read ({error.strerror}); name a text file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{key}={path} is not text (its bytes are not UTF-8)") from None
+
+
 def plain_yaml(path: Path) -> Any:
     """A YAML file that train.py or Hydra wrote into a run's folder, as plain values: references (${...}) stay text.
 

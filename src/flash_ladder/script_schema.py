@@ -71,6 +71,31 @@ class EvaluateConfig:
 
 
 @dataclass
+class CertifyConfig:
+    """scripts/conf/certify.yaml: a model of transformers, and two implementations of its attention."""
+
+    model: str | None = None  # a folder that save_pretrained wrote, or OWNER/NAME on the Hugging Face hub
+    a: str = "auto"  # auto and the rungs are ours; eager, sdpa and others transformers'
+    b: str = "eager"
+    text: str | None = None  # a text file; None: the source of Python's argparse, which is on every machine
+    seq_len: int | None = None  # tokens of a window; None: 1024, or as many positions as the model has
+    windows: int = 8  # at most, from the beginning of the text
+    tokens: int = 1000  # of the two greedy continuations; 0: none
+    dtype: str = "auto"  # float32 | bfloat16 | float16; auto: as the weights are stored
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    out: str = "certificate"  # a folder for the certificate: JSON, Markdown, PNG, SVG
+
+    def validate(self) -> None:
+        if not self.model:
+            raise UserError("model=FOLDER is missing: name a folder that save_pretrained wrote, or OWNER/NAME on the hub")
+        if self.a == self.b:
+            raise UserError(f"a={self.a} and b={self.b} are one and the same; name two")
+        one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        at_least(1, seq_len=self.seq_len, windows=self.windows)
+        at_least(0, tokens=self.tokens)
+
+
+@dataclass
 class GenerateConfig:
     """scripts/conf/generate.yaml: text from an exported model."""
 

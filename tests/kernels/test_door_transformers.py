@@ -170,7 +170,7 @@ def test_what_attention_has_no_words_for_is_refused(asked, says):
         run_layer(torch.nn.Module(), q, q, q, None, **asked)
 
 
-@pytest.mark.parametrize("name", ["flash_ladder", "eager", "paged|ladder"])
+@pytest.mark.parametrize("name", ["flash_ladder", "eager", "paged|ladder", "ladder_sdpa"])
 def test_names_that_transformers_takes_for_others_are_refused(name):
     with pytest.raises(ValueError, match="means something else in transformers"):
         register(name)

@@ -21,6 +21,7 @@ from flash_ladder.front_door import CONF, front_door, hydra_notes
 from flash_ladder.schema import Config, DataConfig, with_batch_size
 from flash_ladder.script_schema import (
     BenchmarkConfig,
+    CertifyConfig,
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
@@ -92,6 +93,7 @@ def test_defaults_are_the_schemas(train, tmp_path):
 SCHEMAS = {
     "train": Config,
     "benchmark_attention": BenchmarkConfig,
+    "certify": CertifyConfig,
     "doctor": DoctorConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,

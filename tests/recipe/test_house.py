@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     *("kernels", "errors", "names", "units", "memory", "files", "drawing", "processes", "screen", "stopping"),
     *("model_schema", "schema", "script_schema", "flags", "overrides", "composition", "front_door"),
-    *("measure", "machine", "data", "model", "training", "export", "benchmark", "sweep"),
+    *("measure", "machine", "data", "model", "training", "export", "certify", "benchmark", "sweep"),
 )
 
 

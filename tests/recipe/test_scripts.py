@@ -77,6 +77,7 @@ def test_nothing_is_left_behind(here, exported):
     [
         ("export.py", "run=RUN is missing"),
         ("evaluate.py", "model=EXPORTED is missing"),
+        ("certify.py model=x a=eager", "a=eager and b=eager are one and the same; name two"),
         ("generate.py", "model=EXPORTED is missing"),
         ("report.py", "runs=FOLDER is missing"),
         ("report.py runs=. baseline=egaer", "did you mean eager?"),

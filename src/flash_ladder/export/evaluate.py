@@ -18,7 +18,7 @@ from flash_ladder.export.folder import load_export, load_windows
 from flash_ladder.export.losses import Windows, evaluate
 from flash_ladder.export.parity import compare
 from flash_ladder.export.verdict import describe_windows, record, report, same_loss, verdict
-from flash_ladder.files import DIGEST, check_file, is_sealed, read_json, write_json
+from flash_ladder.files import DIGEST, check_file, is_sealed, read_json, read_text, write_json
 from flash_ladder.kernels.generations import describe
 from flash_ladder.machine.decide import DTYPES, check_precision, pick_backend, pick_device
 from flash_ladder.names import BACKENDS
@@ -120,13 +120,7 @@ def text_windows(path: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Wi
 
     Raises UserError where the file is missing, is no text, or has fewer than two tokens.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")  # line ends stay as they are
-    except OSError as error:
-        raise UserError(f"text={path} cannot be read ({error.strerror}); name a text file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"text={path} is not text (its bytes are not UTF-8)") from None
-    tokens = torch.tensor(tokenizer.encode(text))
+    tokens = torch.tensor(tokenizer.encode(read_text(path, "text")))
     if len(tokens) < 2:
         raise UserError(f"text={path} is {len(tokens)} tokens long; a prediction needs at least 2")
     seq_len = config["data"].get("seq_len")

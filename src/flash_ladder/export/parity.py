@@ -37,7 +37,7 @@ from torch import Tensor
 
 from flash_ladder.export.losses import Evaluation, Windows, batches, logits, summarise
 from flash_ladder.model.gpt import GPT
-from flash_ladder.model.loss import chunks, token_losses
+from flash_ladder.model.loss import chunks, token_losses, wide
 
 ROUNDING_FACTOR = 3.0
 KL_FLOOR = 1e-8
@@ -46,15 +46,23 @@ CLEAR_DEVIATIONS = 16.0
 CLEAR_AGREEMENT = 0.999
 
 
-def kl_limit(rounding: float) -> float:
-    """The largest allowed mean KL between two backends, in nats per token, from rounding's mean KL."""
-    return ROUNDING_FACTOR * rounding + KL_FLOOR
+def kl_limit(rounding: float, floor: float = KL_FLOOR) -> float:
+    """The largest allowed mean KL between two backends, in nats per token, from rounding's mean KL.
+
+    floor: 0 where rounding was measured in float32 too, against float64.
+    """
+    return ROUNDING_FACTOR * rounding + floor
 
 
-def loss_limit(rounding: float, n_tokens: int) -> float:
-    """The largest allowed difference between two backends' losses over `n_tokens`, from rounding's mean KL."""
-    limit = kl_limit(rounding)
+def loss_limit(rounding: float, n_tokens: int, floor: float = KL_FLOOR) -> float:
+    """The largest allowed difference between two backends' losses over `n_tokens`, from rounding's mean KL; as `kl_limit`."""
+    limit = kl_limit(rounding, floor)
     return limit + LOSS_DEVIATIONS * math.sqrt(2 * limit / n_tokens)
+
+
+def clear_margin(rounding: float, floor: float = KL_FLOOR) -> float:
+    """How far apart a token's two likeliest logits are at least, if rounding is not to swap them; as `kl_limit`."""
+    return CLEAR_DEVIATIONS * math.sqrt(2 * kl_limit(rounding, floor))
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,15 @@ class Check:
         if self.limit is None:
             return True
         return self.value >= self.limit if self.is_share else self.value <= self.limit
+
+    @property
+    def share_of_limit(self) -> float:
+        """How much of what its limit allows a figure uses up: 1 is the limit. inf for nan, and beyond a limit of 0."""
+        limit = math.nan if self.limit is None else self.limit
+        used, allowed = (1 - self.value, 1 - limit) if self.is_share else (self.value, limit)
+        if math.isnan(used):
+            return math.inf
+        return used / allowed if allowed else math.inf if used else 0.0
 
     @property
     def words(self) -> tuple[str, str]:
@@ -128,7 +145,7 @@ def compare(
     """
     start = time.perf_counter()
     trusted = "eager" if backend == "eager" else against
-    apart, rounding = _Difference(), _Difference()
+    apart, rounding = Difference(), Difference()
     losses: dict[str, list[Tensor]] = {"candidate": [], "against": []}
 
     def take_in(batch: dict[str, Tensor]) -> None:  # a function, so that its logits are freed before the next batch's
@@ -155,16 +172,16 @@ def compare(
         max_logit_difference=apart.max_difference,
         mean_logit_difference=apart.mean_difference,
         greedy_agreement=apart.agreement(0.0),
-        clear_greedy_agreement=apart.agreement(CLEAR_DEVIATIONS * math.sqrt(2 * kl_limit(noise))),
+        clear_greedy_agreement=apart.agreement(clear_margin(noise)),
     )
 
 
-class _Difference:
-    """The difference between two sets of logits, gathered batch by batch."""
+class Difference:
+    """The difference between two sets of logits, gathered batch by batch: in float64 where one of them is, else in float32."""
 
     def __init__(self) -> None:
         self.n_logits = 0
-        self.sums: list[Tensor] = []  # of each chunk, float64: |difference| of the logits, and KL
+        self.sums: list[Tensor] = []  # of each chunk, float64 [2, n]: each token's sum of |difference| of the logits, and KL
         self.maxima: list[Tensor] = []  # of each chunk: the largest |difference|
         self.same: list[Tensor] = []  # of each token: whether both have the same likeliest next token
         self.margins: list[Tensor] = []  # of each token: how far apart the reference's two likeliest logits are
@@ -172,21 +189,30 @@ class _Difference:
     def add(self, reference: Tensor, other: Tensor) -> None:
         """Takes in the logits [B, S, V] of one batch."""
         self.n_logits += reference.numel()
+        dtype = wide(torch.promote_types(reference.dtype, other.dtype))
         for p, q in chunks(reference, other):
-            p, q = p.float(), q.float()
+            p, q = p.to(dtype), q.to(dtype)
             difference = (p - q).abs()
             best, second = p.topk(2, dim=-1).values.unbind(-1)
             self.margins.append(best - second)
             self.same.append(p.argmax(-1) == q.argmax(-1))  # among equals argmax takes the first, topk need not
             self.maxima.append(difference.max())
-            # sum p (log p - log q), plus sum q - sum p = 0: every term is positive, and float32 keeps the small ones.
+            # sum p (log p - log q), plus sum q - sum p = 0: every term is positive, and a small one keeps its digits.
             p, q = p.log_softmax(-1), q.log_softmax(-1)
             kl = p.exp() * (torch.expm1(q - p) - (q - p))
-            self.sums.append(torch.stack((difference.sum(-1), kl.sum(-1))).double().sum(-1))
+            self.sums.append(torch.stack((difference.sum(-1), kl.sum(-1))).double())
+
+    @property
+    def token_kl(self) -> Tensor:
+        """KL(reference || other) of each token, float64 [N], in the order of the batches."""
+        return torch.cat(self.sums, 1)[1]
+
+    def _total(self, which: int) -> float:
+        return torch.stack([chunk.sum(-1) for chunk in self.sums]).sum(0)[which].item()
 
     @property
     def mean_difference(self) -> float:
-        return torch.stack(self.sums).sum(0)[0].item() / self.n_logits
+        return self._total(0) / self.n_logits
 
     @property
     def max_difference(self) -> float:
@@ -194,9 +220,13 @@ class _Difference:
 
     @property
     def mean_kl(self) -> float:
-        return torch.stack(self.sums).sum(0)[1].item() / sum(len(tokens) for tokens in self.same)
+        return self._total(1) / sum(len(tokens) for tokens in self.same)
+
+    def clear(self, margin: float) -> Tensor:
+        """Of each token, whether the reference's two likeliest logits are at least `margin` apart, bool [N]."""
+        return torch.cat(self.margins) >= margin
 
     def agreement(self, margin: float) -> float:
         """Share of tokens with the same likeliest successor, among those whose margin is at least `margin`; 1 if there are none."""
-        clear = torch.cat(self.margins) >= margin
+        clear = self.clear(margin)
         return torch.cat(self.same)[clear].double().mean().item() if clear.any() else 1.0

@@ -54,10 +54,7 @@ def record(parity: Parity, checks: list[Check], device: torch.device) -> dict[st
 
 def report(losses: dict[str, float], checks: list[Check], compared: str, where: str | None) -> int:
     """Prints losses and checks as tables, and where the result was written; returns the exit code."""
-    rows = [["", *losses]]
-    rows.append(["loss (nats per token)", *(f"{loss:.6f}" for loss in losses.values())])
-    rows.append(["perplexity", *(f"{perplexity(loss):.4f}" for loss in losses.values())])
-    print("\n" + align(rows))
+    print("\n" + align(loss_rows(losses)))
     if checks:
         rows = [[compared, "figure", "limit", ""]]
         rows += [[c.name, *c.words, "" if c.limit is None else "ok" if c.within else "BEYOND"] for c in checks]
@@ -69,6 +66,15 @@ def report(losses: dict[str, float], checks: list[Check], compared: str, where: 
     if where:
         print(where)
     return 1 if beyond else 0
+
+
+def loss_rows(losses: dict[str, float]) -> list[list[str]]:
+    """Losses and their perplexities as a table's rows."""
+    return [
+        ["", *losses],
+        ["loss (nats per token)", *(f"{loss:.6f}" for loss in losses.values())],
+        ["perplexity", *(f"{perplexity(loss):.4f}" for loss in losses.values())],
+    ]
 
 
 def align(rows: list[list[str]]) -> str:

@@ -28,9 +28,17 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each token, float32 [B, S], from logits [B, S, V] and targets [B, S]."""
-    pieces = (F.cross_entropy(part.float(), wanted[:, 0], reduction="none") for part, wanted in chunks(logits, targets[..., None]))
+    """Cross-entropy of each token, float32 [B, S], from logits [B, S, V] and targets [B, S]; float64 from float64 logits."""
+    dtype = wide(logits.dtype)
+    pieces = (
+        F.cross_entropy(part.to(dtype), wanted[:, 0], reduction="none") for part, wanted in chunks(logits, targets[..., None])
+    )
     return torch.cat(list(pieces)).view(targets.shape)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which logits of `dtype` become probabilities: float32, or float64 where they are that."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def chunks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flash_ladder.kernels.sdpa
-from flash_ladder.export.parity import Check, compare, kl_limit, loss_limit
+from flash_ladder.export.parity import Check, Difference, clear_margin, compare, kl_limit, loss_limit
 from flash_ladder.kernels import eager
 from flash_ladder.kernels.asked import Asked
 from tests.helpers.made_up import VOCAB, sharp_model
@@ -119,7 +119,40 @@ def test_rounding_is_eager_against_itself_in_float32():
 
 def test_limits():
     assert kl_limit(0) == 1e-8 and kl_limit(1e-4) == pytest.approx(3e-4, rel=1e-3)
+    assert kl_limit(1e-12, floor=0) == pytest.approx(3e-12) and loss_limit(0, 9, floor=0) == 0
+    assert clear_margin(1e-4, floor=0) == pytest.approx(16 * math.sqrt(6e-4))
     assert loss_limit(1e-4, 10**4) == pytest.approx(3e-4 + 5 * math.sqrt(6e-4 / 10**4), rel=1e-3)
     assert Check("x", 1.0, 1.0).within and not Check("x", 1.1, 1.0).within and Check("x", 9.0).within
     assert not Check("x", math.nan, 1.0).within and not Check("x", math.nan, 0.5, is_share=True).within
     assert Check("x", 0.9991, 0.999, is_share=True).within and not Check("x", 0.9989, 0.999, is_share=True).within
+
+
+@pytest.mark.parametrize(
+    ("check", "share"),
+    [
+        (Check("x", 2.0, 4.0), 0.5),
+        (Check("x", 0.998, 0.999, is_share=True), 2.0),
+        (Check("x", 1.0, 0.999, is_share=True), 0.0),
+        (Check("x", math.nan, 1.0), math.inf),
+        (Check("x", 1.0, 0.0), math.inf),
+        (Check("x", 0.0, 0.0), 0.0),
+    ],
+)
+def test_the_share_of_a_limit(check, share):
+    assert check.share_of_limit == pytest.approx(share)
+    assert check.within == (share <= 1)
+
+
+def test_float64_logits_are_compared_in_float64():
+    """float32 would lose a difference of 1e-9 altogether."""
+    logits = torch.randn(2, 8, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    other = logits + 1e-9 * torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    apart = Difference()
+    for rows in (slice(0, 1), slice(1, 2)):
+        apart.add(logits[rows], other[rows])
+    p, d = logits.softmax(-1), logits - other
+    d = d - (p * d).sum(-1, keepdim=True)
+    expected = (p * d * d).sum(-1).flatten() / 2  # to second order
+    torch.testing.assert_close(apart.token_kl, expected, rtol=1e-5, atol=0)
+    assert apart.mean_kl == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert apart.max_difference == pytest.approx((logits - other).abs().max().item())

@@ -29,6 +29,12 @@ def test_the_mean_is_of_the_losses_token_by_token(monkeypatch, dtype, chunk):
     torch.testing.assert_close(mean_loss(logits, targets), losses.mean())
 
 
+def test_float64_logits_give_float64_losses():
+    logits, targets = some(torch.float64)
+    right = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(token_losses(logits, targets), right, rtol=1e-13, atol=1e-13)
+
+
 def test_an_ignored_target_is_left_out_of_the_mean():
     logits, targets = some()
     kept = token_losses(logits, targets)[:, :3].mean()

@@ -1,0 +1,1 @@
+"""Whether two implementations of attention make the same model of a transformers model: scripts/certify.py."""
