@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import cycle
+from pathlib import Path
 from typing import Any, cast
 
 from matplotlib.axes import Axes
@@ -95,6 +96,14 @@ def figure_with_labels(columns: int, *, labels: float, height: float, bottom: fl
     panel = width / columns - left - labels
     room = {"left": left / width, "right": 1 - labels / width, "top": 1 - 1.15 / height, "bottom": bottom / height}
     return Figure(figsize=(width, height)), room | {"wspace": (left + labels) / panel}
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Writes a figure to `path` (.png) and beside it as .svg; returns both. Raises OSError where one cannot be written."""
+    files = [path, path.with_suffix(".svg")]
+    figure.savefig(files[0])
+    figure.savefig(files[1], metadata={"Date": None})  # the same figures give the same file
+    return files
 
 
 def set_lengths(axis: Axes, lengths: list[int]) -> None:

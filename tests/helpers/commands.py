@@ -7,6 +7,7 @@ happens and in what environment, only a new interpreter shows: such tests start 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,19 +81,31 @@ def _work(arguments: list[str], cwd: str, environment: dict[str, str], streams: 
     os.chdir(cwd)
     os.environ.clear()
     os.environ |= environment
-    for number, stream in ((1, streams[0]), (2, streams[1])):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+    write_to(*streams)
     sys.argv[:] = arguments
-    code = 0
+    os._exit(exit_code(lambda: runpy.run_path(arguments[0], run_name="__main__")))
+
+
+def write_to(out: Path, errors: Path) -> None:
+    """Gives this process an empty stdin, and files for what it says, which may be one and the same."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), os.open(out, flags), os.open(errors, flags))):
+        os.dup2(file, number)
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """What Python would make of the end of `work`."""
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        work()
+        return 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BaseException:
         traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        return 1
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()

@@ -8,7 +8,6 @@ import pytest
 
 from tests.helpers import commands
 
-ROOT = Path(__file__).parents[2]
 EARLIER = Path(__file__).with_name("earlier_run")
 # Step 7 as the code that wrote the run logged it when it went on with it; the last digits depend on the processor. The steps
 # after it are other ones than that code's, which took step 7 at the rate of the checkpoint and not of the longer schedule.

@@ -150,7 +150,7 @@ def test_no_option_repeats_a_default():
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_help_has_every_default(tmp_path, command):
     """Every key of the schema with its value, from the schema, as a user's --help shows it."""
-    done = commands.run("train.py" if command == "train" else f"scripts/{command}.py", "--help", cwd=tmp_path)
+    done = commands.run("train.py" if command == "train" else f"scripts/{command}.py", "--help", cwd=tmp_path, timeout=60)
     values = done.stdout[done.stdout.index("Values (KEY=VALUE):\n") :].split("\n\n")[0]
     assert yaml.safe_load(values.partition("\n")[2]) == asdict(SCHEMAS[command]())
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,10 @@ from pathlib import Path
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import flash_ladder.kernels  # noqa: F401  # without a GPU our kernels come before Lightning
-from flash_ladder.export import evaluate, export  # noqa: F401
-from flash_ladder.model import generation  # noqa: F401
+import tests.helpers.preloaded  # noqa: F401
 from flash_ladder.processes import Processes
-from flash_ladder.training import ranks, run  # noqa: F401
+from flash_ladder.training import ranks
+from tests.helpers.commands import exit_code, write_to
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120.0  # after which a command counts as hanging
@@ -74,7 +72,7 @@ def forked(script: str, arguments: list[str], folder: Path, before: Callable[[],
     if child == 0:
         os.setsid()  # what it starts is found by it
         os.chdir(folder)
-        _write_to(log)
+        write_to(log, log)
         tempfile.tempdir = str(folder)  # what it does not remove goes with the folder
         os._exit(exit_code(work))
     return _awaited(child, log, start)
@@ -89,29 +87,6 @@ def started(script: str, arguments: list[str], folder: Path, strike: Callable[[i
     strike(child.pid)
     child.returncode = 0  # it is waited for here
     return _awaited(child.pid, log, start)
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """What Python would make of the end of `work`."""
-    try:
-        work()
-        return 0
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-
-def _write_to(log: Path) -> None:
-    """Gives this process an empty stdin, and `log` for all that it says."""
-    nowhere, file = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    for target, source in ((0, nowhere), (1, file), (2, file)):
-        os.dup2(source, target)
 
 
 def _awaited(child: int, log: Path, start: float) -> End:

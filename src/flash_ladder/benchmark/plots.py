@@ -30,6 +30,7 @@ from flash_ladder.drawing import (
     ink,
     line_style,
     looks,
+    save,
     set_lengths,
 )
 from flash_ladder.measure.growth import Growth, growth
@@ -56,10 +57,7 @@ def plot(result: Result, path: Path) -> list[Path]:
     for file, (draw, has_figures) in drawn.items():
         if has_figures:
             with rc_context(STYLE):
-                figure = draw(result)
-                figure.savefig(file)
-                figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
-            written += [file, file.with_suffix(".svg")]
+                written += save(draw(result), file)
     return written
 
 

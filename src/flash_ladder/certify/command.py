@@ -143,12 +143,12 @@ def card(certificate: Certificate, about: dict[str, Any]) -> str:
     checks += [[check.name, *check.words, "ok" if check.within else "**beyond**"] for check in certificate.checks()]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
     size = f"{certificate.n_windows} windows of {certificate.seq_len} tokens of {about['text']['name']}"
-    dtype = getattr(torch, about["dtype"])
+    said = words(certificate, getattr(torch, about["dtype"]))
     return "\n".join(
         [
             f"### Attention: {certificate.a} against {certificate.b}",
             "",
-            f"{words(certificate, dtype).capitalize() if certificate.within else words(certificate, dtype)}.",
+            f"{said[0].upper()}{said[1:]}.",
             "",
             *table(rows),
             "",

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from flash_ladder.certify.causal_lm import TRUSTED
 from flash_ladder.certify.certificate import Certificate
-from flash_ladder.drawing import FAINT, LABEL_SIZE, LOOKS, SPARE_COLOURS, STYLE, Label, add_labels, figure_with_labels, ink
+from flash_ladder.drawing import FAINT, LABEL_SIZE, LOOKS, SPARE_COLOURS, STYLE, Label, add_labels, figure_with_labels, ink, save
 from flash_ladder.export.parity import Check, kl_limit
 
 HEIGHT = 6.2  # inches
@@ -28,12 +27,6 @@ def draw_certificate(certificate: Certificate, title: str, path: Path) -> None:
         words = "certified" if certificate.within else "NOT certified"
         figure.suptitle(f"{certificate.a} against {certificate.b}: {words}\n{title}", x=0.02, ha="left", fontsize=14)
         save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG and SVG."""
-    figure.savefig(path)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def draw_errors(axis: Axes, certificate: Certificate) -> None:

@@ -101,11 +101,13 @@ def losses_and_gradient(logits: Tensor, targets: Tensor, differentiate: bool) ->
         from flash_ladder.kernels import cross_entropy
 
         return cross_entropy.losses_and_gradient(logits, targets, IGNORED, differentiate=differentiate)
-    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    scores, counts = logits.float(), (targets != IGNORED)[:, None]
+    wanted = targets[:, None].where(counts, 0)
+    lse = scores.logsumexp(1, keepdim=True)
+    losses = ((lse - scores.gather(1, wanted)) * counts)[:, 0]
     if differentiate:
-        counts, wanted = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
-        gradient = logits.float().softmax(1).scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=torch.float32))
-        logits.copy_(gradient.mul_(counts))
+        probabilities = scores.sub_(lse).exp_()
+        logits.copy_(probabilities.scatter_add_(1, wanted, torch.full_like(lse, -1.0)).mul_(counts))
     return losses
 
 

@@ -29,6 +29,7 @@ from flash_ladder.drawing import (
     length_in_words,
     line_style,
     looks,
+    save,
 )
 from flash_ladder.names import is_kernel
 from flash_ladder.sweep.rows import Sweep
@@ -50,11 +51,9 @@ def draw_pictures(pictures: list[Picture], sweep: Sweep, out: Path) -> dict[str,
     for picture in pictures:
         png = out / f"sweep_{picture.name}.png"
         with rc_context(STYLE):
-            figure = draw(picture, sweep)
-            figure.savefig(png)
-            figure.savefig(png.with_suffix(".svg"), metadata={"Date": None})
+            files = save(draw(picture, sweep), png)
         write_points(picture, png.with_suffix(".csv"))
-        written[picture.name] = [png, png.with_suffix(".svg"), png.with_suffix(".csv")]
+        written[picture.name] = [*files, png.with_suffix(".csv")]
     return written
 
 

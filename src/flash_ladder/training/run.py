@@ -194,7 +194,7 @@ def came_to(record: MetricsFile, speed: Speed, trainer: L.Trainer) -> dict[str, 
 # ---- data and model ----
 
 
-MANY_PASSES = 4  # up to which a repeated text is worth nearly as much as new text (https://arxiv.org/abs/2305.16264, section 5)
+MANY_PASSES = 4  # up to which a repeated text is worth nearly as much as new text (https://arxiv.org/abs/2305.16264)
 
 
 def say_passes(tokens: int, corpus: int | None) -> None:

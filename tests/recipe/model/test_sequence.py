@@ -2,7 +2,9 @@
 
 import math
 import multiprocessing
+import pickle
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from flash_ladder.model_schema import ModelConfig
 from flash_ladder.schema import Config, TrainerConfig
 from flash_ladder.training.module import GPTModule
 from flash_ladder.training.sharding import shard
+from tests.helpers.once import made_once
 
 # Heads, key/value heads, processes to a sequence: MHA, GQA, and key/value heads that have to be repeated.
 HEADS = [(4, 4, 2), (8, 8, 4), (8, 4, 2), (8, 4, 4), (8, 2, 4), (12, 6, 4)]
@@ -136,12 +139,16 @@ def work(rank: int, folder: str, results) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What every process measured."""
-    folder, fork = tmp_path_factory.mktemp("processes"), multiprocessing.get_context("fork")
+    return pickle.loads((made_once(tmp_path_factory, "sequences", measure) / "found").read_bytes())
+
+
+def measure(folder: Path) -> None:
+    fork = multiprocessing.get_context("fork")
     results = fork.Queue()
     processes = [fork.Process(target=work, args=(rank, str(folder), results), daemon=True) for rank in range(4)]
     for process in processes:
         process.start()
-    return [results.get(timeout=120) for _ in processes]
+    (folder / "found").write_bytes(pickle.dumps([results.get(timeout=120) for _ in processes]))
 
 
 @pytest.mark.parametrize("meaning", MEANINGS)

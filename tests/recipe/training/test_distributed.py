@@ -153,7 +153,7 @@ def test_a_process_that_dies_ends_the_run_and_is_named(alone, tmp_path):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (other,) = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(other, signal.SIGKILL)
-        code = process.wait()
+        code = process.wait(60)
     finally:
         process.kill()
     _, errors = process.printed()
@@ -169,7 +169,7 @@ def test_a_signal_to_the_first_process_stops_both_at_one_step(tmp_path):
     try:
         wait_for_steps(process, tmp_path / "run" / "metrics.jsonl")
         process.send_signal(signal.SIGTERM)
-        code = process.wait()
+        code = process.wait(60)
     finally:
         process.kill()
     printed, errors = process.printed()
